@@ -1,0 +1,68 @@
+"""multint: multiplicative ways for two streams of information to meet in a network.
+
+An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a layer runs a cell over a sequence.
+"""
+
+from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
+from multint.errors import MultintError
+from multint.integrators import (
+    Additive,
+    BiAffine,
+    Bilinear,
+    Concat,
+    Diagonal,
+    Gated,
+    Hadamard,
+    Hypernetwork,
+    Integrator,
+    LowRank,
+    MultiplicativeIntegration,
+    Pairwise,
+    Scaled,
+    Sum,
+    Swapped,
+    Terms,
+    Through,
+    Tucker,
+)
+from multint.recurrent import GRU, LSTM, RNN, Recurrent, from_torch
+from multint.scan import scan
+
+__all__ = [
+    # what an integrator is
+    "Integrator",
+    "BiAffine",
+    "Terms",
+    # integrators
+    "Additive",
+    "Bilinear",
+    "Concat",
+    "Diagonal",
+    "Gated",
+    "Hadamard",
+    "Hypernetwork",
+    "LowRank",
+    "MultiplicativeIntegration",
+    "Pairwise",
+    "Tucker",
+    # their algebra
+    "Scaled",
+    "Sum",
+    "Swapped",
+    "Through",
+    # cells
+    "Cell",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    # layers
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Recurrent",
+    "from_torch",
+    # running a cell over time
+    "scan",
+    # errors
+    "MultintError",
+]

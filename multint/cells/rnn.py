@@ -1,0 +1,51 @@
+"""The simple recurrent cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from multint.cells.base import Cell, HiddenState
+from multint.cells.normalisation import normalised
+from multint.integrators import Integrator, MultiplicativeIntegration
+
+
+class RNNCell(Cell):
+    """h' = φ(f(x, h)) for any integrator f.
+
+    With `Additive` this is `nn.RNNCell`, with `MultiplicativeIntegration` the MI-RNN, and with `torch.nn.Identity()`
+    as φ the linear RNN.
+
+    Args:
+        integrator: factory `(X, H, H) -> Integrator` of f.
+        activation: φ, elementwise.
+        layer_norm: normalise each projection in f (Ba et al. 2016).
+
+    Source: Wu et al. 2016, section 2.2.
+    """
+
+    State = HiddenState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
+        activation: Callable[[Tensor], Tensor] = torch.tanh,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size)
+        self.integrator = normalised(integrator(input_size, hidden_size, hidden_size), layer_norm)
+        self.activation = activation
+
+    def step(
+        self,
+        x: Tensor,  # (B, X)
+        state: HiddenState,
+    ) -> HiddenState:
+        return HiddenState(self.activation(self.integrator(x, state.h)))
+
+    def initial_state(self, batch_size: int) -> HiddenState:
+        return HiddenState(self.zeros(batch_size, self.hidden_size))

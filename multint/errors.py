@@ -1,0 +1,17 @@
+"""The errors that multint raises: one family, so that one `except` catches every mistake in a call."""
+
+
+class MultintError(ValueError):
+    """A mistake in what multint was given. The message says what, got, expected, and the remedy where there is one."""
+
+
+class ShapeError(MultintError):
+    """A tensor, or a number of features, does not fit."""
+
+
+class OptionError(MultintError):
+    """A setting is unknown or out of its range."""
+
+
+class FormError(MultintError):
+    """A form was asked of something that does not have it, such as the dense terms of a map that is not bi-affine."""

@@ -1,0 +1,43 @@
+"""Integrators: the ways in which two streams x (..., X) and z (..., Z) can meet and give y (..., O).
+
+Nearly all of them tie the tensor W of one bi-affine map,
+
+    f(x, z)_o = Σ_ij z_i W[o,i,j] x_j + Σ_i U[o,i] z_i + Σ_j V[o,j] x_j + b_o,
+
+and say how in `terms()`. Each is built as `Class(x_features, z_features, out_features, **its own settings)`.
+"""
+
+from multint.integrators.additive import Additive, Concat
+from multint.integrators.base import BiAffine, Integrator, Terms
+from multint.integrators.bilinear import Bilinear
+from multint.integrators.compose import Scaled, Sum, Swapped, Through
+from multint.integrators.diagonal import Diagonal, Gated
+from multint.integrators.factored import LowRank, Tucker
+from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration, Pairwise
+from multint.integrators.hypernetwork import Hypernetwork
+from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
+
+__all__ = [
+    "Additive",
+    "BiAffine",
+    "Bilinear",
+    "Concat",
+    "Diagonal",
+    "Gated",
+    "Hadamard",
+    "Hypernetwork",
+    "Integrator",
+    "LowRank",
+    "MultilinearRank",
+    "MultiplicativeIntegration",
+    "Pairwise",
+    "Scaled",
+    "Sum",
+    "Swapped",
+    "Terms",
+    "Through",
+    "Tucker",
+    "flops",
+    "parameter_count",
+    "rank",
+]

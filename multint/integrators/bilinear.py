@@ -1,0 +1,140 @@
+"""The full bilinear form: a matrix for every value of the other stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multint.integrators.additive import add_bias, bias_term
+from multint.integrators.base import BiAffine, Terms
+from multint.integrators.init import fill, projection, share, vector
+
+
+class TensorProduct(nn.Module):
+    """y_o = Σ_ij z_i W[o,i,j] x_j: the bilinear part alone, with one weight (O, Z, X).
+
+    Shapes: x (..., X), z (..., Z) → (..., O). It is to an integrator's interaction what `nn.Linear` is to a projection.
+    """
+
+    def __init__(self, x_features: int, z_features: int, out_features: int, variance: float = 1.0) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, z_features, x_features))
+        fill(self.weight, variance / (x_features * z_features))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        W = self.weight
+        out_features, z_features, x_features = W.shape
+        x_rows, z_rows = x.numel() // x_features, z.numel() // z_features
+        # Every order has one product with W; they differ in the intermediate that stands beside it. The smallest is
+        # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
+        sizes = {
+            "both": max(x_rows, z_rows) * z_features * x_features,
+            "x": x_rows * out_features * z_features,
+            "z": z_rows * out_features * x_features,
+        }
+        first = min(sizes, key=sizes.__getitem__)
+        if first == "both":
+            outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
+            return functional.linear(outer.flatten(-2), W.flatten(1))
+        if first == "x":
+            matrix = functional.linear(x, W.flatten(0, 1)).unflatten(-1, (out_features, z_features))
+            return torch.matmul(matrix, z.unsqueeze(-1)).squeeze(-1)
+        matrix = torch.matmul(z, W.transpose(0, 1).flatten(1)).unflatten(-1, (out_features, x_features))
+        return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
+
+    def extra_repr(self) -> str:
+        out_features, z_features, x_features = self.weight.shape
+        return f"{x_features}, {z_features}, {out_features}"
+
+
+class Bilinear(BiAffine):
+    """y = zᵀWx + Uz + Vx + b, with the full tensor W (O, Z, X).
+
+    Equals a linear hypernetwork: y = W'(z)x + b'(z) with W'(z) = zᵀW + V and b'(z) = Uz + b. With every lower-order
+    term left out it is the second-order RNN's term.
+
+    Args:
+        z_term: whether there is Uz.
+        x_term: whether there is Vx.
+        bias: what b starts at; None leaves it out.
+
+    Source: Jayakumar et al. 2020, section 3.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        z_term: bool = True,
+        x_term: bool = True,
+        bias: float | None = 0.0,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        variance = share(True, z_term, x_term)
+        self.interaction = TensorProduct(x_features, z_features, out_features, variance)
+        self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
+        self.x_weights = ("interaction.weight", *(f"lower.{name}" for name in self.lower.x_weights))
+        self.z_weights = ("interaction.weight", *(f"lower.{name}" for name in self.lower.z_weights))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        return self.lower(self.interaction(x, z), x, z)
+
+    def terms(self) -> Terms:
+        return self.lower.terms(self.interaction.weight)
+
+
+class LowerOrder(nn.Module):
+    """y + Uz + Vx + b: the lower-order terms that follow an interaction y, each of which can be left out."""
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        z_term: bool,
+        x_term: bool,
+        bias: float | None,
+        variance: float,
+    ) -> None:
+        super().__init__()
+        self.z_projection = projection(z_features, out_features, variance) if z_term else None
+        self.x_projection = projection(x_features, out_features, variance) if x_term else None
+        self.bias = vector(self, "bias", bias, out_features)
+        self.x_weights = ("x_projection.weight",) if x_term else ()
+        self.z_weights = ("z_projection.weight",) if z_term else ()
+
+    def forward(
+        self,
+        y: Tensor,  # (..., O)
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        if self.z_projection is not None:
+            y = y + self.z_projection(z)
+        if self.x_projection is not None:
+            y = y + self.x_projection(x)
+        return add_bias(y, self.bias)
+
+    def terms(
+        self,
+        W: Tensor,  # (O, Z, X), the interaction's
+    ) -> Terms:
+        out_features, z_features, x_features = W.shape
+        return Terms(
+            W=W,
+            U=W.new_zeros(out_features, z_features) if self.z_projection is None else self.z_projection.weight,
+            V=W.new_zeros(out_features, x_features) if self.x_projection is None else self.x_projection.weight,
+            b=bias_term(self.bias, W),
+        )

@@ -1,0 +1,95 @@
+"""One stream scales the other, feature by feature: FiLM and the gated linear unit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from multint.errors import OptionError
+from multint.integrators.additive import add_bias
+from multint.integrators.base import BiAffine, Integrator, Terms
+from multint.integrators.init import projection, vector
+
+SIGMOID_SECOND_MOMENT = 0.29338  # E[σ(u)²] for u ~ N(0, 1), by quadrature
+
+
+class Diagonal(BiAffine):
+    """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
+
+    It starts at the identity, y = x: A, B and b start at 0 and a at 1.
+
+    Raises: OptionError where out_features differs from x_features.
+    Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, section 3, the diagonal form.
+    """
+
+    z_weights = ("scale_projection.weight", "shift_projection.weight")
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        if out_features != x_features:
+            raise OptionError(
+                f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x"
+            )
+        self.scale_projection = nn.Linear(z_features, out_features, bias=False)
+        self.shift_projection = nn.Linear(z_features, out_features, bias=False)
+        nn.init.zeros_(self.scale_projection.weight)
+        nn.init.zeros_(self.shift_projection.weight)
+        self.scale_bias = nn.Parameter(torch.ones(out_features))
+        self.shift_bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        scale = add_bias(self.scale_projection(z), self.scale_bias)
+        return torch.addcmul(add_bias(self.shift_projection(z), self.shift_bias), scale, x.to(scale.dtype))
+
+    def terms(self) -> Terms:
+        A, B = self.scale_projection.weight, self.shift_projection.weight
+        return Terms(
+            W=torch.diag_embed(A.T).permute(1, 0, 2),  # W[o,i,j] = A[o,i] where j = o
+            U=B,
+            V=torch.diag(self.scale_bias),
+            b=self.shift_bias,
+        )
+
+
+class Gated(Integrator):
+    """y = (Vx + c) ⊙ σ(Uz + d): the gated linear unit over two streams. Not bi-affine, so it has no `terms()`.
+
+    Args:
+        bias: what c and d start at; None leaves both out.
+
+    Source: Dauphin et al. 2017.
+    """
+
+    x_weights = ("x_projection.weight",)
+    z_weights = ("z_projection.weight",)
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        bias: float | None = 0.0,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        self.x_projection = projection(x_features, out_features, variance=1.0 / SIGMOID_SECOND_MOMENT)
+        self.z_projection = projection(z_features, out_features)
+        self.x_bias = vector(self, "bias", bias, out_features)
+        self.z_bias = vector(self, "bias", bias, out_features)
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        return add_bias(self.x_projection(x), self.x_bias) * add_bias(self.z_projection(z), self.z_bias).sigmoid()

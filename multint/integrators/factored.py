@@ -1,0 +1,116 @@
+"""Bilinear forms whose tensor is factored: far fewer parameters for the same kind of meeting."""
+
+from __future__ import annotations
+
+from opt_einsum import contract
+from torch import Tensor
+
+from multint.errors import OptionError
+from multint.integrators.base import BiAffine, Terms, positive
+from multint.integrators.bilinear import LowerOrder, TensorProduct
+from multint.integrators.init import projection, share
+
+
+class LowRank(BiAffine):
+    """y = P((Qx) ⊙ (Rz)) + Uz + Vx + b: the tensor W[o,i,j] = Σ_r P[o,r] R[r,i] Q[r,j] has CP rank `rank`.
+
+    With `z_term=False` this is the multiplicative RNN's map (Sutskever et al. 2011), with both terms off its factor
+    alone.
+
+    Args:
+        rank: number of factors R.
+        z_term, x_term: whether there is Uz, Vx.
+        bias: what b starts at; None leaves it out.
+
+    Raises: OptionError for a rank below 1.
+    Source: Kim et al. 2017, low-rank bilinear pooling.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        rank: int,
+        z_term: bool = True,
+        x_term: bool = True,
+        bias: float | None = 0.0,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        self.rank = positive(self, "rank", rank)
+        variance = share(True, z_term, x_term)
+        self.x_factor = projection(x_features, rank)
+        self.z_factor = projection(z_features, rank)
+        self.out_factor = projection(rank, out_features, variance)
+        self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
+        self.x_weights = ("x_factor.weight", *(f"lower.{name}" for name in self.lower.x_weights))
+        self.z_weights = ("z_factor.weight", *(f"lower.{name}" for name in self.lower.z_weights))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        return self.lower(self.out_factor(self.x_factor(x) * self.z_factor(z)), x, z)
+
+    def terms(self) -> Terms:
+        P, Q, R = self.out_factor.weight, self.x_factor.weight, self.z_factor.weight
+        return self.lower.terms(contract("or,ri,rj->oij", P, R, Q))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class Tucker(BiAffine):
+    """y = G ×₁ (Qx) ×₂ (Rz) + Uz + Vx + b: a full core G (O, Rz, Rx) between two projected streams.
+
+    The tensor is W[o,i,j] = Σ_pq G[o,p,q] R[p,i] Q[q,j].
+
+    Args:
+        x_rank, z_rank: features of Qx and Rz.
+        z_term, x_term: whether there is Uz, Vx.
+        bias: what b starts at; None leaves it out.
+
+    Raises: OptionError for a rank below 1 or above the stream's features.
+    Source: Tucker 1966; as a fusion of streams, Ben-younes et al. 2017 (MUTAN).
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        x_rank: int,
+        z_rank: int,
+        z_term: bool = True,
+        x_term: bool = True,
+        bias: float | None = 0.0,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        self.x_rank, self.z_rank = positive(self, "x_rank", x_rank), positive(self, "z_rank", z_rank)
+        for name, rank, features in (("x_rank", x_rank, x_features), ("z_rank", z_rank, z_features)):
+            if rank > features:
+                raise OptionError(f"Tucker: {name} is {rank}, expected at most the stream's {features} features")
+        variance = share(True, z_term, x_term)
+        self.x_factor = projection(x_features, x_rank)
+        self.z_factor = projection(z_features, z_rank)
+        self.core = TensorProduct(x_rank, z_rank, out_features, variance)
+        self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
+        self.x_weights = ("x_factor.weight", *(f"lower.{name}" for name in self.lower.x_weights))
+        self.z_weights = ("z_factor.weight", *(f"lower.{name}" for name in self.lower.z_weights))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        return self.lower(self.core(self.x_factor(x), self.z_factor(z)), x, z)
+
+    def terms(self) -> Terms:
+        G, Q, R = self.core.weight, self.x_factor.weight, self.z_factor.weight
+        return self.lower.terms(contract("opq,pi,qj->oij", G, R, Q))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, x_rank={self.x_rank}, z_rank={self.z_rank}"

@@ -1,0 +1,76 @@
+"""A network over one stream that writes the weights applied to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from multint.errors import ShapeError
+from multint.integrators.base import Integrator, positive
+from multint.integrators.bilinear import Bilinear
+
+
+def tanh_layer(in_features: int, out_features: int) -> nn.Module:
+    """tanh(Az + a): the default network of a `Hypernetwork`."""
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.Tanh())
+
+
+class Hypernetwork(Integrator):
+    """y = W'(g(z))x + b'(g(z)), where a network g reads z, and W' and b' are affine in what it gives.
+
+    Such a map is `head(x, g(z))` for a bi-affine head: `Bilinear` writes all of W', `LowRank` a W' of low rank,
+    P diag(·) Q, and `Diagonal` the diagonal alone. With `network=nn.Linear` the whole is bilinear in x and z.
+
+    Args:
+        features: number of features G that g gives.
+        head: factory `(X, G, O) -> Integrator` of the map applied to x.
+        network: factory `(Z, G) -> module` of g, (..., Z) → (..., G).
+
+    Raises: OptionError for features below 1; ShapeError where the network does not give G features.
+    Source: Ha et al. 2017; Jayakumar et al. 2020, section 3.1.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        features: int,
+        head: Callable[[int, int, int], Integrator] = Bilinear,
+        network: Callable[[int, int], nn.Module] = tanh_layer,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        self.features = positive(self, "features", features)
+        self.network = network(z_features, features)
+        self.head = head(x_features, features, out_features)
+        self.scale: Tensor
+        self.register_buffer("scale", self._unit_variance_scale())
+        self.x_weights = tuple(f"head.{name}" for name in self.head.x_weights)
+        self.z_weights = tuple(f"head.{name}" for name in self.head.z_weights)
+
+    def forward(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        self.check(x, z)
+        context = self.network(z)
+        return self.head(x, context * self.scale.to(context.dtype))
+
+    def _unit_variance_scale(self) -> Tensor:
+        """1/√E[g(z)²] over normal z, since the head is initialised for unit-variance streams and g is any network.
+
+        The draws come from a generator of their own, so that building a module takes none from the global one.
+        """
+        weight = next(self.network.parameters(), torch.empty(0))
+        z = torch.randn(1024, self.z_features, generator=torch.Generator().manual_seed(0)).to(weight)
+        with torch.no_grad():
+            context = self.network(z)
+        if context.shape != (1024, self.features):
+            raise ShapeError(
+                f"Hypernetwork: network gives the shape {tuple(context.shape)} for z (1024, {self.z_features}), "
+                f"expected (1024, {self.features})"
+            )
+        return context.square().mean().clamp_min(1e-12).rsqrt()

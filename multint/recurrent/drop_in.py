@@ -1,0 +1,189 @@
+"""`nn.RNN`, `nn.LSTM` and `nn.GRU` with one more argument: the integrator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
+from multint.errors import OptionError
+from multint.integrators import Integrator, MultiplicativeIntegration
+from multint.recurrent.layer import Recurrent
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class _DropIn(Recurrent):
+    """What the three share: PyTorch's order of arguments, and what its users call and read."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        cell: Callable[[int, int], Cell],
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        regularisation: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            cell,
+            num_layers,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            **regularisation,
+        )
+        self.bias = bias
+        self.to(device=device, dtype=dtype)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no vendor's buffer to lay out. Users of `nn.LSTM` call it."""
+
+
+class RNN(_DropIn):
+    """`nn.RNN` with an integrator: h' = φ(f(x, h)).
+
+    Args:
+        nonlinearity: φ, "tanh" or "relu" as in `nn.RNN`, or any elementwise callable.
+        bias: whether the integrator has its b.
+        integrator: factory `(X, H, O) -> Integrator`.
+        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
+            other arguments are those of `nn.RNN`.
+
+    Raises: OptionError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str | Callable[[Tensor], Tensor] = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
+        layer_norm: bool = False,
+        **regularisation: Any,
+    ) -> None:
+        if isinstance(nonlinearity, str) and nonlinearity not in ACTIVATIONS:
+            raise OptionError(f"RNN: nonlinearity is {nonlinearity!r}, expected 'tanh', 'relu', or a callable")
+        activation = ACTIVATIONS[nonlinearity] if isinstance(nonlinearity, str) else nonlinearity
+        cell = partial(RNNCell, integrator=_biased(integrator, bias), activation=activation, layer_norm=layer_norm)
+        super().__init__(
+            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            regularisation,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+
+
+class LSTM(_DropIn):
+    """`nn.LSTM` with an integrator: (i, f, g, o) = gates(x, h). See `LSTMCell` for the equations.
+
+    Args:
+        bias: whether the integrator has its b.
+        proj_size: features P of the output where it is projected, 0 for no projection.
+        integrator: factory `(X, H, O) -> Integrator`.
+        peepholes, forget_bias, layer_norm: as in `LSTMCell`.
+        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
+            other arguments are those of `nn.LSTM`.
+
+    Raises: OptionError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
+        peepholes: bool = False,
+        forget_bias: float = 0.0,
+        layer_norm: bool = False,
+        **regularisation: Any,
+    ) -> None:
+        cell = partial(
+            LSTMCell,
+            integrator=_biased(integrator, bias),
+            peepholes=peepholes,
+            forget_bias=forget_bias,
+            proj_size=proj_size,
+            layer_norm=layer_norm,
+        )
+        super().__init__(
+            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            regularisation,
+        )  # fmt: skip
+        self.proj_size = proj_size
+
+
+class GRU(_DropIn):
+    """`nn.GRU` with an integrator for the gates (r, z) and the candidate. See `GRUCell` for the equations.
+
+    Args:
+        bias: whether the integrators have their b, and the candidate its b_r.
+        integrator: factory `(X, H, O) -> Integrator`.
+        reset_after: apply the reset after the product, as `nn.GRU` does; False applies it before (Wu et al. 2016, A.2).
+        layer_norm: as in `GRUCell`.
+        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
+            other arguments are those of `nn.GRU`.
+
+    Raises: OptionError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        **regularisation: Any,
+    ) -> None:
+        cell = partial(
+            GRUCell,
+            integrator=_biased(integrator, bias),
+            reset_after=reset_after,
+            recurrent_bias=0.0 if bias else None,
+            layer_norm=layer_norm,
+        )
+        super().__init__(
+            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            regularisation,
+        )  # fmt: skip
+
+
+def _biased(integrator: Callable[..., Integrator], bias: bool) -> Callable[[int, int, int], Integrator]:
+    """The factory, told to leave b out where `bias` is False."""
+    return integrator if bias else partial(integrator, bias=None)

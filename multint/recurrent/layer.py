@@ -1,0 +1,181 @@
+"""A stack of recurrent layers of any cell, with nn.LSTM's contract."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from multint.cells import Cell, LSTMCell
+from multint.errors import OptionError, ShapeError
+from multint.integrators.base import positive
+from multint.recurrent.masks import Masked, locked_mask
+from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
+from multint.scan.loop import ENGINES
+
+
+class Recurrent(nn.Module):
+    """A stack of recurrent layers: `(output, state) = rnn(x, state)`, as `nn.LSTM` has it, for any cell.
+
+    Args:
+        input_size: features X of the input.
+        hidden_size: H, given to every cell.
+        cell: factory `(input_size, hidden_size) -> Cell`, called once for each direction of each layer.
+        num_layers: number of layers L.
+        batch_first: the input is (B, T, X) and the output (B, T, ·); states are not affected.
+        dropout: probability of dropping each value of a layer's output, except the last layer's.
+        bidirectional: run every layer in both directions, D = 2, and concatenate their outputs.
+        zoneout: probability that a state keeps its old value at a step (Krueger et al. 2017): a number for every field
+            of the state, or a dict such as {"h": 0.05, "c": 0.5}. In evaluation the mean is taken.
+        input_dropout: probability of dropping a feature of every layer's input, with one mask for all steps.
+        state_dropout: the same for what each integrator reads of the state (Gal and Ghahramani 2016).
+        weight_drop: probability of dropping an entry of the integrators' recurrent matrices, drawn once a pass
+            (Merity et al. 2018).
+        engine: what runs the scan over time (see `multint.scan`).
+
+    Raises: OptionError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        cell: Callable[[int, int], Cell] = LSTMCell,
+        num_layers: int = 1,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        zoneout: float | dict[str, float] = 0.0,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.input_size = positive(self, "input_size", input_size)
+        self.hidden_size = positive(self, "hidden_size", hidden_size)
+        self.num_layers = positive(self, "num_layers", num_layers)
+        self.batch_first = batch_first
+        self.bidirectional = bidirectional
+        self.dropout = _probability("dropout", dropout)
+        self.input_dropout = _probability("input_dropout", input_dropout)
+        _probability("state_dropout", state_dropout)
+        _probability("weight_drop", weight_drop)
+        if engine not in ENGINES:
+            raise OptionError(f"Recurrent: engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
+        self.engine = engine
+        if dropout and num_layers == 1:
+            warnings.warn("Recurrent: dropout acts between layers, so it has no effect with num_layers=1", stacklevel=2)
+        self.directions = nn.ModuleList()  # layer by layer, forward before backward
+        for _ in range(num_layers):
+            size = self.output_size if len(self.directions) else input_size
+            for _ in range(2 if bidirectional else 1):
+                built = cell(size, hidden_size)
+                self.directions.append(Masked(built, _zoneout(built, zoneout), state_dropout, weight_drop))
+
+    @property
+    def output_size(self) -> int:
+        """Features of the output: the width of a cell's output times the number of directions."""
+        first: Any = self.directions[0]
+        return int(first.cell.initial_state(1)[0].shape[-1]) * (2 if self.bidirectional else 1)
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,  # (T, B, X); (B, T, X) if batch_first; (T, X) unbatched
+        state: Any = None,  # a named tuple of tensors (L·D, B, ·), or one bare tensor for a cell with one field
+        *,
+        lengths: Tensor | list[int] | None = None,  # (B,)
+        reset: Tensor | None = None,  # (T, B) bool
+    ) -> tuple[Any, Any]:  # (T, B, ·), and the state after each sequence's last step
+        """Run the stack.
+
+        Args:
+            state: the state before the first step; the cell's initial one where it is None.
+            lengths: number of steps of each sequence; beyond them the output is 0 and the state stays.
+            reset: True where a step starts an episode: before it the state returns to the cell's initial one.
+
+        Raises: ShapeError or OptionError for what does not fit.
+        """
+        sequences = unify(x, lengths, reset, self.input_size, self.batch_first)
+        states = self._states(state, sequences)
+        xs = sequences.xs
+        finals: list[Any] = []
+        for layer in range(self.num_layers):
+            if layer:
+                xs = nn.functional.dropout(xs, self.dropout, self.training)
+            if self.input_dropout and self.training:
+                xs = xs * locked_mask(xs[:1], self.input_dropout)
+            outputs = []
+            for backward in range(2 if self.bidirectional else 1):
+                direction: Any = self.directions[len(finals)]
+                output, final = self._run(direction, xs, sequences, next(states), bool(backward))
+                outputs.append(output)
+                finals.append(final)
+            xs = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+        fields = [torch.stack(field) for field in zip(*finals, strict=True)]
+        if sequences.unbatched:
+            fields = [field.squeeze(1) for field in fields]
+        state = type(finals[0])(*fields) if len(fields) > 1 else fields[0]
+        return restore(xs, sequences, self.batch_first), state
+
+    def _run(
+        self, direction: Masked, xs: Tensor, sequences: Sequences, state: Any, backward: bool
+    ) -> tuple[Tensor, Any]:
+        """One direction of one layer. Padding comes first when reading backwards, and leaves the state as it was."""
+        streams = {"x": xs}
+        if sequences.valid is not None:
+            streams["valid"] = sequences.valid
+        if backward:
+            streams = {name: stream.flip(0) for name, stream in streams.items()}
+        if sequences.reset is not None:
+            streams["reset"] = reversed_reset(sequences.reset) if backward else sequences.reset
+        output, final = direction.run(streams, state, self.engine)
+        if "valid" in streams:
+            output = torch.where(streams["valid"].unsqueeze(-1), output, 0)
+        return (output.flip(0) if backward else output), final
+
+    def _states(self, state: Any, sequences: Sequences) -> Iterator[Any]:
+        """The initial state of each direction of each layer."""
+        batch_size = sequences.xs.shape[1]
+        initial = [direction.cell.initial_state(batch_size) for direction in self.directions]  # type: ignore[union-attr, operator]
+        if state is None:
+            yield from initial
+            return
+        fields = (state,) if isinstance(state, Tensor) else tuple(state)
+        form, count = initial[0], len(initial)
+        if len(fields) != len(form):
+            raise ShapeError(f"state has {len(fields)} tensors, expected {len(form)}: {', '.join(form._fields)}")
+        if sequences.unbatched:
+            fields = tuple(field.unsqueeze(1) for field in fields)
+        for name, field, one in zip(form._fields, fields, form, strict=True):
+            if field.shape != (count, *one.shape):
+                raise ShapeError(
+                    f"state.{name} has the shape {tuple(field.shape)}, expected {(count, *one.shape)}: layers × "
+                    "directions, sequences, features"
+                )
+        for one, *values in zip(initial, *fields, strict=True):
+            yield type(one)(*values)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _probability(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise OptionError(f"Recurrent: {name} is {value!r}, expected a probability: at least 0 and below 1")
+    return value
+
+
+def _zoneout(cell: Cell, zoneout: float | dict[str, float]) -> dict[str, float]:
+    """The probabilities above 0, by field of the cell's state."""
+    fields = cell.initial_state(1)._fields
+    given = zoneout if isinstance(zoneout, dict) else dict.fromkeys(fields, zoneout)
+    for name, value in given.items():
+        if name not in fields:
+            raise OptionError(f"Recurrent: zoneout names {name!r}, expected the state's fields: {', '.join(fields)}")
+        _probability(f"zoneout of {name}", value)
+    return {name: value for name, value in given.items() if value}

@@ -1,0 +1,94 @@
+"""nn.LSTM's conventions for what goes in and comes out, brought to one inner form and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from multint.errors import OptionError, ShapeError
+
+
+class Sequences(NamedTuple):
+    """A batch in the inner form: time-major, padded, batched."""
+
+    xs: Tensor  # (T, B, X)
+    valid: Tensor | None  # (T, B) bool, False past a sequence's end; None where all have the full length
+    reset: Tensor | None  # (T, B) bool, True where an episode starts
+    packed: PackedSequence | None  # what came in, where that was packed
+    unbatched: bool
+
+
+def unify(
+    x: Tensor | PackedSequence,
+    lengths: Tensor | list[int] | None,
+    reset: Tensor | None,
+    input_size: int,
+    batch_first: bool,
+) -> Sequences:
+    """Bring an input to the inner form.
+
+    Raises: ShapeError for shapes that do not fit; OptionError for lengths out of range or given twice.
+    """
+    packed, unbatched = None, False
+    if isinstance(x, PackedSequence):
+        if lengths is not None:
+            raise OptionError("lengths: a PackedSequence brings its own lengths, expected None")
+        packed = x
+        xs, lengths = pad_packed_sequence(packed)
+    else:
+        unbatched = x.ndim == 2
+        if x.ndim not in (2, 3):
+            raise ShapeError(f"x has {x.ndim} dimensions, expected 3, or 2 where it is unbatched: (T, X)")
+        xs = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
+    if xs.shape[-1] != input_size:
+        raise ShapeError(f"x has {xs.shape[-1]} features, expected {input_size} (input_size)")
+    if 0 in xs.shape[:2]:
+        raise ShapeError(f"x has {xs.shape[0]} steps of {xs.shape[1]} sequences, expected at least 1 of each")
+    if reset is not None:
+        # A packed batch's flags are given padded, in the layer's own layout.
+        reset = reset.unsqueeze(1) if unbatched else reset.transpose(0, 1) if batch_first else reset
+        if reset.shape != xs.shape[:2] or reset.dtype != torch.bool:
+            raise ShapeError(
+                f"reset is {reset.dtype} of the shape {tuple(reset.shape)} (time-major), expected torch.bool of the "
+                f"shape {tuple(xs.shape[:2])}: one flag for each step of each sequence"
+            )
+    return Sequences(xs, _valid(xs, lengths), reset, packed, unbatched)
+
+
+def restore(output: Tensor, sequences: Sequences, batch_first: bool) -> Tensor | PackedSequence:
+    """Bring an output (T, B, ·) to the form that the input had."""
+    packed = sequences.packed
+    if packed is None:
+        return output.squeeze(1) if sequences.unbatched else output.transpose(0, 1) if batch_first else output
+    if packed.sorted_indices is not None:
+        output = output.index_select(1, packed.sorted_indices)
+    # The number of sequences still running at each step gives the sorted lengths back.
+    lengths = (torch.arange(1, output.shape[1] + 1)[:, None] <= packed.batch_sizes).sum(1)
+    data = pack_padded_sequence(output, lengths).data
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def reversed_reset(reset: Tensor) -> Tensor:
+    """The flags for the sequence read backwards: an episode then starts at what was its last step."""
+    return torch.cat([reset[1:], torch.zeros_like(reset[:1])]).flip(0)
+
+
+def _valid(xs: Tensor, lengths: Tensor | list[int] | None) -> Tensor | None:
+    if lengths is None:
+        return None
+    steps, batch_size = xs.shape[:2]
+    lengths = torch.as_tensor(lengths, device=xs.device)
+    if lengths.shape != (batch_size,) or lengths.is_floating_point() or lengths.is_complex():
+        raise ShapeError(
+            f"lengths is {lengths.dtype} of the shape {tuple(lengths.shape)}, expected whole numbers of the shape "
+            f"({batch_size},): one for each sequence"
+        )
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > steps:
+        raise OptionError(f"lengths are from {shortest} to {longest}, expected from 1 to {steps} (the steps of x)")
+    if shortest == steps:
+        return None
+    return torch.arange(steps, device=xs.device)[:, None] < lengths

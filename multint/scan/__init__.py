@@ -1,0 +1,5 @@
+"""Running a cell's step over time."""
+
+from multint.scan.loop import scan
+
+__all__ = ["scan"]
