@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,11 +42,13 @@ class TensorProduct(nn.Module):
         first = min(sizes, key=sizes.__getitem__)
         if first == "both":
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
-            return functional.linear(outer.flatten(-2), W.flatten(1))
+            return functional.linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
         if first == "x":
-            matrix = functional.linear(x, W.flatten(0, 1)).unflatten(-1, (out_features, z_features))
+            matrix = functional.linear(x, rearrange(W, "o z x -> (o z) x"))
+            matrix = rearrange(matrix, "... (o z) -> ... o z", o=out_features)
             return torch.matmul(matrix, z.unsqueeze(-1)).squeeze(-1)
-        matrix = torch.matmul(z, W.transpose(0, 1).flatten(1)).unflatten(-1, (out_features, x_features))
+        matrix = functional.linear(z, rearrange(W, "o z x -> (o x) z"))
+        matrix = rearrange(matrix, "... (o x) -> ... o x", o=out_features)
         return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
 
     def extra_repr(self) -> str:

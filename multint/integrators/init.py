@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from multint.errors import OptionError
 
 
+LARGEST_VARIANCE = 1e4  # where a term is told to start almost at 0, its matrices need not make up for it
+
+
 def fill(weight: Tensor, variance: float) -> None:
     """Fill in place with independent uniform draws of mean 0 and the given variance."""
     bound = math.sqrt(3.0 * variance)
@@ -48,7 +51,8 @@ def share(*present: bool) -> float:
 
 
 def quadratic_root(a: float, b: float) -> float:
-    """The v > 0 with a·v² + b·v = 1, for a, b ≥ 0; 1 where both are 0."""
-    if a == 0:
-        return 1.0 / b if b else 1.0
-    return (math.sqrt(b * b + 4 * a) - b) / (2 * a)
+    """The v > 0 with a·v² + b·v = 1, for a, b ≥ 0; 1 where both are 0, and at most `LARGEST_VARIANCE`."""
+    if a == b == 0:
+        return 1.0
+    # The textbook's form with a in the denominator loses its digits as a → 0.
+    return min(2.0 / (b + math.sqrt(b * b + 4 * a)), LARGEST_VARIANCE)

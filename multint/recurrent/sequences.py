@@ -55,7 +55,11 @@ def unify(
                 f"reset is {reset.dtype} of the shape {tuple(reset.shape)} (time-major), expected torch.bool of the "
                 f"shape {tuple(xs.shape[:2])}: one flag for each step of each sequence"
             )
-    return Sequences(xs, _valid(xs, lengths), reset, packed, unbatched)
+    valid = _valid(xs, lengths)
+    if valid is not None:
+        # Whatever stands in the padding, a NaN too, must not reach a gradient by way of 0 · NaN.
+        xs = torch.where(valid.unsqueeze(-1), xs, 0)
+    return Sequences(xs, valid, reset, packed, unbatched)
 
 
 def restore(output: Tensor, sequences: Sequences, batch_first: bool) -> Tensor | PackedSequence:

@@ -1,0 +1,215 @@
+"""Published equations and models as special cases, each against a form written out by hand."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from multint import (
+    Additive,
+    Bilinear,
+    Concat,
+    Diagonal,
+    GRUCell,
+    Hadamard,
+    Hypernetwork,
+    LowRank,
+    LSTMCell,
+    MultintError,
+    MultiplicativeIntegration,
+    Pairwise,
+    RNNCell,
+    scan,
+)
+from multint.cells import HiddenState, LSTMState
+from tests.catalogue import krause, normal, randomise
+
+X, Z, OUT = 7, 5, 3
+x, z = normal(6, X), normal(6, Z, seed=2)
+
+
+def exact(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def share(source, *targets):
+    """Give the targets the source's projections."""
+    for target in targets:
+        target.x_projection.weight.data = source.x_projection.weight.data
+        target.z_projection.weight.data = source.z_projection.weight.data
+
+
+def test_additive_and_concat_are_a_linear_layer_on_both_streams():
+    f, g = randomise(Additive(X, Z, OUT).double()), Concat(X, Z, OUT).double()
+    A = torch.cat([f.x_projection.weight, f.z_projection.weight], dim=1).data
+    g.projection.weight.data, g.bias.data = A, f.bias.data
+    both = torch.cat([x, z], dim=-1)
+    exact(f(x, z), nn.functional.linear(both, A, f.bias))
+    exact(g(x, z), f(x, z))
+
+
+def test_mi_with_alpha_0_and_betas_1_is_additive():
+    f, g = MultiplicativeIntegration(X, Z, OUT, 0.0, 1.0, 1.0, 0.3).double(), Additive(X, Z, OUT, bias=0.3).double()
+    share(f, g)
+    exact(f(x, z), g(x, z))
+
+
+def test_equation_3_is_equation_4_with_alpha_1_and_another_bias():
+    f = randomise(Hadamard(X, Z, OUT, x_bias=0.0, z_bias=0.0).double())
+    g = MultiplicativeIntegration(X, Z, OUT).double()
+    share(f, g)
+    g.alpha.data.fill_(1.0)
+    g.beta1.data, g.beta2.data = f.x_bias.data, f.z_bias.data
+    g.bias.data = f.bias.data + f.x_bias.data * f.z_bias.data
+    exact(g(x, z), f(x, z))
+
+
+def test_beta1_multiplies_the_state_and_beta2_the_input():
+    f = MultiplicativeIntegration(X, Z, OUT, alpha=0.0, beta1=1.0, beta2=0.0).double()
+    exact(f(x, z), z @ f.z_projection.weight.T)
+
+
+def test_pairwise_of_two_streams_is_mi():
+    f, g = randomise(MultiplicativeIntegration(X, Z, OUT).double()), Pairwise((X, Z), OUT).double()
+    g.projections[0].weight.data, g.projections[1].weight.data = f.x_projection.weight.data, f.z_projection.weight.data
+    g.alphas[0].data, g.betas[0].data, g.betas[1].data = f.alpha.data, f.beta2.data, f.beta1.data
+    g.bias.data = f.bias.data
+    exact(g(x, z), f(x, z))
+
+
+def test_pairwise_of_three_streams():
+    f = randomise(Pairwise((X, Z, 4), OUT).double())
+    streams = x, z, normal(6, 4, seed=3)
+    projected = [s @ p.weight.T for s, p in zip(streams, f.projections, strict=True)]
+    pairs = itertools.combinations(projected, 2)
+    expected = sum(a * p * q for a, (p, q) in zip(f.alphas, pairs, strict=True))
+    expected = expected + sum(b * p for b, p in zip(f.betas, projected, strict=True)) + f.bias
+    exact(f(*streams), expected)
+    with pytest.raises(MultintError, match="got 2 streams, expected 3"):
+        f(x, z)
+    with pytest.raises(MultintError, match=r"stream 2 has 5 features, expected 4 \(features\[2\]\)"):
+        f(x, z, z)
+
+
+def test_diagonal_starts_at_the_identity():
+    torch.testing.assert_close(Diagonal(X, Z, X).double()(x, z), x, rtol=0, atol=0)
+
+
+def test_a_linear_hypernetwork_is_bilinear():
+    f = randomise(Hypernetwork(X, Z, OUT, features=6, network=nn.Linear).double())
+    A, a = f.scale * f.network.weight, f.scale * f.network.bias
+    W, U, V, b = f.head.terms()
+    g = Bilinear(X, Z, OUT).double()
+    g.interaction.weight.data = torch.einsum("ogj,gi->oij", W, A).data
+    g.lower.z_projection.weight.data = (U @ A).data
+    g.lower.x_projection.weight.data = (V + torch.einsum("ogj,g->oj", W, a)).data
+    g.lower.bias.data = (b + U @ a).data
+    exact(g(x, z), f(x, z))
+
+
+def test_bilinear_alone_is_torch_bilinear():
+    f, g = nn.Bilinear(X, Z, OUT).double(), Bilinear(X, Z, OUT, z_term=False, x_term=False).double()
+    g.interaction.weight.data, g.lower.bias.data = f.weight.data.transpose(1, 2), f.bias.data
+    exact(g(x, z), f(x, z))
+
+
+def test_the_mixed_derivative_is_the_interaction():
+    """∂²f/∂x∂z = W (Jayakumar et al. 2020): what an additive block has none of."""
+    f = randomise(LowRank(X, Z, OUT, rank=2).double())
+
+    def z_jacobian(one_x):
+        return torch.func.jacrev(lambda one_z: f(one_x, one_z))(z[0])
+
+    exact(torch.func.jacrev(z_jacobian)(x[0]), f.terms().W)
+
+
+def test_multiplicative_lstm_from_parts():
+    """Krause et al. 2016, the variant with the usual tanh candidate: m takes h's place in all gates."""
+    cell = randomise(LSTMCell(X, 4, integrator=krause).double())
+    h, c = normal(6, 4, seed=3), normal(6, 4, seed=4)
+    outer, inner = cell.gates.outer, cell.gates.inner
+    m = (x @ inner.x_projection.weight.T) * (h @ inner.z_projection.weight.T)
+    gates = x @ outer.x_projection.weight.T + m @ outer.z_projection.weight.T + outer.bias
+    i, f, g, o = gates.chunk(4, -1)
+    new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    state = cell(x, LSTMState(h, c))
+    exact(state.c, new_c)
+    exact(state.h, o.sigmoid() * new_c.tanh())
+
+
+def test_multiplicative_rnn_is_low_rank_without_the_state_term():
+    """Sutskever et al. 2011: the same map as an additive one through a Hadamard one."""
+    f = randomise(LowRank(X, Z, OUT, rank=4, z_term=False).double())
+    g = Additive(X, 4, OUT).double() @ Hadamard(X, Z, 4, bias=None).double()
+    g.inner.x_projection.weight.data, g.inner.z_projection.weight.data = f.x_factor.weight.data, f.z_factor.weight.data
+    g.outer.z_projection.weight.data = f.out_factor.weight.data
+    g.outer.x_projection.weight.data, g.outer.bias.data = f.lower.x_projection.weight.data, f.lower.bias.data
+    exact(g(x, z), f(x, z))
+
+
+def test_mi_lstm_is_the_papers():
+    """Wu et al. 2016, A.1, gate by gate."""
+    cell = randomise(LSTMCell(X, 4).double())
+    h, c = normal(6, 4, seed=3), normal(6, 4, seed=4)
+    f = cell.gates
+
+    def gate(name):
+        rows = slice(4 * cell.gate_names.index(name), 4 * cell.gate_names.index(name) + 4)
+        wx, uh = x @ f.x_projection.weight[rows].T, h @ f.z_projection.weight[rows].T
+        return f.alpha[rows] * wx * uh + f.beta1[rows] * uh + f.beta2[rows] * wx + f.bias[rows]
+
+    new_c = gate("i").sigmoid() * gate("g").tanh() + gate("f").sigmoid() * c
+    state = cell(x, LSTMState(h, c))
+    exact(state.c, new_c)
+    exact(state.h, gate("o").sigmoid() * new_c.tanh())
+
+
+@pytest.mark.parametrize("reset_after", [False, True])
+def test_mi_gru_is_the_papers(reset_after):
+    """Wu et al. 2016, A.2, with our z = 1 − theirs; reset after the product: r ⊙ Uh in U(r ⊙ h)'s place."""
+    cell = randomise(GRUCell(X, 4, reset_after=reset_after, recurrent_bias=None).double())
+    h = normal(6, 4, seed=3)
+    r, update = cell.gates(x, h).sigmoid().chunk(2, -1)
+    f = cell.candidate
+    wx = x @ f.x_projection.weight.T
+    uh = r * (h @ f.z_projection.weight.T) if reset_after else (r * h) @ f.z_projection.weight.T
+    n = (f.alpha * wx * uh + f.beta1 * uh + f.beta2 * wx + f.bias).tanh()
+    exact(cell(x, HiddenState(h)).h, (1 - update) * n + update * h)
+
+
+def test_the_jacobian_of_an_mi_step():
+    """∂h'/∂h = diag(φ'(·)) diag(α ⊙ Wx + β1) U; the paper's eq. 6 writes its transpose."""
+    cell = randomise(RNNCell(X, Z).double())
+    f = cell.integrator
+    J = torch.func.jacrev(lambda h: cell.step(x[0], HiddenState(h)).h)(z[0])
+    slope = 1 - cell.step(x[0], HiddenState(z[0])).h ** 2
+    gain = f.alpha * (f.x_projection.weight @ x[0]) + f.beta1
+    exact(J, (slope * gain)[:, None] * f.z_projection.weight)
+
+
+def test_a_linear_mi_rnn_is_the_forward_algorithm():
+    """Wu et al. 2016, section 4.1, against the sum over all hidden paths.
+
+    h_0 is the distribution one step before the first observation, so that the first step's U carries it to π.
+    """
+    generator = torch.Generator().manual_seed(0)
+    states, symbols, steps = 3, 4, 5
+
+    def stochastic(rows, columns):
+        weights = torch.rand(rows, columns, generator=generator, dtype=torch.float64)
+        return weights / weights.sum(0)
+
+    U, emission, before = stochastic(states, states), stochastic(symbols, states), stochastic(states, 1)[:, 0]
+    cell = RNNCell(symbols, states, lambda *sizes: Hadamard(*sizes, bias=None), activation=nn.Identity()).double()
+    cell.integrator.x_projection.weight.data, cell.integrator.z_projection.weight.data = emission.T, U
+    observed = [1, 3, 0, 2, 1]
+    xs = nn.functional.one_hot(torch.tensor(observed), symbols).double().unsqueeze(1)
+    _, final = scan(cell, xs, HiddenState(before[None]))
+    likelihood = 0.0
+    for path in itertools.product(range(states), repeat=steps):
+        p = (U @ before)[path[0]]
+        for t, state in enumerate(path):
+            p = p * emission[observed[t], state] * (U[state, path[t - 1]] if t else 1.0)
+        likelihood += p
+    exact(final.h.sum(), likelihood)

@@ -1,0 +1,250 @@
+"""Laws of the algebra, each over the whole catalogue of integrators."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import multint
+from multint import (
+    Additive,
+    BiAffine,
+    Bilinear,
+    Diagonal,
+    Gated,
+    Hadamard,
+    Hypernetwork,
+    Integrator,
+    LowRank,
+    MultintError,
+    MultiplicativeIntegration,
+    Pairwise,
+    Sum,
+    Swapped,
+    Through,
+    Tucker,
+)
+from multint.integrators import flops, parameter_count, rank
+from tests.catalogue import INTEGRATORS, Sizes, normal, randomise
+
+ODD = Sizes(7, 5, 3)
+every_integrator = pytest.mark.parametrize("name", INTEGRATORS)
+
+
+def build(name: str, sizes: Sizes = ODD) -> Integrator:
+    return randomise(INTEGRATORS[name](sizes).double())
+
+
+def has_terms(f: Integrator) -> bool:
+    try:
+        f.terms()
+    except (AttributeError, MultintError):
+        return False
+    return True
+
+
+BI_AFFINE = [name for name in INTEGRATORS if has_terms(build(name))]
+
+
+def test_all_but_the_gated_and_hypernetwork_forms_are_bi_affine():
+    without = set(INTEGRATORS) - set(BI_AFFINE)
+    assert without == {name for name in INTEGRATORS if "gated" in name or "hypernetwork" in name}
+
+
+@pytest.mark.parametrize("name", BI_AFFINE)
+@pytest.mark.parametrize("sizes", [ODD, Sizes(4, 9, 11), Sizes(1, 1, 1)])
+def test_forward_equals_the_dense_form(name, sizes):
+    f = build(name, sizes)
+    x, z = normal(2, 6, sizes.x), normal(2, 6, sizes.z, seed=2)
+    torch.testing.assert_close(f(x, z), f.terms()(x, z), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BI_AFFINE)
+def test_the_dense_form_has_the_same_gradients(name):
+    f, g = build(name), build(name)
+    x, z = normal(6, 7), normal(6, 5, seed=2)
+    (f(x, z) ** 2).sum().backward()
+    (g.terms()(x, z) ** 2).sum().backward()
+    for (which, ours), theirs in zip(f.named_parameters(), g.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=which)
+
+
+@every_integrator
+@pytest.mark.parametrize(
+    ("x_leading", "z_leading"),
+    [
+        ((), ()),
+        ((4,), (4,)),
+        ((3, 4), (3, 4)),
+        ((3, 4), (4,)),
+        ((4,), (3, 4)),
+        ((3, 1), (1, 4)),
+        ((2,), ()),
+        ((), (2,)),
+    ],
+)
+def test_leading_shapes_broadcast(name, x_leading, z_leading):
+    f = build(name)
+    x, z = normal(*x_leading, 7), normal(*z_leading, 5, seed=2)
+    leading = torch.broadcast_shapes(x_leading, z_leading)
+    rows = zip(x.expand(*leading, 7).reshape(-1, 7), z.expand(*leading, 5).reshape(-1, 5), strict=True)
+    expected = torch.stack([f(one, other) for one, other in rows]).view(*leading, f.out_features)
+    torch.testing.assert_close(f(x, z), expected, rtol=1e-10, atol=1e-10)
+
+
+@every_integrator
+@pytest.mark.parametrize("stream", ["x", "z"])
+def test_a_stream_enters_through_its_named_weights_alone(name, stream):
+    f = build(name)
+    for weight in getattr(f, f"{stream}_weights"):
+        f.get_parameter(weight).data.zero_()
+    x, z = normal(6, 7), normal(6, 5, seed=2)
+    other = (normal(6, 7, seed=3), z) if stream == "x" else (x, normal(6, 5, seed=3))
+    if name.endswith("diagonal") and stream == "x":
+        assert f.x_weights == (), "x enters a diagonal form by itself, through no weight"
+        return
+    torch.testing.assert_close(f(x, z), f(*other), rtol=0, atol=0)
+
+
+@every_integrator
+def test_gradcheck(name):
+    f = build(name)
+    inputs = normal(2, 7, requires_grad=True), normal(2, 5, seed=2, requires_grad=True)
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@every_integrator
+@pytest.mark.parametrize("sizes", [Sizes(256, 32, 64), Sizes(64, 64, 256), ODD])
+def test_unit_variance_in_gives_unit_variance_out(name, sizes):
+    torch.manual_seed(0)
+    # One small module has the luck of its draw: the mean over several is what the initialisation promises.
+    modules = [INTEGRATORS[name](sizes) for _ in range(1 if sizes.x > 7 else 30)]
+    with torch.no_grad():
+        variances = [f(torch.randn(2048, sizes.x), torch.randn(2048, sizes.z)).var() for f in modules]
+    assert 0.5 <= torch.stack(variances).mean() <= 2.0
+
+
+@given(alpha=st.floats(0, 3), beta1=st.floats(0, 2), beta2=st.floats(0, 2), bias=st.floats(-1, 1))
+@settings(max_examples=20, deadline=None)
+def test_mi_starts_where_it_is_told_and_with_unit_variance(alpha, beta1, beta2, bias):
+    torch.manual_seed(0)
+    f = MultiplicativeIntegration(64, 48, 32, alpha, beta1, beta2, bias)
+    for parameter, value in ((f.alpha, alpha), (f.beta1, beta1), (f.beta2, beta2), (f.bias, bias)):
+        torch.testing.assert_close(parameter.detach(), torch.full((32,), value))
+    if max(alpha, beta1, beta2) > 0.05:
+        variance = f(torch.randn(4096, 64), torch.randn(4096, 48)).var()
+        assert 0.5 <= variance <= 2.0
+
+
+@every_integrator
+def test_wrong_features_and_leading_shapes_are_named(name):
+    f = build(name)
+    kind = type(f).__name__
+    with pytest.raises(MultintError, match=rf"{kind}: x has 8 features, expected 7 \(x_features\)"):
+        f(normal(2, 8), normal(2, 5))
+    with pytest.raises(MultintError, match=rf"{kind}: z has 4 features, expected 5 \(z_features\)"):
+        f(normal(2, 7), normal(2, 4))
+    with pytest.raises(MultintError, match=r"leading shapes \(2,\) and \(3,\) do not broadcast"):
+        f(normal(2, 7), normal(3, 5))
+    with pytest.raises(MultintError, match="x has no dimensions"):
+        f(torch.tensor(1.0), normal(2, 5))
+
+
+@every_integrator
+def test_state_dict_and_copies_keep_the_function(name):
+    f, g = build(name), INTEGRATORS[name](ODD).double()
+    g.load_state_dict(f.state_dict())
+    x, z = normal(6, 7), normal(6, 5, seed=2)
+    torch.testing.assert_close(g(x, z), f(x, z), rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(f)(x, z), f(x, z), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Additive(0, 5, 3), "x_features is 0, expected a whole number of at least 1"),
+        (lambda: Additive(7, 5, 3.0), "out_features is 3.0"),
+        (lambda: Additive(7, 5, 3, bias=True), "bias is True, expected the number that the vector starts at"),
+        (lambda: MultiplicativeIntegration(7, 5, 3, alpha=None), "alpha is None"),
+        (lambda: MultiplicativeIntegration(7, 5, 3, beta1=float("nan")), "beta1 is nan"),
+        (lambda: LowRank(7, 5, 3, rank=0), "LowRank: rank is 0, expected a whole number of at least 1"),
+        (lambda: Tucker(7, 5, 3, 8, 2), "x_rank is 8, expected at most the stream's 7 features"),
+        (lambda: Diagonal(7, 5, 3), r"out_features is 3, expected x_features \(7\)"),
+        (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
+        (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
+        (lambda: Pairwise((7,), 3), "got 1 streams"),
+        (lambda: Additive(7, 5, 3) + Additive(7, 5, 4), "expected equal ones"),
+        (lambda: Additive(7, 5, 3) @ Hadamard(7, 5, 4), "inner's out_features is 4, expected outer's z_features, 5"),
+        (lambda: Additive(7, 5, 3) @ Hadamard(8, 5, 5), "inner's x_features is 8"),
+    ],
+)
+def test_wrong_settings_say_what_was_expected(make, message):
+    with pytest.raises(MultintError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("operate", [lambda f: f + 1, lambda f: f * "a", lambda f: f @ 2, lambda f: f * f])
+def test_the_algebra_refuses_what_is_not_an_integrator(operate):
+    with pytest.raises(TypeError):
+        operate(Additive(7, 5, 3))
+
+
+def test_compositions_that_are_not_bi_affine_have_no_terms():
+    for f in (
+        Gated(7, 5, 3) + Additive(7, 5, 3),
+        2 * Gated(7, 5, 3),
+        Swapped(Gated(7, 5, 3)),
+        MultiplicativeIntegration(7, 4, 3) @ Additive(7, 5, 4),
+    ):
+        with pytest.raises(MultintError, match=r"has no terms\(\)"):
+            f.terms()
+
+
+def test_the_operators_build_the_named_compositions():
+    f, g = randomise(Additive(7, 5, 5).double()), randomise(Hadamard(7, 5, 5).double(), seed=3)
+    x, z = normal(6, 7), normal(6, 5, seed=2)
+    assert isinstance(f + g, Sum)
+    assert isinstance(f @ g, Through)
+    torch.testing.assert_close((f + g)(x, z), f(x, z) + g(x, z))
+    torch.testing.assert_close((0.3 * f)(x, z), 0.3 * f(x, z))
+    torch.testing.assert_close((f @ g)(x, z), f(x, g(x, z)))
+    torch.testing.assert_close(Swapped(f)(z, x), f(x, z))
+
+
+def test_ranks():
+    torch.manual_seed(0)
+    assert rank(Additive(7, 5, 3)) == (0, 0, 0)
+    assert rank(Bilinear(7, 5, 3)) == (3, 5, 7)
+    assert rank(LowRank(9, 8, 7, rank=3)) == (3, 3, 3)
+    assert rank(LowRank(60, 40, 20, rank=4)) == (4, 4, 4)
+    assert rank(Tucker(9, 8, 7, x_rank=3, z_rank=2)) == (6, 2, 3)
+    with pytest.raises(MultintError, match="not bi-affine"):
+        rank(Gated(7, 5, 3))
+
+
+def test_counts():
+    f = LowRank(9, 8, 7, rank=3)
+    assert parameter_count(f) == 3 * 9 + 3 * 8 + 7 * 3 + 7 * 8 + 7 * 9 + 7
+    assert flops(f) == 2 * (3 * 9 + 3 * 8 + 7 * 3 + 7 * 8 + 7 * 9)
+    assert parameter_count(f + f) == parameter_count(f), "a shared parameter counts once"
+    # The smallest intermediate first: one product with W, one small one beside it.
+    assert flops(Bilinear(4, 3, 50, False, False)) == 2 * 50 * 4 * 3
+
+
+def test_every_public_integrator_is_in_the_catalogue():
+    def parts(f):
+        return {type(module) for module in f.modules() if isinstance(module, Integrator)}
+
+    catalogued = set().union(*(parts(build(name)) for name in INTEGRATORS))
+    public = {value for value in vars(multint).values() if isinstance(value, type) and issubclass(value, Integrator)}
+    assert public - {Integrator, BiAffine} <= catalogued
+
+
+def test_partial_factories_take_the_three_sizes():
+    f = partial(LowRank, rank=2)(7, 5, 3)
+    assert (f.x_features, f.z_features, f.out_features, f.rank) == (7, 5, 3, 2)

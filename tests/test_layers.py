@@ -1,0 +1,371 @@
+"""Laws of cells and layers, each over the whole catalogue."""
+
+import copy
+import io
+import pickle
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from multint import GRU, LSTM, RNN, Additive, Cell, GRUCell, LSTMCell, MultintError, Recurrent, RNNCell, scan
+from multint.cells import HiddenState, LSTMState
+from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, LAYERS, TYPICAL, initial_state, layer, normal, randomise
+
+T, B = 5, 3
+every_cell = pytest.mark.parametrize("cell", CELLS)
+typical_cell = pytest.mark.parametrize("cell", TYPICAL)
+every_layer = pytest.mark.parametrize("mode", LAYERS)
+
+
+def exact(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def fields(state):
+    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
+
+
+def rows(state, start, stop):
+    """The state of some of the sequences."""
+    cut = [field[:, start:stop] for field in fields(state)]
+    return cut[0] if isinstance(state, torch.Tensor) else type(state)(*cut)
+
+
+def built(cell):
+    return randomise(CELLS[cell](INPUT_SIZE, HIDDEN_SIZE).double())
+
+
+@every_cell
+def test_step_by_step_equals_the_whole_sequence(cell):
+    one = built(cell)
+    xs = normal(T, B, INPUT_SIZE)
+    output, final = scan(one, xs, one.initial_state(B))
+    state = None
+    for t in range(T):
+        state = one(xs[t], state)
+        exact(output[t], state[0])
+    exact(tuple(final), tuple(state))
+
+
+@every_cell
+def test_rows_do_not_know_of_each_other(cell):
+    rnn = layer(cell)
+    xs, state = normal(T, B, INPUT_SIZE), initial_state(layer(cell), B)
+    output, final = rnn(xs, state)
+    for b in range(B):
+        alone, alone_final = rnn(xs[:, b : b + 1], rows(state, b, b + 1))
+        exact(output[:, b : b + 1], alone)
+        exact(fields(rows(final, b, b + 1)), fields(alone_final))
+
+
+@every_cell
+def test_split_with_carried_state_equals_the_whole(cell):
+    rnn = layer(cell, "stacked")
+    xs, state = normal(T, B, INPUT_SIZE), initial_state(rnn, B)
+    output, final = rnn(xs, state)
+    first, carried = rnn(xs[:2], state)
+    second, last = rnn(xs[2:], carried)
+    exact(torch.cat([first, second]), output)
+    exact(fields(last), fields(final))
+
+
+@typical_cell
+@every_layer
+def test_padded_equals_unpadded(cell, mode):
+    """Outputs, final states and every gradient; what stands in the padding does not matter, not even NaN."""
+    padded, alone = layer(cell, mode), layer(cell, mode)
+    lengths = [5, 2, 4]
+    xs = normal(T, B, INPUT_SIZE)
+    for b, length in enumerate(lengths):
+        xs[length:, b] = float("nan")
+    others = xs.clone().requires_grad_()
+    xs.requires_grad_()
+    state = initial_state(padded, B)
+    output, final = padded(xs, state, lengths=lengths)
+    (output.square().sum() + sum(field.sum() for field in fields(final))).backward()
+    for b, length in enumerate(lengths):
+        one, one_final = alone(others[:length, b : b + 1], rows(state, b, b + 1))
+        exact(output[:length, b : b + 1], one)
+        exact(output[length:, b], torch.zeros_like(output[length:, b]))
+        exact(fields(rows(final, b, b + 1)), fields(one_final))
+        (one.square().sum() + sum(field.sum() for field in fields(one_final))).backward()
+    exact(xs.grad, others.grad)
+    for ours, theirs in zip(padded.parameters(), alone.parameters(), strict=True):
+        exact(ours.grad, theirs.grad)
+
+
+@typical_cell
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 2, 4], [5, 4, 2]])
+def test_packed_equals_lengths(cell, batch_first, lengths):
+    rnn = layer(cell, "bidirectional", batch_first=batch_first)
+    xs = normal(B, T, INPUT_SIZE) if batch_first else normal(T, B, INPUT_SIZE)
+    state = initial_state(layer(cell, "bidirectional"), B)
+    output, final = rnn(xs, state, lengths=lengths)
+    for in_order in {False, lengths == sorted(lengths, reverse=True)}:
+        packed = pack_padded_sequence(xs, torch.tensor(lengths), batch_first, enforce_sorted=in_order)
+        packed_output, packed_final = rnn(packed, state)
+        unpacked, unpacked_lengths = pad_packed_sequence(packed_output, batch_first)
+        exact(unpacked, output)
+        assert unpacked_lengths.tolist() == lengths
+        exact(fields(packed_final), fields(final))
+
+
+@typical_cell
+@every_layer
+def test_a_reset_starts_an_episode(cell, mode):
+    """Episodes in one stream equal the episodes run apart, in both directions."""
+    rnn = layer(cell, mode)
+    xs, state = normal(6, 1, INPUT_SIZE), initial_state(rnn, 1)
+    reset = torch.tensor([[False], [False], [True], [True], [False], [False]])
+    output, _ = rnn(xs, None, reset=reset)
+    pieces = [rnn(piece)[0] for piece in xs.split([2, 1, 3])]
+    exact(output, torch.cat(pieces))
+    if mode != "bidirectional":
+        carried, _ = rnn(xs, state, reset=reset)
+        exact(carried[:2], rnn(xs[:2], state)[0])
+        exact(carried[2:], output[2:])
+
+
+@typical_cell
+@every_layer
+def test_batch_first_and_unbatched_are_the_same_numbers(cell, mode):
+    rnn, first = layer(cell, mode), layer(cell, mode, batch_first=True)
+    xs, state = normal(T, B, INPUT_SIZE), initial_state(layer(cell, mode), B)
+    output, final = rnn(xs, state)
+    first_output, first_final = first(xs.transpose(0, 1), state)
+    exact(first_output.transpose(0, 1), output)
+    exact(fields(first_final), fields(final))
+    one = tuple(field[:, 1] for field in fields(state))
+    one_output, one_final = rnn(xs[:, 1], one[0] if len(one) == 1 else one)
+    exact(one_output, output[:, 1])
+    exact(fields(one_final), tuple(field[:, 1] for field in fields(final)))
+
+
+@every_cell
+def test_gradients_reach_everything(cell):
+    rnn = layer(cell, "stacked")
+    rnn.train()
+    xs = normal(T, B, INPUT_SIZE, requires_grad=True)
+    state = initial_state(rnn, B)
+    for field in fields(state):
+        field.requires_grad_()
+    output, final = rnn(xs, state)
+    (output.square().sum() + sum(field.square().sum() for field in fields(final))).backward()
+    missing = [name for name, p in rnn.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert missing == []
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in (xs, *fields(state)))
+
+
+@every_cell
+def test_state_dict_pickle_and_deepcopy_keep_the_function(cell):
+    rnn = layer(cell, "stacked")
+    xs = normal(T, B, INPUT_SIZE)
+    expected, _ = rnn(xs)
+    other = layer(cell, "stacked")
+    randomise(other, seed=9)
+    other.load_state_dict(rnn.state_dict())
+    exact(other(xs)[0], expected)
+    exact(copy.deepcopy(rnn)(xs)[0], expected)
+    stream = io.BytesIO()
+    torch.save(rnn.state_dict(), stream)
+    stream.seek(0)
+    other.load_state_dict(torch.load(stream, weights_only=True))
+    exact(other(xs)[0], expected)
+
+
+def test_a_layer_with_all_its_regularisation_pickles():
+    rnn = LSTM(5, 7, integrator=Additive, state_dropout=0.3, weight_drop=0.2, zoneout=0.1, layer_norm=True)
+    for other in (pickle.loads(pickle.dumps(rnn)), copy.deepcopy(rnn)):
+        torch.manual_seed(0)
+        expected = rnn(normal(T, B, 5).float())[0]
+        torch.manual_seed(0)
+        exact(other(normal(T, B, 5).float())[0], expected)
+
+
+REGULARISED = {
+    "zoneout": {"zoneout": {"h": 0.3}},
+    "input_dropout": {"input_dropout": 0.3},
+    "state_dropout": {"state_dropout": 0.3},
+    "weight_drop": {"weight_drop": 0.3},
+    "dropout": {"dropout": 0.3, "num_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", REGULARISED)
+@pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
+def test_regularisation_acts_in_training_alone_and_by_the_seed(kind, name):
+    plain = {"num_layers": REGULARISED[name].get("num_layers", 1)}
+    rnn, without = kind(5, 7, **REGULARISED[name]), kind(5, 7, **plain)
+    without.load_state_dict(rnn.state_dict())
+    xs = torch.randn(T, B, 5)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(rnn(xs)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    assert not torch.allclose(outputs[0], outputs[2])
+    rnn.eval()
+    if name != "zoneout":
+        torch.testing.assert_close(rnn(xs)[0], without(xs)[0], rtol=0, atol=0)
+
+
+def test_zoneout_keeps_single_values_of_each_state():
+    """Every new value of a state is the old one or the step's, and in evaluation their mean."""
+    rnn = LSTM(5, 50, zoneout={"h": 0.2, "c": 0.6}).double()
+    one = rnn.directions[0].cell
+    x, h, c = normal(1, B, 5), normal(1, B, 50, seed=2), normal(1, B, 50, seed=3)
+    new = one(x[0], LSTMState(h[0], c[0]))
+    torch.manual_seed(0)
+    _, zoned = rnn(x, (h, c))
+    for value, old, stepped, probability in zip(zoned, (h, c), new, (0.2, 0.6), strict=True):
+        kept = value[0] == old[0]
+        exact(value[0], torch.where(kept, old[0], stepped))
+        assert abs(kept.double().mean() - probability) < 0.12
+    rnn.eval()
+    _, mean = rnn(x, (h, c))
+    exact(mean.h[0], 0.2 * h[0] + 0.8 * new.h)
+    exact(mean.c[0], 0.6 * c[0] + 0.4 * new.c)
+
+
+def test_locked_dropout_has_one_mask_for_all_steps():
+    """On the input, for the linear map y = x; on the state, for h' = h with the dropped copy read beside it."""
+
+    class Copy(Cell):
+        def step(self, x, state):
+            return HiddenState(x)
+
+        def initial_state(self, batch_size):
+            return HiddenState(torch.zeros(batch_size, 40))
+
+    output, _ = Recurrent(40, 40, Copy, input_dropout=0.5)(torch.ones(T, B, 40))
+    torch.testing.assert_close(output, output[:1].expand(T, -1, -1), rtol=0, atol=0)
+    assert set(output.unique().tolist()) == {0.0, 2.0}
+
+
+def test_state_dropout_drops_what_integrators_read_and_not_a_grus_memory():
+    rnn = GRU(5, 40, integrator=Additive, state_dropout=0.5)
+    cell = rnn.directions[0].cell
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.zero_()
+        cell.gates.bias[40:] = 30.0  # the update gate keeps the whole of the old state
+    h = torch.randn(1, B, 40)
+    _, final = rnn(torch.randn(20, B, 5), h)
+    torch.testing.assert_close(final, h)
+
+
+def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
+    rnn = RNN(5, 7, integrator=Additive, nonlinearity=lambda a: a, weight_drop=0.5)
+    torch.manual_seed(0)
+    x = torch.randn(1, B, 5)
+    f = rnn.directions[0].cell.integrator
+    with_zero_state, _ = rnn(x)
+    torch.testing.assert_close(with_zero_state, f.x_projection(x) + f.bias)
+    ones = torch.eye(7).unsqueeze(0)
+    output, _ = rnn(torch.zeros(1, 7, 5), ones)
+    U = (output[0] - f.bias).T
+    dropped = U == 0
+    torch.testing.assert_close(U, torch.where(dropped, 0, 2 * f.z_projection.weight))
+    assert 5 < dropped.sum() < 44
+    output.sum().backward()
+    torch.testing.assert_close(f.z_projection.weight.grad == 0, dropped)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LSTM(0, 7), "input_size is 0"),
+        (lambda: LSTM(5, 7, num_layers=0), "num_layers is 0"),
+        (lambda: LSTM(5, 7, proj_size=7), "proj_size is 7, expected 0"),
+        (lambda: LSTM(5, 7, zoneout={"n": 0.1}), "zoneout names 'n', expected the state's fields: h, c"),
+        (lambda: LSTM(5, 7, zoneout=1.5), "zoneout of h is 1.5"),
+        (lambda: LSTM(5, 7, 2, dropout=1.0), "dropout is 1.0, expected a probability"),
+        (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
+        (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'loop'"),
+        (lambda: RNN(5, 7, nonlinearity="tan"), "nonlinearity is 'tan', expected 'tanh', 'relu', or a callable"),
+    ],
+)
+def test_wrong_settings_say_what_was_expected(make, message):
+    with pytest.raises(MultintError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda rnn: rnn(torch.ones(4, 2, 6)), r"x has 6 features, expected 5 \(input_size\)"),
+        (lambda rnn: rnn(torch.ones(5)), "x has 1 dimensions, expected 3, or 2"),
+        (lambda rnn: rnn(torch.ones(0, 2, 5)), "x has 0 steps of 2 sequences"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), torch.ones(1, 2, 7)), "state has 1 tensors, expected 2: h, c"),
+        (
+            lambda rnn: rnn(torch.ones(4, 2, 5), (torch.ones(1, 1, 7), torch.ones(1, 2, 7))),
+            r"state.h has the shape \(1, 1, 7\), expected \(1, 2, 7\)",
+        ),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[5, 1]), "lengths are from 1 to 5, expected from 1 to 4"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4, 0]), "lengths are from 0 to 4"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4]), r"lengths is torch.int64 of the shape \(1,\)"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4.0, 2.0]), "lengths is torch.float32"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), reset=torch.ones(4, 2)), "reset is torch.float32"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), reset=torch.ones(2, 4).bool()), r"torch.bool of the shape \(4, 2\)"),
+        (
+            lambda rnn: rnn(pack_padded_sequence(torch.ones(4, 2, 5), torch.tensor([4, 2])), lengths=[4, 2]),
+            "a PackedSequence brings its own lengths",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_say_what_was_expected(call, message):
+    with pytest.raises(MultintError, match=message):
+        call(LSTM(5, 7))
+
+
+def test_dropout_without_effect_warns():
+    with pytest.warns(UserWarning, match="no effect with num_layers=1"):
+        LSTM(5, 7, dropout=0.5)
+
+
+def test_layer_options_that_need_an_integrator_say_so():
+    class Bare(Cell):
+        def step(self, x, state):
+            return HiddenState(x + state.h)
+
+        def initial_state(self, batch_size):
+            return HiddenState(self.zeros(batch_size, self.hidden_size))
+
+    with pytest.raises(MultintError, match="Bare has no integrator"):
+        Recurrent(7, 7, Bare, state_dropout=0.5)
+    with pytest.raises(MultintError, match="Bare has no integrator"):
+        Recurrent(7, 7, Bare, weight_drop=0.5)
+    assert Recurrent(7, 7, Bare)(torch.ones(3, 2, 7))[0].shape == (3, 2, 7)
+
+
+def test_scan_says_what_is_wrong():
+    cell = RNNCell(5, 7)
+    with pytest.raises(MultintError, match="engine is 'warp'"):
+        scan(cell, torch.ones(4, 2, 5), cell.initial_state(2), engine="warp")
+    with pytest.raises(MultintError, match="lengths \\[0\\] in time"):
+        scan(cell, torch.ones(0, 2, 5), cell.initial_state(2))
+    with pytest.raises(MultintError, match="lengths \\[3, 4\\] in time"):
+        scan(cell, {"x": torch.ones(4, 2, 5), "y": torch.ones(3, 2, 5)}, cell.initial_state(2))
+
+
+def test_a_cell_without_step_or_initial_state_cannot_be_built():
+    class Unfinished(Cell):
+        def step(self, x, state):
+            return state
+
+    with pytest.raises(TypeError, match="abstract"):
+        Unfinished(5, 7)
+
+
+@pytest.mark.parametrize("kind", [RNNCell, LSTMCell, GRUCell])
+def test_a_cells_factory_settings_reach_it(kind):
+    """A cell is configured by a partial, as it would be from a file."""
+    rnn = Recurrent(5, 7, partial(kind, integrator=Additive, layer_norm=True))
+    assert any(isinstance(module, torch.nn.LayerNorm) for module in rnn.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn(torch.ones(2, 3, 5))

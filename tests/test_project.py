@@ -1,0 +1,99 @@
+"""The project's own promises: what imports what, what is public, what the README says."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import multint
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted([*ROOT.glob("multint/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("experiments/**/*.py")])
+
+# What a folder may import of the project. Within multint: integrators ← cells ← recurrent → scan.
+ALLOWED = {
+    "multint/integrators": {"multint.errors", "multint.integrators"},
+    "multint/cells": {"multint.errors", "multint.integrators", "multint.cells"},
+    "multint/scan": {"multint.errors", "multint.scan"},
+    "multint/recurrent": {
+        "multint.errors",
+        "multint.integrators",
+        "multint.cells",
+        "multint.scan",
+        "multint.recurrent",
+    },
+    "multint": {"multint"},
+    "models": {"multint", "models"},
+    "experiments": {"multint", "models", "experiments"},
+}
+LIBRARIES = {"torch", "einops", "opt_einsum"}
+
+
+def imports(path):
+    """The dotted modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    folder = path.relative_to(ROOT).parent.as_posix()
+    allowed = next(ALLOWED[name] for name in ALLOWED if folder == name or folder.startswith(f"{name}/"))
+    for module in imports(path):
+        top = module.partition(".")[0]
+        if top in {"multint", "models", "experiments"}:
+            assert any(module == name or module.startswith(f"{name}.") for name in allowed), module
+        elif folder.startswith("multint"):
+            assert top in LIBRARIES or top in sys.stdlib_module_names, module
+
+
+def test_the_public_names_are_few_exist_and_say_what_they_are():
+    assert len(multint.__all__) <= 30
+    assert len(set(multint.__all__)) == len(multint.__all__)
+    for name in multint.__all__:
+        assert getattr(multint, name).__doc__, name
+
+
+def test_every_class_and_function_without_an_underscore_has_a_docstring():
+    bare = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                bare += [f"{path.relative_to(ROOT)}: {node.name}"] * (ast.get_docstring(node) is None)
+    assert bare == []
+
+
+def test_importing_multint_brings_nothing_heavy():
+    """In an interpreter of its own, without the libraries that only the experiments need."""
+    code = "import sys, torch; before = set(sys.modules); import multint; print(*(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    brought = {name.partition(".")[0] for name in out.split()}
+    assert "multint" in brought
+    assert not brought & {"lightning", "torchmetrics", "jsonargparse", "pooch", "rich", "matplotlib", "triton"}
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_code_runs():
+    """One block after the other, as a reader would."""
+    namespace = {"__name__": "readme"}
+    assert BLOCKS
+    for code in BLOCKS:
+        exec(compile(code, "README.md", "exec"), namespace)
+
+
+def test_the_readmes_custom_cell_is_short():
+    (cell,) = [code for code in BLOCKS if "(Cell)" in code]
+    definition = ast.parse(cell).body
+    lines = sum(node.end_lineno - node.lineno + 1 for node in definition if isinstance(node, ast.ClassDef))
+    assert 0 < lines <= 15
