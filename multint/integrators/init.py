@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from multint.errors import OptionError
 
-
 LARGEST_VARIANCE = 1e4  # where a term is told to start almost at 0, its matrices need not make up for it
 
 
