@@ -28,7 +28,7 @@ from multint import (
     Through,
     Tucker,
 )
-from multint.integrators import flops, parameter_count, rank
+from multint.integrators import flops, outermost_integrators, parameter_count, rank
 from tests.catalogue import INTEGRATORS, Sizes, normal, randomise
 
 ODD = Sizes(7, 5, 3)
@@ -243,6 +243,13 @@ def test_every_public_integrator_is_in_the_catalogue():
     catalogued = set().union(*(parts(build(name)) for name in INTEGRATORS))
     public = {value for value in vars(multint).values() if isinstance(value, type) and issubclass(value, Integrator)}
     assert public - {Integrator, BiAffine} <= catalogued
+
+
+def test_outermost_integrators_leave_out_the_parts_of_others():
+    f = Additive(7, 5, 5) @ Hadamard(7, 5, 5)
+    assert outermost_integrators(f) == {"": f}
+    assert outermost_integrators(nn.Sequential(f, nn.Linear(2, 2), f.inner)) == {"0": f}
+    assert list(outermost_integrators(nn.ModuleDict({"a": f.inner, "ab": f.outer}))) == ["a", "ab"]
 
 
 def test_partial_factories_take_the_three_sizes():

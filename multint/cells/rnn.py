@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class RNNCell(Cell):
         input_size: int,
         hidden_size: int,
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
-        activation: Callable[[Tensor], Tensor] = torch.tanh,
+        activation: Callable[[Tensor], Any] = torch.tanh,  # -> Any: jsonargparse takes -> Tensor for a class to build
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)

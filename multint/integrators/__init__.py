@@ -8,7 +8,7 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 """
 
 from multint.integrators.additive import Additive, Concat
-from multint.integrators.base import BiAffine, Integrator, Terms
+from multint.integrators.base import BiAffine, Integrator, Terms, outermost_integrators
 from multint.integrators.bilinear import Bilinear
 from multint.integrators.compose import Scaled, Sum, Swapped, Through
 from multint.integrators.diagonal import Diagonal, Gated
@@ -38,6 +38,7 @@ __all__ = [
     "Through",
     "Tucker",
     "flops",
+    "outermost_integrators",
     "parameter_count",
     "rank",
 ]

@@ -110,6 +110,16 @@ class BiAffine(Integrator):
         """The dense form, differentiable with respect to the parameters. O·Z·X numbers: for study, not for speed."""
 
 
+def outermost_integrators(module: nn.Module) -> dict[str, Integrator]:
+    """The module's integrators by name, without those inside another one, which alone knows their streams."""
+    found: dict[str, Integrator] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(part, Integrator) and not inside:
+            found[name] = part
+    return found
+
+
 def positive(owner: nn.Module, name: str, value: int) -> int:
     """The value, if it is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

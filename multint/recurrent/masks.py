@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from multint.cells import Cell
 from multint.errors import OptionError
-from multint.integrators import Integrator
+from multint.integrators import outermost_integrators
 from multint.scan import scan
 
 
@@ -50,7 +50,7 @@ class Masked(nn.Module):
         self.zoneout = zoneout
         self.state_dropout = state_dropout
         self.weight_drop = weight_drop
-        self.integrators = _outermost_integrators(cell)
+        self.integrators = outermost_integrators(cell)
         self.hooks = {name: StateDropout() for name in self.integrators} if state_dropout else {}
         for name, hook in self.hooks.items():
             cell.get_submodule(name).register_forward_pre_hook(hook)
@@ -122,12 +122,3 @@ def _where(mask: Tensor, new: Any, old: Any) -> Any:
     return type(new)(
         *(torch.where(mask.view(-1, *[1] * (n.ndim - 1)), n, o.to(n.dtype)) for n, o in zip(new, old, strict=True))
     )
-
-
-def _outermost_integrators(cell: Cell) -> dict[str, Integrator]:
-    """The cell's integrators by name, without those inside another integrator."""
-    found: dict[str, Integrator] = {}
-    for name, module in cell.named_modules():
-        if isinstance(module, Integrator) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found

@@ -1,0 +1,51 @@
+"""The command `sample`: text from a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from experiments.checkpoints import check_checkpoint
+from experiments.errors import ExperimentError
+from experiments.parsing import OptionParser
+from experiments.tasks import LanguageModelling
+
+
+def write_sample(argv: list[str]) -> None:
+    """Print the prompt and what the checkpoint's network writes after it.
+
+    Raises ExperimentError for a file that is no checkpoint of a language model, or a prompt with unknown symbols.
+    """
+    options = _parser().parse_args(argv)
+    task = load(options.checkpoint)
+    generator = torch.Generator()
+    if options.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(options.seed)
+    print(task.text(options.prompt, options.length, options.temperature, options.top_k, generator))
+
+
+def load(path: Path) -> LanguageModelling:
+    """The language model of a checkpoint that `fit` wrote, on the CPU.
+
+    Its classes are built from the settings that the checkpoint holds; `experiments.trust` limits what these may name.
+    Raises ExperimentError for a checkpoint of something else, or without settings.
+    """
+    check_checkpoint(path)
+    try:
+        return LanguageModelling.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except (KeyError, TypeError) as error:
+        raise ExperimentError(f"{path}: not a checkpoint of a language model that `fit` wrote ({error}).") from error
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="python -m experiments sample", description="Text from a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("--prompt", default="", help="the text to go on from")
+    parser.add_argument("--length", type=int, default=500, help="symbols to write (500)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer text; 0: the likeliest (1.0)")
+    parser.add_argument("--top_k", type=int, default=None, help="draw from the K likeliest symbols only (all)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="the same seed gives the same text (a new one each time)"
+    )
+    return parser

@@ -1,0 +1,50 @@
+"""Which modules a config, a command line or a checkpoint may name.
+
+Naming a class imports its module, and importing runs code. So every import path that jsonargparse takes from a value,
+wherever it stands and however short it is written, must lie in a trusted module, or nothing is imported. What the path
+leads to is checked again by where it is defined: `torch.os.system` is `os.system`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jsonargparse import set_parsing_settings
+
+TRUSTED = ("multint", "models", "experiments", "torch", "lightning")
+
+# Inside trusted modules: what runs code or loads files that a value names. No experiment needs to name them.
+REFUSED = (
+    "torch.classes",
+    "torch.compile",
+    "torch.hub",
+    "torch.jit",
+    "torch.load",
+    "torch.multiprocessing",
+    "torch.ops",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+    "lightning.fabric.cli",
+    "lightning.pytorch.cli",
+)
+
+
+@contextmanager
+def trusting(
+    modules: Sequence[str] = (),
+) -> Iterator[None]:
+    """Within, values may name what lies in `TRUSTED` and in the modules given; everything else is an error.
+
+    The policy is jsonargparse's own and global to the process: it stays in force afterwards, without `modules`.
+    """
+    # "*" denies what no other entry allows; of several entries the longest decides.
+    set_parsing_settings(
+        import_path_denylist=["*", *REFUSED],
+        import_path_allowlist=[*TRUSTED, *modules],
+        instantiate_subclass_spec_in_any=False,
+    )
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=[module for module in modules if module not in TRUSTED])

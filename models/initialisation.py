@@ -1,0 +1,43 @@
+"""Initialisation of a whole network, where a paper asks for another than each part's own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from multint.errors import OptionError
+from multint.integrators import outermost_integrators
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every matrix ~ U(−scale, scale); the integrators' input matrices ~ U(−input_scale, input_scale).
+
+    Vectors keep what their owners gave them: α, β and b are settings of the integrators.
+
+    Args:
+        scale: half the width of the distribution.
+        input_scale: the same for the matrices that multiply an integrator's x, the paper's r_W; `scale` if None.
+
+    Raises: OptionError for a width that is not positive.
+    Source: Wu et al. 2016, section 3.1.
+    """
+
+    scale: float
+    input_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("input_scale", self.input_scale)):
+            if value is not None and not value > 0:
+                raise OptionError(f"Uniform: {name} is {value}, expected a positive number")
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> None:
+        """Fill the network's matrices in place."""
+        for parameter in network.parameters():
+            if parameter.ndim >= 2:
+                parameter.uniform_(-self.scale, self.scale)
+        if self.input_scale is not None:
+            for integrator in outermost_integrators(network).values():
+                for name in integrator.x_weights:
+                    integrator.get_parameter(name).uniform_(-self.input_scale, self.input_scale)

@@ -1,0 +1,272 @@
+"""The command line: a run from a config to a sample, mistakes in one message, and what a config may name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.cli import CONFIGS, main
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+INTEGRATOR = "--model.network.recurrent.cell.integrator"
+SMALL = (
+    "--config",
+    QUICKSTART,
+    "--model.network.recurrent.hidden_size=16",
+    "--data.batch_size=4",
+    "--data.length=20",
+    "--trainer.enable_model_summary=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=5",
+)
+# A resumed run writes to the folder of its checkpoint, so that the best one of before still counts.
+same_folder = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(text, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    swap = (f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=3")
+    limits = ("--trainer.max_epochs=2", f"--trainer.default_root_dir={folder}")
+    assert main(["fit", *SMALL, *swap, *limits, f"--data.path={text}", "--name=small"]) == 0
+    return folder / "small" / "version_0"
+
+
+def message(capsys, *argv):
+    """The one message of a command that fails with the exit code 2."""
+    assert main(argv) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert "Traceback" not in text
+    assert "usage:" not in text
+    return text
+
+
+def test_a_run_keeps_its_config_metrics_and_checkpoints(run_folder):
+    assert (run_folder / "config.yaml").is_file()
+    header = (run_folder / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {"train/bpc", "train/loss", "val/bpc", "val/loss", "val/perplexity", "test/bpc"} <= set(header)
+    for name in ("best.ckpt", "last.ckpt"):
+        checkpoint = torch.load(run_folder / "checkpoints" / name, weights_only=True)
+        cell = checkpoint["hyper_parameters"]["network"]["init_args"]["recurrent"]["init_args"]["cell"]
+        assert cell["init_args"]["integrator"]["class_path"].endswith("LowRank")
+
+
+def test_fit_ends_with_what_came_of_it(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SMALL, f"--data.path={text}", "--trainer.max_epochs=1"]) == 0
+    out = capsys.readouterr().out
+    for shown in ("validation BPC", "test BPC", "parameters", "runs/quickstart/version_0/checkpoints/best.ckpt"):
+        assert shown in out
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_with_its_runs_config(command, run_folder, capsys):
+    options = ("--config", str(run_folder / "config.yaml"), "--ckpt_path", str(run_folder / "checkpoints/best.ckpt"))
+    assert main([command, *options]) == 0
+    assert "bpc" in capsys.readouterr().out
+
+
+def sampled(capsys, run_folder, *options):
+    assert main(["sample", str(run_folder / "checkpoints/last.ckpt"), "--length=30", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_sample_goes_on_from_its_prompt(run_folder, capsys):
+    first = sampled(capsys, run_folder, "--prompt=line ", "--seed=1")
+    assert first.startswith("line ")
+    assert len(first.rstrip("\n")) > 25
+    assert sampled(capsys, run_folder, "--prompt=line ", "--seed=1") == first
+    assert sampled(capsys, run_folder, "--prompt=line ", "--seed=2") != first
+    greedy = sampled(capsys, run_folder, "--temperature=0")
+    assert greedy == sampled(capsys, run_folder, "--top_k=1")
+    assert sampled(capsys, run_folder) != sampled(capsys, run_folder)
+
+
+def test_sample_refuses_symbols_outside_the_vocabulary(run_folder, capsys):
+    assert "é" in message(capsys, "sample", str(run_folder / "checkpoints/last.ckpt"), "--prompt=é")
+
+
+@same_folder
+def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
+    options = ("--config", str(run_folder / "config.yaml"), "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"))
+    shown = message(capsys, "fit", *options, "--model.optimizer.lr=0.5")
+    assert "model.optimizer.init_args.lr (saved 0.004, asked 0.5)" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([f"{INTEGRATOR}=LowRnk"], ["cell.integrator", "'LowRnk'", "Did you mean 'LowRank'", "Bilinear"]),
+        ([f"{INTEGRATOR}.alfa=2"], ["cell.integrator.alfa", "'alpha'", "MultiplicativeIntegration", "beta2"]),
+        ([f"{INTEGRATOR}=LowRank"], ["cell.integrator", "'rank' is missing"]),
+        ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=x"], ["integrator.rank", "'x'", "int"]),
+        ([f"{INTEGRATOR}=torch.nn.Linear"], ["cell.integrator", "torch.nn.Linear", "LowRank"]),
+        (["--model.network.recurrent.cell=LSTNCell"], ["recurrent.cell", "'LSTNCell'", "'LSTMCell'", "GRUCell"]),
+        (["--model.network.initialise.scle=1"], ["network.initialise.scle", "Uniform", "'scale'"]),
+        (["--model.netwrk=3"], ["model.netwrk", "Did you mean 'network'", "halve_after"]),
+        (["--model.optimizer=Adm"], ["model.optimizer", "'Adm'", "'Adam'"]),
+        (["--model.optimizer.lr=x"], ["model.optimizer.lr", "'x'", "float"]),
+        (["--model.network.embedding_size=x"], ["network.embedding_size", "'x'", "int"]),
+        (["--threads=0"], ["threads"]),
+        (["--model=LanguageModel"], ["model", "'LanguageModelling'"]),
+        (["--data.corpus=ptbb"], ["data.corpus", "'ptbb'", "'ptb'", "text8"]),
+        (["--data.batch_size=0"], ["batch_size"]),
+        (["--trainer.max_stps=1"], ["trainer.max_stps", "'max_steps'"]),
+        (["--trainer.callbacks+=EarlyStoping"], ["trainer.callbacks", "'EarlyStopping'"]),
+        (["--model.halve_after=0"], ["halve_after"]),
+        ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=0"], ["LowRank", "rank is 0"]),
+        (["--config=quickstat.yaml"], ["quickstat.yaml", "does not exist"]),
+        (["--data.path=nowhere"], ["nowhere", "no such file"]),
+        (["--ckpt_path=nowhere"], ["nowhere", "no such checkpoint"]),
+        (["--nme=x"], ["'nme'", "'name'"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value[0], str) and value[0].startswith("--") else "",
+)
+def test_a_mistake_is_one_message(options, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = message(capsys, "fit", *SMALL, *options)
+    for part in parts:
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("yaml", "parts"),
+    [
+        ("model: {network: {recurrent: {hiden_size: 3}}}", ["network.recurrent.hiden_size", "'hidden_size'"]),
+        ("model: {network: {recurrent: {cell: LSTNCell}}}", ["network.recurrent.cell", "'LSTMCell'"]),
+        ("model: {optimzer: {class_path: Adam}}", ["model.optimzer", "'optimizer'"]),
+        ("trainer: {max_stps: 3}", ["trainer.max_stps", "'max_steps'"]),
+        ("dta: {corpus: ptb}", ["dta", "'data'"]),
+        ("model: [unclosed", ["line 1"]),
+    ],
+)
+def test_a_mistake_in_a_config_is_one_message(yaml, parts, capsys, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml)
+    shown = message(capsys, "fit", "--config", QUICKSTART, "--config", str(path))
+    for part in parts:
+        assert part in shown
+
+
+def test_an_unknown_command_is_one_message(capsys):
+    assert "Did you mean 'fit'" in message(capsys, "fitt")
+    assert "CKPT" in message(capsys, "sample")
+    assert "no such checkpoint" in message(capsys, "sample", "nowhere")
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A module outside the trusted ones; importing it leaves a mark. Returns the mark."""
+    mark = tmp_path / "imported"
+    (tmp_path / "stranger.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+        "from lightning import Callback, LightningModule, LightningDataModule\n"
+        "from models import LanguageModel\nfrom multint import Additive, LSTMCell\n"
+        "class Mine(Additive): pass\nclass MyCell(LSTMCell): pass\nclass MyNetwork(LanguageModel): pass\n"
+        "class MyTask(LightningModule): pass\nclass MyData(LightningDataModule): pass\n"
+        "class MyCallback(Callback): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield mark
+    sys.modules.pop("stranger", None)
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "model: {class_path: stranger.MyTask}",
+        "model: {network: {class_path: stranger.MyNetwork}}",
+        "model: {network: {recurrent: {cell: stranger.MyCell}}}",
+        "model: {network: {recurrent: {cell: {class_path: stranger.MyCell, init_args: {peepholes: true}}}}}",
+        "model: {network: {recurrent: {cell: {class_path: LSTMCell, init_args: {integrator: stranger.Mine}}}}}",
+        "data: {class_path: stranger.MyData}",
+        "data: stranger.MyData",
+        "trainer: {callbacks: [{class_path: stranger.MyCallback}]}",
+        "trainer: {callbacks: stranger.MyCallback}",
+        "trainer: {plugins: [{class_path: stranger.MyCallback}]}",
+        "trainer: {strategy: {class_path: stranger.MyCallback}}",
+    ],
+)
+def test_a_stranger_in_a_config_is_refused_before_it_is_imported(yaml, stranger, capsys, tmp_path):
+    path = tmp_path / "strange.yaml"
+    path.write_text(yaml)
+    shown = message(capsys, "fit", "--config", QUICKSTART, "--config", str(path))
+    assert "--trust stranger" in shown
+    assert not stranger.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["stranger.Mine", "torch.os.system", "torch.hub.load", "lightning.pytorch.cli.sys.exit"]
+)
+def test_a_stranger_on_the_command_line_is_refused_before_it_is_imported(path, stranger, capsys):
+    assert "refused" in message(capsys, "fit", "--config", QUICKSTART, f"{INTEGRATOR}={path}")
+    assert not stranger.exists()
+
+
+def test_a_stranger_in_a_checkpoint_is_refused_before_it_is_imported(run_folder, stranger, capsys, tmp_path):
+    checkpoint = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    cell = checkpoint["hyper_parameters"]["network"]["init_args"]["recurrent"]["init_args"]["cell"]
+    cell["init_args"]["integrator"] = {"class_path": "stranger.Mine"}
+    torch.save(checkpoint, tmp_path / "strange.ckpt")
+    assert "--trust stranger" in message(capsys, "sample", str(tmp_path / "strange.ckpt"))
+    assert not stranger.exists()
+
+
+def test_a_checkpoint_that_holds_code_is_refused(run_folder, capsys, tmp_path):
+    torch.save({"state_dict": {}, "hook": os.system}, tmp_path / "code.ckpt")
+    assert "more than values" in message(capsys, "sample", str(tmp_path / "code.ckpt"))
+    options = ("--config", str(run_folder / "config.yaml"), "--ckpt_path", str(tmp_path / "code.ckpt"))
+    assert "more than values" in message(capsys, "test", *options)
+
+
+def test_a_damaged_checkpoint_is_refused(run_folder, capsys, tmp_path):
+    whole = (run_folder / "checkpoints" / "last.ckpt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no checkpoint", b""):
+        (tmp_path / "damaged.ckpt").write_bytes(damaged)
+        assert "damaged" in message(capsys, "sample", str(tmp_path / "damaged.ckpt"))
+
+
+def test_evaluation_needs_a_checkpoint(capsys):
+    assert "--ckpt_path" in message(capsys, "test", "--config", QUICKSTART)
+
+
+def test_a_trusted_stranger_is_imported_and_trust_ends_with_the_command(stranger, capsys):
+    argv = ["fit", "--config", QUICKSTART, f"{INTEGRATOR}=stranger.Mine"]
+    assert main([*argv, "--trust", "stranger", "--print_config"]) == 0
+    assert stranger.exists()
+    assert "--trust stranger" in message(capsys, *argv)
+
+
+@same_folder
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(text, tmp_path):
+    command = [sys.executable, "-m", "experiments", "fit", *SMALL, f"--data.path={text}", "--trainer.max_epochs=-1"]
+    command += ["--trainer.max_time=00:00:01:00", f"--trainer.default_root_dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, out
+    *_, how = [line for line in out.splitlines() if line.startswith("python -m experiments fit")]
+    assert str(last) in how
+    steps = torch.load(last, weights_only=True)["global_step"]
+    assert main([*how.split()[3:], f"--trainer.max_steps={steps + 3}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == steps + 3

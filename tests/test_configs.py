@@ -1,0 +1,56 @@
+"""Every ready config: it parses, its model builds, and its size is the published one."""
+
+import pytest
+import torch
+
+from experiments.cli import CONFIGS, main
+from experiments.tasks import LanguageModelling
+from experiments.training import TrainingCommands
+
+VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205}
+PAPERS_MILLIONS = {"text8_mi_rnn": 4.3, "text8_mi_lstm": 4.3, "hutter_mi_lstm": 18.9}
+
+
+class Parsed(TrainingCommands):
+    """Parses and builds, and runs nothing."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def built(config, *options):
+    from experiments.trust import trusting
+
+    with trusting():
+        return Parsed(["fit", "--config", str(config), "--trainer.logger", "false", *options], [])
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config(config):
+    commands = built(config)
+    task, data = commands.model, commands.datamodule
+    assert isinstance(task, LanguageModelling)
+    assert commands.config.fit.name == config.stem
+    with torch.device("meta"):
+        network = task._build_network(VOCABULARY[data.corpus])
+        logits, _ = network(torch.zeros(2, 1, dtype=torch.long))
+    assert logits.shape == (2, 1, VOCABULARY[data.corpus])
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PAPERS_MILLIONS.get(config.stem, millions), abs=0.1)
+    assert config.read_text().splitlines()[0].startswith("# "), "the overview shows the first line"
+
+
+def test_one_option_swaps_the_integrator_whatever_the_config_named():
+    option = "--model.network.recurrent.cell.integrator"
+    commands = built(CONFIGS / "text8_mi_lstm.yaml", f"{option}=LowRank", f"{option}.rank=16")
+    with torch.device("meta"):
+        cell = commands.model._build_network(27).recurrent.directions[0].cell
+    assert type(cell.gates).__name__ == "LowRank"
+
+
+def test_the_overview_shows_the_commands_and_the_configs(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 30
+    for word in ("fit", "validate", "test", "sample", *(path.name for path in CONFIGS.glob("*.yaml"))):
+        assert word in text

@@ -1,0 +1,202 @@
+"""Training a language model: exact metrics, the schedule, checkpoints, and runs that go on where they stopped."""
+
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from torch.testing import assert_close
+
+from experiments.checkpoints import LastCheckpoint, best_checkpoint
+from experiments.data import TextData
+from experiments.errors import ExperimentError
+from experiments.tasks import LanguageModelling
+from models import LanguageModel
+from multint import LSTMCell, Recurrent, RNNCell
+
+pytestmark = pytest.mark.usefixtures("interruptible")
+
+
+@pytest.fixture
+def interruptible():
+    """Lightning ignores Ctrl-C once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
+    return path
+
+
+def data(text, **settings):
+    return TextData(path=str(text), **({"batch_size": 4, "length": 20, "eval_length": 50} | settings))
+
+
+def task(lr=0.2, cell=LSTMCell, hidden_size=12, **settings):
+    seed_everything(1, verbose=False)
+
+    def network(symbols):
+        return LanguageModel(symbols, lambda x: Recurrent(x, hidden_size, cell, state_dropout=0.1), 8, dropout=0.2)
+
+    return LanguageModelling(network, partial(torch.optim.Adam, lr=lr), **settings)
+
+
+def trainer(folder, *callbacks, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(
+        callbacks=[*callbacks, best_checkpoint(folder), LastCheckpoint()], accelerator="cpu", **quiet, **settings
+    )
+
+
+class Record(Callback):
+    """What a run did: the loss and the rate of each step, and each validation."""
+
+    def __init__(self):
+        self.steps, self.validations, self.best = [], [], None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append((outputs["loss"].item(), trainer.optimizers[0].param_groups[0]["lr"]))
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validations.append(trainer.callback_metrics["val/bpc"].item())
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C in one step, or in the first batch of the validation after it."""
+
+    def __init__(self, step, in_validation):
+        self.step, self.in_validation = step, in_validation
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.in_validation and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if self.in_validation and trainer.global_step == self.step and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def run(folder, text, *callbacks, ckpt_path=None, **settings):
+    record = Record()
+    of_run = trainer(folder, record, *callbacks, max_epochs=2, **settings)
+    of_run.fit(task(halve_after=1), data(text), ckpt_path=ckpt_path, weights_only=True)
+    record.best = of_run.checkpoint_callback.best_model_score.item()
+    return record
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """The records of two whole runs, by the interval of their validations in steps or epochs."""
+    records = {every: run(tmp_path_factory.mktemp("whole"), text, val_check_interval=every) for every in (10, 1.0)}
+    assert all(len(record.steps) == 46 for record in records.values())
+    assert len({lr for _, lr in records[10].steps}) > 1, "the schedule never acted"
+    return records
+
+
+# An epoch has 23 steps. Ctrl-C comes within it, in the last step before a validation, in the validation, in the
+# epoch's last step, in the next one's first, and in the validation at the epoch's end.
+# The resumed run writes to the same folder, so that the best checkpoint of before still counts.
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("every", "step", "in_validation"),
+    [
+        (10, 4, False),
+        (10, 9, False),
+        (10, 10, True),
+        (10, 22, False),
+        (10, 23, False),
+        (10, 33, True),
+        (1.0, 22, False),
+        (1.0, 23, True),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, uninterrupted, text, tmp_path):
+    first, whole = Record(), uninterrupted[every]
+    with pytest.raises(SystemExit):
+        run(tmp_path, text, first, Interrupt(step, in_validation), val_check_interval=every)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    second = run(tmp_path, text, ckpt_path=tmp_path / "last.ckpt", val_check_interval=every)
+    assert len(first.steps) == (step if in_validation else step + 1)
+    assert first.steps + second.steps == whole.steps
+    assert first.validations + second.validations == whole.validations
+    assert second.best == whole.best == min(whole.validations)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_checkpoint_of_before(text, tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path, text, Interrupt(20, True), Interrupt(20, True), val_check_interval=10)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 10
+
+
+@pytest.mark.parametrize("cell", [LSTMCell, RNNCell])
+def test_a_checkpoint_holds_values_only(cell, text, tmp_path):
+    trained = task(cell=cell)
+    trainer(tmp_path, max_steps=3).fit(trained, data(text))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["vocabulary"] == trained.vocabulary.state_dict()
+    assert len(checkpoint["carried"]) == (2 if cell is LSTMCell else 1)
+
+
+def test_evaluation_is_exact_over_one_stream(text, tmp_path):
+    source = data(text)
+    evaluated = task()
+    [scores] = trainer(tmp_path).validate(evaluated, source, verbose=False)
+    ids = source._streams["valid"].long()
+    evaluated.eval()
+    with torch.no_grad():
+        logits, _ = evaluated.network(ids[:-1, None])
+    loss = torch.nn.functional.cross_entropy(logits[:, 0], ids[1:]).item()
+    assert scores["val/loss"] == pytest.approx(loss, rel=1e-5)
+    assert scores["val/bpc"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    assert scores["val/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_validation_leaves_the_carried_state_of_training(text, tmp_path):
+    class Watch(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            self.before = pl_module._carried.get("train")
+
+        def on_validation_end(self, trainer, pl_module):
+            assert_close(pl_module._carried.get("train"), self.before, rtol=0, atol=0)
+
+    trainer(tmp_path, Watch(), max_steps=4, val_check_interval=2).fit(task(), data(text))
+
+
+def test_the_network_learns_a_tiny_text(tmp_path):
+    path = tmp_path / "abc.txt"
+    path.write_text("abcdefgh\n" * 400)
+    trained = task(lr=0.02, hidden_size=32)
+    of_run = trainer(tmp_path / "run", max_epochs=4)
+    of_run.fit(trained, data(path, batch_size=8))
+    [scores] = of_run.test(trained, data(path), verbose=False, weights_only=True)
+    assert scores["test/bpc"] < 0.1
+    assert trained.text("abc", 12, temperature=0.0) == "abcdefgh\nabcdef"
+
+
+def test_another_vocabulary_than_the_checkpoints_is_refused(text, tmp_path):
+    trainer(tmp_path, max_steps=2, val_check_interval=2).fit(task(), data(text))
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().upper())
+    with pytest.raises(ExperimentError, match="vocabulary"):
+        trainer(tmp_path / "on").test(task(), data(other), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_a_symbol_outside_the_vocabulary_is_refused_in_a_prompt(text, tmp_path):
+    prompted = task()
+    trainer(tmp_path).validate(prompted, data(text), verbose=False)
+    with pytest.raises(ExperimentError, match="é"):
+        prompted.text("é", 1)
+
+
+def test_halve_after_less_than_one_validation_is_refused():
+    with pytest.raises(ExperimentError, match="halve_after"):
+        task(halve_after=0)
