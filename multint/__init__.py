@@ -26,7 +26,7 @@ from multint.integrators import (
     Tucker,
 )
 from multint.recurrent import GRU, LSTM, RNN, Recurrent, from_torch
-from multint.scan import scan
+from multint.scan import explain, scan
 
 __all__ = [
     # what an integrator is
@@ -62,6 +62,7 @@ __all__ = [
     "Recurrent",
     "from_torch",
     # running a cell over time
+    "explain",
     "scan",
     # errors
     "MultintError",

@@ -13,5 +13,9 @@ class OptionError(MultintError):
     """A setting is unknown or out of its range."""
 
 
+class EngineError(MultintError):
+    """An engine that was asked for by name cannot run a cell; the message names what stands in the way."""
+
+
 class FormError(MultintError):
     """A form was asked of something that does not have it, such as the dense terms of a map that is not bi-affine."""

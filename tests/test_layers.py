@@ -285,7 +285,7 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
         (lambda: LSTM(5, 7, zoneout=1.5), "zoneout of h is 1.5"),
         (lambda: LSTM(5, 7, 2, dropout=1.0), "dropout is 1.0, expected a probability"),
         (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
-        (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'loop'"),
+        (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'fused', 'loop'"),
         (lambda: RNN(5, 7, nonlinearity="tan"), "nonlinearity is 'tan', expected 'tanh', 'relu', or a callable"),
     ],
 )

@@ -15,7 +15,7 @@ from multint.errors import OptionError, ShapeError
 from multint.integrators.base import positive
 from multint.recurrent.masks import Masked, locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
-from multint.scan.loop import ENGINES
+from multint.scan.engine import ENGINES
 
 
 class Recurrent(nn.Module):

@@ -80,7 +80,7 @@ class Masked(nn.Module):
     def step(self, streams: dict[str, Tensor], state: Any) -> Any:
         """The cell's step, with the masks applied around it."""
         if "reset" in streams:
-            state = _where(streams["reset"], self.cell.initial_state(len(streams["x"])), state)
+            state = _where(streams["reset"], self.cell.initial_state(streams["x"].shape[0]), state)
         for name, hook in self.hooks.items():
             hook.mask = streams.get(f"dropout.{name}")
         try:

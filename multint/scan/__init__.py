@@ -1,5 +1,25 @@
-"""Running a cell's step over time."""
+"""Running a cell's step over time.
 
-from multint.scan.loop import scan
+`scan(cell, xs, state)` is defined by the loop in `loop.py`. The engine `fused` computes the same from the step itself,
+traced once to a graph, in the way that makes the vendors' recurrent layers fast:
 
-__all__ = ["scan"]
+1. `trace.py` turns the step into a graph of ATen operations with the number of rows left open.
+2. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
+   of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
+   products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
+   row-wise pointwise code, cut into *pieces*.
+3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows.
+4. `fused.py` runs the loop forward: for each stage its left-hand side, then the product, and last the new state. It
+   keeps the states and the stages' products q and nothing else. The backward pass has two phases. Phase 1 is the
+   reverse loop, which carries the cotangents of the states alone and stores each stage's: dq. Phase 2 does everything
+   else for all T·B rows at once: one vjp for the streams and for every vector parameter, and one product for each
+   recurrent matrix. Gradients of the input's matrices follow outside, by ordinary autograd. No weight's gradient is
+   accumulated in a loop.
+
+The plan of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, has one hoisted product (Wx of the four gates),
+one stage (Uh of the four gates), and one piece (the integrator, the gates and the new state).
+"""
+
+from multint.scan.engine import Explanation, explain, scan
+
+__all__ = ["Explanation", "explain", "scan"]

@@ -1,0 +1,403 @@
+"""The engine `fused` against the loop: the same outputs and all the same gradients, for whatever it takes."""
+
+import copy
+import pickle
+import shutil
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, RNNCell, explain, scan
+from multint.cells import HiddenState
+from multint.errors import EngineError
+from multint.scan.kernel import eager_pieces
+from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
+
+# Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.
+COMPILED = ("lstm-mi", "gru-mi", "own-leaky")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that an engine takes without filling it is full of NaN."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def fill(*args, original=original, **kwargs):
+            made = original(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() and type(made) is Tensor else made
+
+        monkeypatch.setattr(torch, name, fill)
+    original_new = Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        made = original_new(self, *args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() and type(made) is Tensor else made
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture
+def eager():
+    with eager_pieces():
+        yield
+
+
+def built(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    return randomise(CELLS[name](INPUT_SIZE, HIDDEN_SIZE)).to(dtype)
+
+
+def random_state(cell, batch_size, dtype=torch.float64):
+    state = cell.initial_state(batch_size)
+    return type(state)(*(normal(*f.shape, seed=5 + i).to(dtype).requires_grad_() for i, f in enumerate(state)))
+
+
+def results(cell, xs, state, engine):
+    """Outputs, final state, and the gradients of the input, the initial state and every parameter."""
+    output, final = scan(cell, xs, state, engine=engine)
+    loss = (output * normal(*output.shape, seed=9).to(output.dtype)).sum()
+    loss = loss + sum((field * field).sum() for field in final)
+    leaves = [xs, *state, *(p for p in cell.parameters() if p.requires_grad)]
+    return [output, *final, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+
+
+def compare(cell, steps, rows, dtype=torch.float64, tolerance=1e-10):
+    xs = normal(steps, rows, INPUT_SIZE).to(dtype).requires_grad_()
+    state = random_state(cell, rows, dtype)
+    expected = results(cell, xs, state, "loop")
+    for _ in range(2):  # the second call takes the kept program
+        actual = results(cell, xs, state, "fused")
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", CELLS)
+def test_every_cell(name):
+    cell = built(name)
+    for steps, rows in ((4, 3), (1, 1), (1, 5)):
+        compare(cell, steps, rows)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_pieces(name):
+    cell = built(name)
+    for steps, rows in ((4, 3), (1, 1), (3, 17)):
+        compare(cell, steps, rows)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", TYPICAL)
+def test_float32(name):
+    """By the norm of each result: single values of a random net differ more, as their sums cancel."""
+    cell = built(name, torch.float32)
+    xs, state = normal(5, 3, INPUT_SIZE).float().requires_grad_(), random_state(cell, 3, torch.float32)
+    for actual, expected in zip(*(results(cell, xs, state, engine) for engine in ("fused", "loop")), strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", TYPICAL)
+def test_bf16_autocast(name):
+    cell = built(name, torch.float32)
+    xs, state = normal(5, 3, INPUT_SIZE).float(), random_state(cell, 3, torch.float32)
+    outcomes = []
+    for engine in ("loop", "fused"):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, final = scan(cell, xs, state, engine=engine)
+        cell.zero_grad()
+        output.float().square().sum().backward()
+        outcomes.append([output, *final, *(p.grad for p in cell.parameters() if p.requires_grad)])
+    for actual, expected in zip(*outcomes, strict=True):
+        assert actual.dtype == expected.dtype
+        rms = (actual.float() - expected.float()).square().mean().sqrt() / expected.float().square().mean().sqrt()
+        assert rms < 0.05
+
+
+MODES = {
+    **LAYERS,
+    "lengths": {"bidirectional": True},
+    "reset": {},
+    "noise": {"zoneout": 0.3, "state_dropout": 0.3, "input_dropout": 0.3, "weight_drop": 0.3},
+}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["lstm-projected", "gru-mi", "own-leaky"])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers(name, mode):
+    torch.manual_seed(0)
+    rnn = randomise(Recurrent(INPUT_SIZE, HIDDEN_SIZE, CELLS[name], **MODES[mode]).double())
+    rnn.train(mode == "noise")
+    arguments = {"lengths": [5, 2, 4]} if mode in ("lengths", "noise") else {}
+    if mode in ("reset", "noise"):
+        arguments["reset"] = normal(5, 3) > 0.5
+    outcomes = []
+    for engine in ("loop", "fused"):
+        xs = normal(5, 3, INPUT_SIZE, requires_grad=True)
+        rnn.engine = engine
+        rnn.zero_grad()
+        torch.manual_seed(3)
+        output, final = rnn(xs, **arguments)
+        (output.square().sum() + sum(f.sum() for f in ((final,) if isinstance(final, Tensor) else final))).backward()
+        outcomes.append([output, final, xs.grad, *(p.grad for p in rnn.parameters() if p.requires_grad)])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["rnn-mi", "lstm-mi", "lstm-norm", "gru-mi", "gru-after", "own-leaky"])
+def test_gradients_of_gradients(name):
+    cell = built(name)
+    xs, state = normal(3, 2, INPUT_SIZE, requires_grad=True), random_state(cell, 2)
+
+    def run(xs, *state):
+        output, final = scan(cell, xs, type(cell.initial_state(1))(*state), engine="fused")
+        return output, *final
+
+    assert torch.autograd.gradcheck(run, (xs, *state))
+    assert torch.autograd.gradgradcheck(run, (xs, *state))
+
+
+def weight(rows, columns):
+    return nn.Parameter(normal(rows, columns, seed=rows + columns) / 2)
+
+
+class ComposedState(NamedTuple):
+    h: Tensor
+    a: Tensor
+    b: Tensor
+
+
+GATES = (torch.sigmoid, torch.tanh, torch.relu, lambda v: v, lambda v: v.square().sum(-1, keepdim=True).sqrt() + v)
+
+
+class Composed(Cell):
+    """A cell put together at random: maps, gates, and updates that read any of three states of their own widths."""
+
+    def __init__(self, maps, gates, mixes):
+        super().__init__(INPUT_SIZE, HIDDEN_SIZE)
+        self.widths = (HIDDEN_SIZE, 4, 6)
+        self.maps = nn.ModuleList(
+            IN_CELLS[name](INPUT_SIZE, self.widths[source], self.widths[target])
+            for target, (name, source) in enumerate(maps)
+        )
+        self.cross = weight(6, HIDDEN_SIZE)
+        self.gates, self.mixes, self.sources = gates, mixes, [source for _, source in maps]
+
+    def step(self, x, state):
+        new = [
+            GATES[gate](f(x, state[source]))
+            for f, gate, source in zip(self.maps, self.gates, self.sources, strict=True)
+        ]
+        a = new[1] if self.mixes[0] else 0.5 * state.a + new[1] * state.a
+        b = new[2] * a.mean(-1, keepdim=True) if self.mixes[1] else new[2]
+        h = new[0] + (b @ self.cross if self.mixes[2] else state.h * a.sum(-1, keepdim=True).tanh())
+        return ComposedState(h.tanh(), a.tanh(), b.tanh())
+
+    def initial_state(self, batch_size):
+        return ComposedState(*(self.zeros(batch_size, width) for width in self.widths))
+
+
+@pytest.mark.usefixtures("eager")
+@given(
+    maps=st.tuples(*[st.tuples(st.sampled_from(sorted(IN_CELLS)), st.integers(0, 2)) for _ in range(3)]),
+    gates=st.tuples(*[st.integers(0, len(GATES) - 1) for _ in range(3)]),
+    mixes=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+@settings(max_examples=15, deadline=None)
+def test_cells_composed_at_random(maps, gates, mixes):
+    torch.manual_seed(0)
+    cell = randomise(Composed(maps, gates, mixes)).double()
+    xs, state = normal(3, 2, INPUT_SIZE, requires_grad=True), random_state(cell, 2)
+    actual, expected = (results(cell, xs, state, engine) for engine in ("fused", "loop"))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_another_length_or_batch_takes_the_kept_program(monkeypatch):
+    from multint.scan import engine
+
+    cell, traced = built("lstm-mi"), []
+    original = engine._build
+    monkeypatch.setattr(engine, "_build", lambda *arguments: traced.append(1) or original(*arguments))
+    with eager_pieces():
+        for steps, rows in ((3, 2), (5, 2), (3, 4), (1, 1)):
+            scan(cell, normal(steps, rows, INPUT_SIZE), cell.initial_state(rows), engine="fused")
+    assert len(traced) == 1
+
+
+@pytest.mark.usefixtures("eager")
+class TestAutograd:
+    """What autograd may do with a result."""
+
+    def test_truncated_back_propagation(self):
+        cell = built("lstm-mi")
+        xs = normal(6, 2, INPUT_SIZE, requires_grad=True)
+        whole, _ = scan(cell, xs, cell.initial_state(2), engine="loop")
+        (expected,) = torch.autograd.grad(whole[3:].sum(), xs)
+        _, carried = scan(cell, xs[:3], cell.initial_state(2), engine="fused")
+        second, _ = scan(cell, xs[3:], carried, engine="fused")
+        (actual,) = torch.autograd.grad(second.sum(), xs)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+    def test_two_forwards_before_one_backward_and_a_second_backward(self):
+        cell = built("gru-mi")
+        one, two = normal(4, 2, INPUT_SIZE), normal(5, 3, INPUT_SIZE, seed=2)
+        gradients = []
+        for engine in ("loop", "fused"):
+            first, _ = scan(cell, one, cell.initial_state(2), engine=engine)
+            second, _ = scan(cell, two, cell.initial_state(3), engine=engine)
+            loss = first.sum() * second.sum()
+            parameters = list(cell.parameters())
+            once = torch.autograd.grad(loss, parameters, retain_graph=True)
+            gradients.append([*once, *torch.autograd.grad(loss, parameters)])
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+    def test_weights_shared_by_two_scans_and_frozen_ones(self):
+        cell = built("lstm-mi")
+        cell.gates.z_projection.weight.requires_grad_(False)
+        cell.gates.alpha.requires_grad_(False)
+        xs = normal(4, 2, INPUT_SIZE)
+        gradients = []
+        for engine in ("loop", "fused"):
+            cell.zero_grad()
+            first, _ = scan(cell, xs, cell.initial_state(2), engine=engine)
+            second, _ = scan(cell, first[..., :INPUT_SIZE], cell.initial_state(2), engine=engine)
+            second.sum().backward()
+            gradients.append([p.grad for p in cell.parameters()])
+        assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]]
+        for ours, theirs in zip(*gradients, strict=True):
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+    def test_inputs_that_are_not_contiguous(self):
+        cell = built("gru-after")
+        xs = normal(2, 6, 2 * INPUT_SIZE)[..., ::2].transpose(0, 1)
+        expected, _ = scan(cell, xs, cell.initial_state(2), engine="loop")
+        actual, _ = scan(cell, xs, cell.initial_state(2), engine="fused")
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_without_gradients(self, mode):
+        cell = built("lstm-mi")
+        xs = normal(4, 2, INPUT_SIZE)
+        expected, last = scan(cell, xs, cell.initial_state(2), engine="loop")
+        with mode():
+            actual, final = scan(cell, xs, cell.initial_state(2), engine="fused")
+            assert not actual.requires_grad
+            torch.testing.assert_close((actual, *final), (expected, *last), rtol=1e-10, atol=1e-10)
+        # What was traced in that mode serves others as well.
+        scan(cell, xs, cell.initial_state(2), engine="fused")[0].sum().backward()
+        assert cell.gates.alpha.grad is not None
+
+    def test_same_seed_same_result(self):
+        outcomes = []
+        for _ in range(2):
+            cell = built("lstm-mi")
+            outcomes.append(results(cell, normal(4, 2, INPUT_SIZE, requires_grad=True), random_state(cell, 2), "fused"))
+        torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+    def test_copies_and_pickles_after_a_run(self):
+        rnn = Recurrent(INPUT_SIZE, HIDDEN_SIZE, partial(LSTMCell, integrator=Additive), engine="fused").double()
+        xs = normal(4, 2, INPUT_SIZE)
+        expected, _ = rnn(xs)
+        for other in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+            torch.testing.assert_close(other(xs)[0], expected, rtol=0, atol=0)
+
+    # Dynamo warns of what it does itself: it makes an autograd function, and looks at a result's .grad.
+    @pytest.mark.filterwarnings("default")
+    def test_inside_torch_compile(self):
+        rnn = layer("lstm-mi", engine="fused")
+        xs = normal(4, 2, INPUT_SIZE)
+        expected, _ = rnn(xs)
+        torch.testing.assert_close(torch.compile(rnn, backend="eager")(xs)[0], expected, rtol=1e-10, atol=1e-10)
+
+    def test_functional_calls_use_the_given_weights(self):
+        rnn, other = layer("gru-mi", engine="fused"), layer("gru-mi", engine="loop")
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        xs = normal(4, 2, INPUT_SIZE)
+        output, _ = torch.func.functional_call(rnn, dict(other.named_parameters()), (xs,))
+        torch.testing.assert_close(output, other(xs)[0], rtol=1e-10, atol=1e-10)
+
+
+class Odd(Cell):
+    """A cell with one line of its own in the step."""
+
+    def __init__(self, line):
+        super().__init__(INPUT_SIZE, HIDDEN_SIZE)
+        self.meet = Hadamard(INPUT_SIZE, HIDDEN_SIZE, HIDDEN_SIZE)
+        self.line = line
+
+    def step(self, x, state):
+        return HiddenState(self.line(self.meet(x, state.h), state.h))
+
+    def initial_state(self, batch_size):
+        return HiddenState(self.zeros(batch_size, HIDDEN_SIZE))
+
+
+def write(y, h):
+    h.mul_(2)
+    return y + h
+
+
+REFUSED = {
+    r"the rows of a batch see each other \(aten.mean": lambda y, h: y - y.mean(0),
+    r"the step draws random numbers \(aten.": lambda y, h: nn.functional.dropout(y, 0.5),
+    r"the step branches on a value \(aten._local_scalar_dense": lambda y, h: y if y.sum() > 0 else -y,
+    "the step branches on the number of rows": lambda y, h: y if y.shape[0] > 5 else -y,
+    "the step writes to one of its inputs": write,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_fused_cannot_take_is_refused_by_name_and_looped_under_auto(message):
+    cell = Odd(REFUSED[message])
+    xs = normal(9, 200, INPUT_SIZE).float()
+    with pytest.raises(EngineError, match=message):
+        scan(cell, xs, cell.initial_state(200), engine="fused")
+    assert explain(cell, xs).engine == "loop"
+    torch.manual_seed(0)
+    output, _ = scan(cell, xs, cell.initial_state(200))
+    torch.manual_seed(0)
+    torch.testing.assert_close(output, scan(cell, xs, cell.initial_state(200), engine="loop")[0], rtol=0, atol=0)
+
+
+def test_constants_of_the_batch_s_size_are_taken():
+    cell = Odd(lambda y, h: y + torch.zeros(y.shape[0], 1) + torch.ones_like(h)).double()
+    with eager_pieces():
+        compare(cell, 4, 3)
+
+
+def test_function_transforms_take_the_loop():
+    cell = built("lstm-mi")
+    xs = normal(4, 2, INPUT_SIZE)
+    weights = dict(cell.named_parameters())
+
+    def loss(weights, engine):
+        outer = Recurrent(INPUT_SIZE, HIDDEN_SIZE, lambda *_: cell, engine=engine).eval()
+        named = {f"directions.0.cell.{name}": value for name, value in weights.items()}
+        return torch.func.functional_call(outer, named, (xs,))[0].square().sum()
+
+    expected = torch.func.grad(loss)(weights, "loop")
+    torch.testing.assert_close(torch.func.grad(loss)(weights, "auto"), expected)
+    with pytest.raises(MultintError, match=r"torch.func transform"):
+        torch.func.grad(loss)(weights, "fused")
+
+
+def test_explain_tells_the_plan_and_the_choice():
+    cell = LSTMCell(128, 512)
+    text = str(explain(cell, torch.empty(50, 32, 128)))
+    assert "engine: fused" in text
+    assert "(50·32 × 128) @ (128 × 2048), 1 in one" in text
+    assert "(50, 32, 2048) torch.float32, 12.5 MiB" in text
+    assert "a state (32 × 512) @ (512 × 2048)" in text
+    small = explain(RNNCell(5, 7), torch.empty(50, 32, 5))
+    assert small.engine == "loop"
+    assert "too few to repay compilation" in small.reason
+    assert explain(cell, torch.empty(50, 32, 128), engine="loop").engine == "loop"
