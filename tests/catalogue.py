@@ -29,6 +29,7 @@ from multint import (
     Tucker,
 )
 from multint.cells import HiddenState
+from multint.integrators import Krause
 
 Factory = Callable[[int, int, int], Integrator]
 
@@ -53,11 +54,6 @@ def low_rank(x: int, z: int, o: int) -> Integrator:
 
 def tucker(x: int, z: int, o: int) -> Integrator:
     return Tucker(x, z, o, x_rank=min(3, x), z_rank=min(2, z))
-
-
-def krause(x: int, z: int, o: int) -> Integrator:
-    """The multiplicative LSTM's map."""
-    return Additive(x, z, o) @ Hadamard(x, z, z, bias=None)
 
 
 def through_x_free(x: int, z: int, o: int) -> Integrator:
@@ -90,13 +86,14 @@ INTEGRATORS: dict[str, Case] = {
     "tucker": Case(tucker),
     "diagonal": Case(Diagonal, square=True),
     "gated": Case(Gated),
+    "gated-open": Case(partial(Gated, bias=1.5)),
     "hypernetwork": Case(partial(Hypernetwork, features=6)),
     "hypernetwork-low-rank": Case(partial(Hypernetwork, features=6, head=low_rank)),
     "hypernetwork-diagonal": Case(partial(Hypernetwork, features=6, head=Diagonal), square=True),
     "hypernetwork-linear": Case(partial(Hypernetwork, features=6, network=nn.Linear)),
     "sum": Case(mixed_sum),
     "sum-gated": Case(gated_sum),
-    "through-krause": Case(krause),
+    "through-krause": Case(Krause),
     "through-x-free": Case(through_x_free),
     "swapped": Case(lambda x, z, o: Swapped(low_rank(z, x, o))),
 }
@@ -155,7 +152,7 @@ CELLS: dict[str, Callable[[int, int], Cell]] = {
     "lstm-peepholes": partial(LSTMCell, peepholes=True, forget_bias=1.0),
     "lstm-projected": partial(LSTMCell, proj_size=3),
     "lstm-norm": partial(LSTMCell, layer_norm=True, peepholes=True),
-    "lstm-krause": partial(LSTMCell, integrator=krause),
+    "lstm-krause": partial(LSTMCell, integrator=Krause),
     **{f"gru-{name}": partial(GRUCell, integrator=IN_CELLS[name]) for name in ("additive", "mi", "low-rank", "gated")},
     "gru-after": partial(GRUCell, reset_after=True),
     "gru-after-additive": partial(GRUCell, integrator=Additive, reset_after=True),

@@ -23,7 +23,8 @@ from multint import (
     scan,
 )
 from multint.cells import HiddenState, LSTMState
-from tests.catalogue import krause, normal, randomise
+from multint.integrators import Krause
+from tests.catalogue import normal, randomise
 
 X, Z, OUT = 7, 5, 3
 x, z = normal(6, X), normal(6, Z, seed=2)
@@ -126,7 +127,7 @@ def test_the_mixed_derivative_is_the_interaction():
 
 def test_multiplicative_lstm_from_parts():
     """Krause et al. 2016, the variant with the usual tanh candidate: m takes h's place in all gates."""
-    cell = randomise(LSTMCell(X, 4, integrator=krause).double())
+    cell = randomise(LSTMCell(X, 4, integrator=Krause).double())
     h, c = normal(6, 4, seed=3), normal(6, 4, seed=4)
     outer, inner = cell.gates.outer, cell.gates.inner
     m = (x @ inner.x_projection.weight.T) * (h @ inner.z_projection.weight.T)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import multint
 from multint import (
@@ -178,6 +179,10 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
         (lambda: Pairwise((7,), 3), "got 1 streams"),
+        (lambda: Hypernetwork(7, 5, 3, 4, head=lambda x, z, o: Additive(x, z, 5)), r"head has the sizes \(7, 4, 5\)"),
+        (lambda: Sum(Additive(7, 5, 3), nn.Linear(7, 3)), "Sum: got a Linear, expected an Integrator"),
+        (lambda: Swapped(nn.Linear(7, 3)), "Swapped: got a Linear"),
+        (lambda: float("nan") * Additive(7, 5, 3), "scale is nan, expected a number"),
         (lambda: Additive(7, 5, 3) + Additive(7, 5, 4), "expected equal ones"),
         (lambda: Additive(7, 5, 3) @ Hadamard(7, 5, 4), "inner's out_features is 4, expected outer's z_features, 5"),
         (lambda: Additive(7, 5, 3) @ Hadamard(8, 5, 5), "inner's x_features is 8"),
@@ -216,6 +221,31 @@ def test_the_operators_build_the_named_compositions():
     torch.testing.assert_close(Swapped(f)(z, x), f(x, z))
 
 
+def test_a_hypernetwork_measures_its_network_without_a_trace():
+    """In evaluation mode, without a draw from the global generator, and without a scale where it starts at 0."""
+
+    def network(z, features):
+        linear = nn.Linear(z, features)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(nn.BatchNorm1d(z), nn.Dropout(0.5), linear)
+
+    torch.manual_seed(0)
+    f = Hypernetwork(7, 5, 3, 4, network=network)
+    assert f.scale == 1.0
+    assert f.network.training
+    assert f.network[0].num_batches_tracked == 0
+
+
+def test_streams_that_broadcast_both_ways_take_the_small_intermediate():
+    """x (512, 1, X) with z (1, 512, Z): their outer product would be 512² matrices."""
+    f = Bilinear(64, 64, 64, z_term=False, x_term=False)
+    x, z = torch.randn(512, 1, 64), torch.randn(1, 512, 64)
+    with FlopCounterMode(display=False) as counter:
+        f(x, z)
+    assert counter.get_total_flops() < 512 * 512 * 64 * 64 * 3
+
+
 def test_ranks():
     torch.manual_seed(0)
     assert rank(Additive(7, 5, 3)) == (0, 0, 0)
@@ -231,6 +261,7 @@ def test_counts():
     f = LowRank(9, 8, 7, rank=3)
     assert parameter_count(f) == 3 * 9 + 3 * 8 + 7 * 3 + 7 * 8 + 7 * 9 + 7
     assert flops(f) == 2 * (3 * 9 + 3 * 8 + 7 * 3 + 7 * 8 + 7 * 9)
+    assert flops(Pairwise((4, 3), 5)) == 2 * 5 * (4 + 3)
     assert parameter_count(f + f) == parameter_count(f), "a shared parameter counts once"
     # The smallest intermediate first: one product with W, one small one beside it.
     assert flops(Bilinear(4, 3, 50, False, False)) == 2 * 50 * 4 * 3

@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from multint import GRU, LSTM, RNN, Additive, Cell, GRUCell, LSTMCell, MultintError, Recurrent, RNNCell, scan
+from multint import (
+    GRU,
+    LSTM,
+    RNN,
+    Additive,
+    Cell,
+    GRUCell,
+    LowRank,
+    LSTMCell,
+    MultintError,
+    Recurrent,
+    RNNCell,
+    scan,
+)
 from multint.cells import HiddenState, LSTMState
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, LAYERS, TYPICAL, initial_state, layer, normal, randomise
 
@@ -283,7 +296,14 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
         (lambda: LSTM(5, 7, proj_size=7), "proj_size is 7, expected 0"),
         (lambda: LSTM(5, 7, zoneout={"n": 0.1}), "zoneout names 'n', expected the state's fields: h, c"),
         (lambda: LSTM(5, 7, zoneout=1.5), "zoneout of h is 1.5"),
-        (lambda: LSTM(5, 7, 2, dropout=1.0), "dropout is 1.0, expected a probability"),
+        (lambda: LSTM(5, 7, 2, dropout=1.1), "dropout is 1.1, expected a probability: at least 0 and at most 1"),
+        (lambda: LSTM(5, 7, bias=False, integrator=lambda x, z, o: Additive(x, z, o)), "cannot be told"),
+        (lambda: LSTM(5, 7, integrator=lambda x, z, o: Additive(x, z, z)), r"of the sizes \(X, Z, O\) = \(5, 7, 7\)"),
+        (lambda: LSTM(5, 7, integrator=torch.nn.Bilinear), "gives a Bilinear, expected a multint.Integrator"),
+        (lambda: LSTM(5, 1, layer_norm=True), "layer_norm of a memory of one feature"),
+        (lambda: RNN(5, 7, integrator=partial(LowRank, rank=1), layer_norm=True), "a product of width 1"),
+        (lambda: Recurrent(5, 7, torch.nn.LSTMCell), "cell gives a LSTMCell, expected a multint.Cell"),
+        (lambda: Recurrent(5, 7, LSTMCell(5, 7)), "expected a factory"),
         (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
         (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'fused', 'loop'"),
         (lambda: RNN(5, 7, nonlinearity="tan"), "nonlinearity is 'tan', expected 'tanh', 'relu', or a callable"),
@@ -299,7 +319,9 @@ def test_wrong_settings_say_what_was_expected(make, message):
     [
         (lambda rnn: rnn(torch.ones(4, 2, 6)), r"x has 6 features, expected 5 \(input_size\)"),
         (lambda rnn: rnn(torch.ones(5)), "x has 1 dimensions, expected 3, or 2"),
-        (lambda rnn: rnn(torch.ones(0, 2, 5)), "x has 0 steps of 2 sequences"),
+        (lambda rnn: rnn(torch.ones(0, 2, 5)), "x has 0 steps"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), reset=[[True]]), "reset is a list, expected a bool tensor"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=torch.tensor([True, True])), "lengths is torch.bool"),
         (lambda rnn: rnn(torch.ones(4, 2, 5), torch.ones(1, 2, 7)), "state has 1 tensors, expected 2: h, c"),
         (
             lambda rnn: rnn(torch.ones(4, 2, 5), (torch.ones(1, 1, 7), torch.ones(1, 2, 7))),

@@ -156,6 +156,16 @@ def test_the_arguments_stand_where_pytorch_has_them():
     assert LSTM(X, H, device="cpu", dtype=torch.float64)(normal(T, B, X))[0].dtype == torch.float64
 
 
+@every_module
+def test_an_empty_batch_and_the_state_by_its_name(name):
+    theirs, ours = pair(name)
+    x, state = normal(T, 0, X), random_state(theirs, 0)
+    for actual, expected in zip(ours(x, hx=state), theirs(x, hx=state), strict=True):
+        assert [a.shape for a in flat(actual)] == [e.shape for e in flat(expected)]
+
+
 def test_other_modules_are_refused():
     with pytest.raises(MultintError, match="got Linear, expected"):
         from_torch(nn.Linear(2, 3))
+    with pytest.raises(MultintError, match="got ReLU, expected"):
+        from_torch(nn.ReLU())

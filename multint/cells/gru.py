@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from multint.cells.base import Cell, HiddenState
-from multint.cells.normalisation import normalised
+from multint.cells.normalisation import built
 from multint.integrators import Integrator, MultiplicativeIntegration
 from multint.integrators.init import vector
 
@@ -42,9 +42,8 @@ class GRUCell(Cell):
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        gates = integrator(input_size, hidden_size, len(self.gate_names) * hidden_size)
-        self.gates = normalised(gates, layer_norm)
-        self.candidate = normalised(integrator(input_size, hidden_size, hidden_size), layer_norm)
+        self.gates = built(integrator, input_size, hidden_size, len(self.gate_names) * hidden_size, layer_norm)
+        self.candidate = built(integrator, input_size, hidden_size, hidden_size, layer_norm)
         self.reset_after = reset_after
         self.recurrent_bias = vector(self, "recurrent_bias", recurrent_bias, hidden_size) if reset_after else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multint.cells.base import Cell
-from multint.cells.normalisation import normalised
+from multint.cells.normalisation import built
 from multint.errors import OptionError
 from multint.integrators import Integrator, MultiplicativeIntegration
 
@@ -51,12 +51,16 @@ class LSTMCell(Cell):
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        if not 0 <= proj_size < hidden_size:
+        if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
             raise OptionError(f"LSTMCell: proj_size is {proj_size}, expected 0 (none) to {hidden_size - 1}")
+        if layer_norm and hidden_size == 1:
+            raise OptionError(
+                "LSTMCell: layer_norm of a memory of one feature is always 0; expected hidden_size above 1"
+            )
         self.output_size = proj_size or hidden_size
         self.forget_bias = forget_bias
-        gates = integrator(input_size, self.output_size, len(self.gate_names) * hidden_size)
-        self.gates = normalised(gates, layer_norm)
+        width = len(self.gate_names) * hidden_size
+        self.gates = built(integrator, input_size, self.output_size, width, layer_norm)
         self.peepholes = nn.Parameter(torch.zeros(3, hidden_size)) if peepholes else None  # to i, f and o
         self.projection = nn.Linear(hidden_size, proj_size, bias=False) if proj_size else None
         self.memory_norm = nn.LayerNorm(hidden_size) if layer_norm else None

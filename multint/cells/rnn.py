@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multint.cells.base import Cell, HiddenState
-from multint.cells.normalisation import normalised
+from multint.cells.normalisation import built
 from multint.integrators import Integrator, MultiplicativeIntegration
 
 
@@ -38,7 +38,7 @@ class RNNCell(Cell):
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        self.integrator = normalised(integrator(input_size, hidden_size, hidden_size), layer_norm)
+        self.integrator = built(integrator, input_size, hidden_size, hidden_size, layer_norm)
         self.activation = activation
 
     def step(

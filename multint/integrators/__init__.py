@@ -10,7 +10,7 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 from multint.integrators.additive import Additive, Concat
 from multint.integrators.base import BiAffine, Integrator, Terms, outermost_integrators
 from multint.integrators.bilinear import Bilinear
-from multint.integrators.compose import Scaled, Sum, Swapped, Through
+from multint.integrators.compose import Krause, Scaled, Sum, Swapped, Through
 from multint.integrators.diagonal import Diagonal, Gated
 from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration, Pairwise
@@ -27,6 +27,7 @@ __all__ = [
     "Hadamard",
     "Hypernetwork",
     "Integrator",
+    "Krause",
     "LowRank",
     "MultilinearRank",
     "MultiplicativeIntegration",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class TensorProduct(nn.Module):
         # Every order has one product with W; they differ in the intermediate that stands beside it. The smallest is
         # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
         sizes = {
-            "both": max(x_rows, z_rows) * z_features * x_features,
+            "both": math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features,
             "x": x_rows * out_features * z_features,
             "z": z_rows * out_features * x_features,
         }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from multint.errors import FormError, ShapeError
+from multint.errors import FormError, OptionError, ShapeError
+from multint.integrators.additive import Additive
 from multint.integrators.base import BiAffine, Integrator, Terms
+from multint.integrators.hadamard import Hadamard
 
 
 class Sum(BiAffine):
@@ -16,6 +20,7 @@ class Sum(BiAffine):
     """
 
     def __init__(self, first: Integrator, second: Integrator) -> None:
+        _check_parts(self, first, second)
         super().__init__(first.x_features, first.z_features, first.out_features)
         sizes = [(f.x_features, f.z_features, f.out_features) for f in (first, second)]
         if sizes[0] != sizes[1]:
@@ -43,6 +48,9 @@ class Scaled(BiAffine):
     """
 
     def __init__(self, scale: float, integrator: Integrator) -> None:
+        _check_parts(self, integrator)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise OptionError(f"Scaled: scale is {scale!r}, expected a number")
         super().__init__(integrator.x_features, integrator.z_features, integrator.out_features)
         self.scale = scale
         self.integrator = integrator
@@ -75,6 +83,7 @@ class Through(BiAffine):
     """
 
     def __init__(self, outer: Integrator, inner: Integrator) -> None:
+        _check_parts(self, outer, inner)
         super().__init__(outer.x_features, inner.z_features, outer.out_features)
         if inner.x_features != outer.x_features:
             raise ShapeError(
@@ -113,6 +122,27 @@ class Through(BiAffine):
         )
 
 
+class Krause(Through):
+    """y = A((W_m x) ⊙ (U_m z)) + Vx + b: `Additive @ Hadamard`, the multiplicative LSTM's map, built as a class.
+
+    The intermediate m has as many features as z, whose place it takes in all gates.
+
+    Source: Krause et al. 2016, eqs. 9 to 13, in the variant with the LSTM's usual tanh candidate.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        bias: float | None = 0.0,
+    ) -> None:
+        super().__init__(
+            Additive(x_features, z_features, out_features, bias),
+            Hadamard(x_features, z_features, z_features, bias=None),
+        )
+
+
 class Swapped(BiAffine):
     """y = f(z, x): the streams change places, so f's x_features are z's.
 
@@ -120,6 +150,7 @@ class Swapped(BiAffine):
     """
 
     def __init__(self, integrator: Integrator) -> None:
+        _check_parts(self, integrator)
         super().__init__(integrator.z_features, integrator.x_features, integrator.out_features)
         self.integrator = integrator
         self.x_weights = _prefixed("integrator", integrator.z_weights)
@@ -136,6 +167,12 @@ class Swapped(BiAffine):
     def terms(self) -> Terms:
         W, U, V, b = _terms(self.integrator)
         return Terms(W.transpose(1, 2), V, U, b)
+
+
+def _check_parts(whole: Integrator, *parts: Integrator) -> None:
+    for part in parts:
+        if not isinstance(part, Integrator):
+            raise OptionError(f"{type(whole).__name__}: got a {type(part).__name__}, expected an Integrator")
 
 
 def _terms(integrator: Integrator) -> Terms:

@@ -10,8 +10,6 @@ from multint.integrators.additive import add_bias
 from multint.integrators.base import BiAffine, Integrator, Terms
 from multint.integrators.init import projection, vector
 
-SIGMOID_SECOND_MOMENT = 0.29338  # E[σ(u)²] for u ~ N(0, 1), by quadrature
-
 
 class Diagonal(BiAffine):
     """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
@@ -81,10 +79,13 @@ class Gated(Integrator):
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        self.x_projection = projection(x_features, out_features, variance=1.0 / SIGMOID_SECOND_MOMENT)
-        self.z_projection = projection(z_features, out_features)
         self.x_bias = vector(self, "bias", bias, out_features)
         self.z_bias = vector(self, "bias", bias, out_features)
+        # Var y = (v + c²)·E[σ²] − c²·E[σ]², where v is the variance of Vx.
+        c, (mean, second) = bias or 0.0, _sigmoid_moments(bias or 0.0)
+        variance = max(1.0 - c**2 * (second - mean**2), 0.0) / second
+        self.x_projection = projection(x_features, out_features, variance)
+        self.z_projection = projection(z_features, out_features)
 
     def forward(
         self,
@@ -93,3 +94,12 @@ class Gated(Integrator):
     ) -> Tensor:  # (..., O)
         self.check(x, z)
         return add_bias(self.x_projection(x), self.x_bias) * add_bias(self.z_projection(z), self.z_bias).sigmoid()
+
+
+def _sigmoid_moments(shift: float) -> tuple[float, float]:
+    """E[σ(u + d)] and E[σ(u + d)²] for u ~ N(0, 1), by quadrature."""
+    u = torch.linspace(-8.0, 8.0, 1001, dtype=torch.float64, device="cpu")
+    weight = torch.exp(-(u**2) / 2)
+    sigmoid = torch.sigmoid(u + shift)
+    mean, second = ((weight * sigmoid**power).sum() / weight.sum() for power in (1, 2))
+    return mean.item(), second.item()

@@ -45,6 +45,12 @@ class Hypernetwork(Integrator):
         self.features = positive(self, "features", features)
         self.network = network(z_features, features)
         self.head = head(x_features, features, out_features)
+        sizes = (self.head.x_features, self.head.z_features, self.head.out_features)
+        if sizes != (x_features, features, out_features):
+            raise ShapeError(
+                f"Hypernetwork: head has the sizes {sizes}, expected {(x_features, features, out_features)}: "
+                "x_features, features, out_features"
+            )
         self.scale: Tensor
         self.register_buffer("scale", self._unit_variance_scale())
         self.x_weights = tuple(f"head.{name}" for name in self.head.x_weights)
@@ -66,11 +72,14 @@ class Hypernetwork(Integrator):
         """
         weight = next(self.network.parameters(), torch.empty(0))
         z = torch.randn(1024, self.z_features, generator=torch.Generator().manual_seed(0)).to(weight)
+        was_training = self.network.training
         with torch.no_grad():
-            context = self.network(z)
+            context = self.network.eval()(z)  # without dropout, and without a trace in running statistics
+        self.network.train(was_training)
         if context.shape != (1024, self.features):
             raise ShapeError(
                 f"Hypernetwork: network gives the shape {tuple(context.shape)} for z (1024, {self.z_features}), "
                 f"expected (1024, {self.features})"
             )
-        return context.square().mean().clamp_min(1e-12).rsqrt()
+        moment = context.square().mean()
+        return torch.where(moment > 0, moment.rsqrt(), 1.0)  # a network that starts at 0 has no scale to correct

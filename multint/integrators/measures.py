@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multint.errors import FormError
 from multint.integrators.base import BiAffine, Integrator
+from multint.integrators.hadamard import Pairwise
 
 
 class MultilinearRank(NamedTuple):
@@ -25,12 +26,13 @@ def parameter_count(f: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in f.parameters())
 
 
-def flops(f: Integrator) -> int:
-    """The floating-point operations of f's matrix products for one row of x and z: a multiply-add counts as two."""
+def flops(f: Integrator | Pairwise) -> int:
+    """The floating-point operations of f's matrix products for one row of each stream; a multiply-add counts as two."""
     parameter = next(f.parameters())
-    x, z = (parameter.new_zeros(1, features) for features in (f.x_features, f.z_features))
+    features = f.features if isinstance(f, Pairwise) else (f.x_features, f.z_features)
+    streams = [parameter.new_zeros(1, n) for n in features]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        f(x, z)
+        f(*streams)
     return counter.get_total_flops()
 
 

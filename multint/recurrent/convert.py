@@ -20,6 +20,8 @@ def from_torch(module: nn.RNN | nn.LSTM | nn.GRU) -> RNN | LSTM | GRU:
 
     Raises: OptionError for a module of another class.
     """
+    if not isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
+        raise OptionError(f"from_torch: got {type(module).__name__}, expected nn.RNN, nn.LSTM or nn.GRU")
     settings: dict[str, Any] = {
         name: getattr(module, name, None)
         for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
@@ -31,10 +33,8 @@ def from_torch(module: nn.RNN | nn.LSTM | nn.GRU) -> RNN | LSTM | GRU:
         ours = LSTM(**settings, proj_size=module.proj_size)
     elif isinstance(module, nn.GRU):
         ours = GRU(**settings)
-    elif isinstance(module, nn.RNN):
-        ours = RNN(**settings, nonlinearity=module.nonlinearity)
     else:
-        raise OptionError(f"from_torch: got {type(module).__name__}, expected nn.RNN, nn.LSTM or nn.GRU")
+        ours = RNN(**settings, nonlinearity=module.nonlinearity)
     with torch.no_grad():
         for index, direction in enumerate(ours.directions):
             layer, backward = divmod(index, 2) if module.bidirectional else (index, 0)

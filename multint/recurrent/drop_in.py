@@ -186,4 +186,16 @@ class GRU(_DropIn):
 
 def _biased(integrator: Callable[..., Integrator], bias: bool) -> Callable[[int, int, int], Integrator]:
     """The factory, told to leave b out where `bias` is False."""
-    return integrator if bias else partial(integrator, bias=None)
+    if bias:
+        return integrator
+
+    def without_bias(x_features: int, z_features: int, out_features: int) -> Integrator:
+        try:
+            return integrator(x_features, z_features, out_features, bias=None)
+        except TypeError as error:
+            raise OptionError(
+                f"bias is False, which the integrator cannot be told ({error}); expected one with an argument `bias`, "
+                "or a factory that leaves it out itself, with bias=True here"
+            ) from error
+
+    return without_bias

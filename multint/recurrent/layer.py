@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
         input_dropout: probability of dropping a feature of every layer's input, with one mask for all steps.
         state_dropout: the same for what each integrator reads of the state (Gal and Ghahramani 2016).
         weight_drop: probability of dropping an entry of the integrators' recurrent matrices, drawn once a pass
-            (Merity et al. 2018).
+            (Merity et al. 2018). A tensor that both streams share, as in `Concat` and `Bilinear`, counts whole.
         engine: what runs the scan over time (see `multint.scan`).
 
     Raises: OptionError for a setting out of range.
@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
         self.num_layers = positive(self, "num_layers", num_layers)
         self.batch_first = batch_first
         self.bidirectional = bidirectional
-        self.dropout = _probability("dropout", dropout)
+        self.dropout = _probability("dropout", dropout, up_to_one=True)
         self.input_dropout = _probability("input_dropout", input_dropout)
         _probability("state_dropout", state_dropout)
         _probability("weight_drop", weight_drop)
@@ -74,7 +74,7 @@ class Recurrent(nn.Module):
         for _ in range(num_layers):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
-                built = cell(size, hidden_size)
+                built = _built(cell, size, hidden_size)
                 self.directions.append(Masked(built, _zoneout(built, zoneout), state_dropout, weight_drop))
 
     @property
@@ -85,8 +85,8 @@ class Recurrent(nn.Module):
 
     def forward(
         self,
-        x: Tensor | PackedSequence,  # (T, B, X); (B, T, X) if batch_first; (T, X) unbatched
-        state: Any = None,  # a named tuple of tensors (L·D, B, ·), or one bare tensor for a cell with one field
+        input: Tensor | PackedSequence,  # (T, B, X); (B, T, X) if batch_first; (T, X) unbatched
+        hx: Any = None,  # a named tuple of tensors (L·D, B, ·), or one bare tensor for a cell with one field
         *,
         lengths: Tensor | list[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B) bool
@@ -94,14 +94,14 @@ class Recurrent(nn.Module):
         """Run the stack.
 
         Args:
-            state: the state before the first step; the cell's initial one where it is None.
+            hx: the state before the first step, by PyTorch's name; the cell's initial one where it is None.
             lengths: number of steps of each sequence; beyond them the output is 0 and the state stays.
             reset: True where a step starts an episode: before it the state returns to the cell's initial one.
 
         Raises: ShapeError or OptionError for what does not fit.
         """
-        sequences = unify(x, lengths, reset, self.input_size, self.batch_first)
-        states = self._states(state, sequences)
+        sequences = unify(input, lengths, reset, self.input_size, self.batch_first)
+        states = self._states(hx, sequences)
         xs = sequences.xs
         finals: list[Any] = []
         for layer in range(self.num_layers):
@@ -119,8 +119,8 @@ class Recurrent(nn.Module):
         fields = [torch.stack(field) for field in zip(*finals, strict=True)]
         if sequences.unbatched:
             fields = [field.squeeze(1) for field in fields]
-        state = type(finals[0])(*fields) if len(fields) > 1 else fields[0]
-        return restore(xs, sequences, self.batch_first), state
+        final = type(finals[0])(*fields) if len(fields) > 1 else fields[0]
+        return restore(xs, sequences, self.batch_first), final
 
     def _run(
         self, direction: Masked, xs: Tensor, sequences: Sequences, state: Any, backward: bool
@@ -164,10 +164,31 @@ class Recurrent(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
 
 
-def _probability(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise OptionError(f"Recurrent: {name} is {value!r}, expected a probability: at least 0 and below 1")
+def _probability(name: str, value: float, up_to_one: bool = False) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 1 and not up_to_one):
+        upper = "at most 1" if up_to_one else "below 1"
+        raise OptionError(f"Recurrent: {name} is {value!r}, expected a probability: at least 0 and {upper}")
     return value
+
+
+def _built(factory: Callable[[int, int], Cell], input_size: int, hidden_size: int) -> Cell:
+    """The factory's cell, if it is one with a named tuple for its state."""
+    if isinstance(factory, Cell):
+        raise OptionError(
+            f"Recurrent: cell is a {type(factory).__name__}, expected a factory (input_size, hidden_size) -> Cell, "
+            "such as the class, since every layer and direction has a cell of its own"
+        )
+    cell = factory(input_size, hidden_size)
+    if not isinstance(cell, Cell):
+        raise OptionError(f"Recurrent: cell gives a {type(cell).__name__}, expected a multint.Cell")
+    state = cell.initial_state(1)
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise OptionError(
+            f"Recurrent: {type(cell).__name__}.initial_state gives a {type(state).__name__}, expected a named tuple of "
+            "tensors (B, ...), such as multint.cells.HiddenState"
+        )
+    return cell
 
 
 def _zoneout(cell: Cell, zoneout: float | dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ class StateDropout:
     """A forward pre-hook that multiplies an integrator's z by a mask while there is one.
 
     The mask meets z inside the step and not the state around it: a GRU's state is also its memory, which must pass
-    undropped (Gal and Ghahramani 2016).
+    undropped (Gal and Ghahramani 2016). So a cell passes its state as z, the second stream.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None  # (B, Z)
 
-    def __call__(self, _: nn.Module, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, z = streams
-        return (x, z) if self.mask is None else (x, z * self.mask)
+    def __call__(
+        self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        if self.mask is None:
+            return args, kwargs
+        if "z" in kwargs:
+            return args, kwargs | {"z": kwargs["z"] * self.mask}
+        x, z = args
+        return (x, z * self.mask), kwargs
 
 
 class Masked(nn.Module):
@@ -53,7 +60,7 @@ class Masked(nn.Module):
         self.integrators = outermost_integrators(cell)
         self.hooks = {name: StateDropout() for name in self.integrators} if state_dropout else {}
         for name, hook in self.hooks.items():
-            cell.get_submodule(name).register_forward_pre_hook(hook)
+            cell.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
         self.dropped_weights = (
             [f"cell.{name}.{w}" for name, f in self.integrators.items() for w in f.z_weights] if weight_drop else []
         )
@@ -72,9 +79,7 @@ class Masked(nn.Module):
         streams = streams | self._noise(streams["x"], state)
         if not self.dropped_weights:
             return self(streams, state, engine)
-        dropped = {
-            name: functional.dropout(self.get_parameter(name), self.weight_drop) for name in self.dropped_weights
-        }
+        dropped = {name: functional.dropout(_attribute(self, name), self.weight_drop) for name in self.dropped_weights}
         return torch.func.functional_call(self, dropped, (streams, state, engine))
 
     def step(self, streams: dict[str, Tensor], state: Any) -> Any:
@@ -115,6 +120,11 @@ class Masked(nn.Module):
 def locked_mask(like: Tensor, probability: float) -> Tensor:
     """A dropout mask of the given shape, 0 or 1/(1 − p), to be used at every step."""
     return functional.dropout(torch.ones_like(like), probability)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """A parameter by its dotted name, or what a functional call has put in its place, which is no `nn.Parameter`."""
+    return reduce(getattr, name.split("."), module)
 
 
 def _where(mask: Tensor, new: Any, old: Any) -> Any:

@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from multint.errors import OptionError, ShapeError
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Sequences(NamedTuple):
     """A batch in the inner form: time-major, padded, batched."""
@@ -45,9 +47,12 @@ def unify(
         xs = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
     if xs.shape[-1] != input_size:
         raise ShapeError(f"x has {xs.shape[-1]} features, expected {input_size} (input_size)")
-    if 0 in xs.shape[:2]:
-        raise ShapeError(f"x has {xs.shape[0]} steps of {xs.shape[1]} sequences, expected at least 1 of each")
+    if xs.shape[0] == 0:
+        raise ShapeError("x has 0 steps, expected at least 1")
     if reset is not None:
+        if not isinstance(reset, Tensor) or reset.ndim != (1 if unbatched else 2):
+            got = f"of {reset.ndim} dimensions" if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
+            raise ShapeError(f"reset is {got}, expected a bool tensor with one flag for each step of each sequence")
         # A packed batch's flags are given padded, in the layer's own layout.
         reset = reset.unsqueeze(1) if unbatched else reset.transpose(0, 1) if batch_first else reset
         if reset.shape != xs.shape[:2] or reset.dtype != torch.bool:
@@ -85,7 +90,9 @@ def _valid(xs: Tensor, lengths: Tensor | list[int] | None) -> Tensor | None:
         return None
     steps, batch_size = xs.shape[:2]
     lengths = torch.as_tensor(lengths, device=xs.device)
-    if lengths.shape != (batch_size,) or lengths.is_floating_point() or lengths.is_complex():
+    if batch_size == 0:
+        return None
+    if lengths.shape != (batch_size,) or lengths.dtype not in INTEGERS:
         raise ShapeError(
             f"lengths is {lengths.dtype} of the shape {tuple(lengths.shape)}, expected whole numbers of the shape "
             f"({batch_size},): one for each sequence"
