@@ -361,7 +361,7 @@ def test_what_fused_cannot_take_is_refused_by_name_and_looped_under_auto(message
     xs = normal(9, 200, INPUT_SIZE).float()
     with pytest.raises(EngineError, match=message):
         scan(cell, xs, cell.initial_state(200), engine="fused")
-    assert explain(cell, xs).engine == "loop"
+    assert explain(cell, xs, engine="fused").engine == "loop"
     torch.manual_seed(0)
     output, _ = scan(cell, xs, cell.initial_state(200))
     torch.manual_seed(0)
@@ -392,12 +392,13 @@ def test_function_transforms_take_the_loop():
 
 def test_explain_tells_the_plan_and_the_choice():
     cell = LSTMCell(128, 512)
-    text = str(explain(cell, torch.empty(50, 32, 128)))
+    text = str(explain(cell, torch.empty(50, 32, 128), engine="fused"))
     assert "engine: fused" in text
     assert "(50·32 × 128) @ (128 × 2048), 1 in one" in text
     assert "(50, 32, 2048) torch.float32, 12.5 MiB" in text
     assert "a state (32 × 512) @ (512 × 2048)" in text
-    small = explain(RNNCell(5, 7), torch.empty(50, 32, 5))
-    assert small.engine == "loop"
-    assert "too few to repay compilation" in small.reason
+    default = explain(RNNCell(5, 7), torch.empty(50, 32, 5))
+    assert default.engine == "loop"
+    assert "ask for fused by name" in default.reason
+    assert "stages: 1" in default.plan
     assert explain(cell, torch.empty(50, 32, 128), engine="loop").engine == "loop"
