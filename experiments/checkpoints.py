@@ -19,12 +19,14 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise ExperimentError(f"{path}: no such checkpoint.")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ExperimentError(
             f"{path}: refused: no checkpoint, damaged, or with more than values ({reason})"
         ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ExperimentError(f"{path}: not a checkpoint that `fit` wrote: it has no state_dict.")
 
 
 def best_checkpoint(
@@ -38,17 +40,27 @@ def best_checkpoint(
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` beside the best checkpoint: after each validation, and where Ctrl-C stops the run.
+    """Keeps `last.ckpt` beside the best checkpoint: after each validation, where Ctrl-C stops the run, and at its end.
 
     The first Ctrl-C lets the step under way finish, and the validation that follows it, if one is due: only there the
     whole state is consistent, and a resumed run equals an uninterrupted one. The second stops at once, and the
     `last.ckpt` of before stays. A run that reaches its `max_steps` ends with a validation, whenever the last one was.
 
     (ModelCheckpoint's own `save_last` writes only when the monitored score is among the best.)
+
+    Args:
+        best: the callback of the best checkpoint.
+        path: the checkpoint that the run goes on from, if any.
     """
 
-    def __init__(self) -> None:
-        self.path: Path | None = None
+    def __init__(
+        self,
+        best: ModelCheckpoint,
+        path: Path | None = None,
+    ) -> None:
+        self.path = path
+        self._best = best
+        self._saved_step: int | None = None
         self._stop_requested = False
         self._saved_for_stop = False
         self._previous_handler: Any = None
@@ -78,6 +90,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_handler()
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
         self._stop_if_saved()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -97,14 +111,14 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer) -> None:
-        best = trainer.checkpoint_callback
-        folder = best.dirpath if isinstance(best, ModelCheckpoint) else None
-        path = Path(folder or trainer.default_root_dir) / "last.ckpt"
+        if trainer.fast_dev_run:
+            return
+        path = Path(self._best.dirpath or trainer.default_root_dir) / "last.ckpt"
         # Written aside and moved, so that a crash while writing leaves the one of before.
         part = path.with_suffix(".part")
         trainer.save_checkpoint(part, weights_only=False)
         os.replace(part, path)
-        self.path = path
+        self.path, self._saved_step = path, trainer.global_step
 
     def _restore_handler(self) -> None:
         if self._previous_handler is not None:

@@ -77,12 +77,14 @@ def _run(argv: list[str], trusted: list[str]) -> None:
 
 def _mistake(error: BaseException) -> str | None:
     """The message for a user's mistake, wherever in the chain of causes it stands; None for anything else."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from experiments.config_errors import explain
     from multint import MultintError
 
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ExperimentError | MultintError):
+        if isinstance(cause, ExperimentError | MultintError | MisconfigurationException):
             return str(cause)
         cause = cause.__cause__
     return explain(error) if isinstance(error, argparse.ArgumentError) else None

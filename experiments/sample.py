@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from experiments.checkpoints import check_checkpoint
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, building
 from experiments.parsing import OptionParser
 from experiments.tasks import LanguageModelling
 
@@ -21,7 +21,8 @@ def write_sample(argv: list[str]) -> None:
     if options.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(options.seed)
+        with building(f"sample: the generator of seed {options.seed}"):
+            generator.manual_seed(options.seed)
     print(task.text(options.prompt, options.length, options.temperature, options.top_k, generator))
 
 
@@ -34,7 +35,7 @@ def load(path: Path) -> LanguageModelling:
     check_checkpoint(path)
     try:
         return LanguageModelling.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ExperimentError(f"{path}: not a checkpoint of a language model that `fit` wrote ({error}).") from error
 
 

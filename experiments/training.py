@@ -10,12 +10,12 @@ import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from experiments.checkpoints import LastCheckpoint, best_checkpoint, check_checkpoint
-from experiments.errors import ExperimentError
+from experiments.config_errors import check_classes
+from experiments.errors import ExperimentError, building
 from experiments.tasks import LanguageModelling
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.
@@ -25,6 +25,9 @@ logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 # A run that goes on writes to the folder of its checkpoints, as it must.
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+# How those of Lightning's RuntimeErrors begin that a setting causes once training is under way.
+MISTAKES = ("Early stopping conditioned on metric", "SaveConfigCallback expected")
 
 
 class TrainingCommands(LightningCLI):
@@ -38,7 +41,6 @@ class TrainingCommands(LightningCLI):
 
     def __init__(self, argv: list[str], trusted: list[str]) -> None:
         self._trusted = trusted
-        self._last = LastCheckpoint()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -70,6 +72,8 @@ class TrainingCommands(LightningCLI):
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        command = self.config[self.config.subcommand]
+        check_classes({"model": command.model, "data": command.data})
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would silently put the checkpoint's settings in place of those asked for. The config decides, and
@@ -87,9 +91,13 @@ class TrainingCommands(LightningCLI):
             self.save_config_callback = None
         # A run that goes on keeps its checkpoints where they are: the best one of before still counts.
         loaded = self._get(self.config, "ckpt_path")
-        if loaded:
-            self._last.path = Path(loaded)
-        self.trainer_defaults["callbacks"] = [best_checkpoint(Path(loaded).parent if loaded else None), self._last]
+        self._best = best_checkpoint(Path(loaded).parent if loaded else None)
+        self._last = LastCheckpoint(self._best, Path(loaded) if loaded else None)
+        self.trainer_defaults["callbacks"] = [self._best, self._last]
+
+    def instantiate_classes(self) -> None:
+        with building("the classes of the config"):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
@@ -97,7 +105,8 @@ class TrainingCommands(LightningCLI):
             folder = given.default_root_dir or "runs"
             is_run = self.subcommand == "fit" and not given.fast_dev_run
             kwargs["logger"] = CSVLogger(folder, name=self._get(self.config, "name")) if is_run else False
-        return super().instantiate_trainer(**kwargs)
+        with building("the trainer"):
+            return super().instantiate_trainer(**kwargs)
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test the best checkpoint and say what came of it."""
@@ -106,6 +115,10 @@ class TrainingCommands(LightningCLI):
         except SystemExit:
             if self.trainer.interrupted:
                 print(self._how_to_go_on())
+            raise
+        except RuntimeError as error:
+            if str(error).startswith(MISTAKES):
+                raise ExperimentError(str(error)) from error
             raise
         if not self.trainer.fast_dev_run:
             self._report(kwargs["model"])
@@ -119,9 +132,9 @@ class TrainingCommands(LightningCLI):
         self.trainer.test(weights_only=True, **kwargs)
 
     def _report(self, model: LightningModule) -> None:
-        best = self.trainer.checkpoint_callback
-        if not isinstance(best, ModelCheckpoint) or not best.best_model_path:
-            print("No validation ran, so there is no best checkpoint to test.")
+        best = self._best
+        if not best.best_model_path:
+            print(f"No validation ran, so there is no best checkpoint to test. The last one: {_shown(self._last.path)}")
             return
         [scores] = self.trainer.test(
             model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False
@@ -132,8 +145,9 @@ class TrainingCommands(LightningCLI):
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
             "best checkpoint": _shown(best.best_model_path),
             "last checkpoint": _shown(self._last.path),
-            "metrics": _shown(Path(self.trainer.log_dir or "") / "metrics.csv"),
         }
+        if isinstance(self.trainer.logger, CSVLogger):
+            rows["metrics"] = _shown(Path(self.trainer.logger.log_dir) / "metrics.csv")
         if isinstance(model, LanguageModelling):
             print(f"\nA sample of what it writes:\n\n{model.text('', 300, temperature=0.8)}\n")
         width = max(map(len, rows))

@@ -23,6 +23,7 @@ REFUSED = (
     "torch.ops",
     "torch.package",
     "torch.serialization",
+    "torch.utils.collect_env",
     "torch.utils.cpp_extension",
     "torch.utils.model_zoo",
     "lightning.fabric.cli",

@@ -13,6 +13,8 @@ from multint.integrators import outermost_integrators
 class Uniform:
     """Every matrix ~ U(−scale, scale); the integrators' input matrices ~ U(−input_scale, input_scale).
 
+    A matrix that both streams share, as in Concat and Bilinear, is no input matrix: it is filled with `scale`.
+
     Vectors keep what their owners gave them: α, β and b are settings of the integrators.
 
     Args:
@@ -40,4 +42,5 @@ class Uniform:
         if self.input_scale is not None:
             for integrator in outermost_integrators(network).values():
                 for name in integrator.x_weights:
-                    integrator.get_parameter(name).uniform_(-self.input_scale, self.input_scale)
+                    if name not in integrator.z_weights:
+                        integrator.get_parameter(name).uniform_(-self.input_scale, self.input_scale)

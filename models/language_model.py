@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.initialisation import Uniform
 from multint import Recurrent
-from multint.errors import ShapeError
+from multint.errors import OptionError, ShapeError
 
 
 class LanguageModel(nn.Module):
@@ -22,7 +22,8 @@ class LanguageModel(nn.Module):
         tied: A is the embedding's matrix (Press and Wolf 2017).
         initialise: fills the matrices anew after they are built; None leaves every part its own initialisation.
 
-    Raises: ShapeError for tied weights that differ in size.
+    Raises: ShapeError for tied weights that differ in size, OptionError for settings out of range and for a stack that
+    is bidirectional, which would read the symbols that it predicts, or `batch_first`.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class LanguageModel(nn.Module):
         initialise: Uniform | None = None,
     ) -> None:
         super().__init__()
+        _check(embedding_size, dropout)
         self.vocabulary_size = vocabulary_size
         self.embedding = nn.Embedding(vocabulary_size, embedding_size) if embedding_size is not None else None
         self.recurrent = recurrent(vocabulary_size if embedding_size is None else embedding_size)
+        _check_stack(self.recurrent)
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Linear(self.recurrent.output_size, vocabulary_size)
         if tied:
@@ -66,3 +69,22 @@ class LanguageModel(nn.Module):
                 f"{self.recurrent.output_size}, or project the output (proj_size of the LSTM cell)"
             )
         self.decoder.weight = self.embedding.weight
+
+
+def _check(embedding_size: int | None, dropout: float) -> None:
+    if embedding_size is not None and embedding_size < 1:
+        raise OptionError(
+            f"LanguageModel: embedding_size is {embedding_size}, expected at least 1, or null for one-hot vectors"
+        )
+    if not 0 <= dropout < 1:
+        raise OptionError(f"LanguageModel: dropout is {dropout}, expected a probability in [0, 1)")
+
+
+def _check_stack(recurrent: Recurrent) -> None:
+    reasons = {
+        "bidirectional": "its backward direction reads the symbols to predict",
+        "batch_first": "the tokens are time-major, (T, B)",
+    }
+    for name, reason in reasons.items():
+        if getattr(recurrent, name):
+            raise OptionError(f"LanguageModel: recurrent.{name} is true, expected false: {reason}")

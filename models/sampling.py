@@ -55,7 +55,9 @@ def _draw(
     if top_k is not None and top_k < len(logits):
         likeliest = logits.topk(top_k)
         return likeliest.indices[_draw(likeliest.values, temperature, None, generator)]
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    # From the likeliest down, and by no less than the smallest number: else a low temperature gives ∞/∞ or 0/0.
+    scaled = (logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)
 
 
 def _check(prompt: Tensor, length: int, temperature: float, top_k: int | None) -> None:

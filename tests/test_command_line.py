@@ -75,6 +75,32 @@ def test_fit_ends_with_what_came_of_it(text, tmp_path, capsys, monkeypatch):
         assert shown in out
 
 
+def test_fit_without_a_validation_keeps_and_names_the_last_checkpoint(text, tmp_path, capsys):
+    limits = ("--trainer.limit_val_batches=0", "--trainer.max_steps=3", f"--trainer.default_root_dir={tmp_path}")
+    assert main(["fit", *SMALL, *limits, f"--data.path={text}"]) == 0
+    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert str(last) in capsys.readouterr().out
+
+
+def test_a_trial_run_leaves_no_files(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SMALL, f"--data.path={text}", "--trainer.fast_dev_run=true"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_is_of_the_best_checkpoint_beside_others_and_names_only_what_is_there(text, tmp_path, capsys):
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/perplexity")
+    run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1")
+    assert main(["fit", *SMALL, *run, *own, "--trainer.logger=false"]) == 0
+    out = capsys.readouterr().out
+    [shown] = [line.split()[-1] for line in out.splitlines() if line.startswith("validation BPC")]
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+    [score] = [state["best_model_score"] for name, state in best.items() if "'val/bpc'" in name]
+    assert shown == f"{score:.4f}"
+    assert "metrics.csv" not in out
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_checkpoint_is_evaluated_with_its_runs_config(command, run_folder, capsys):
     options = ("--config", str(run_folder / "config.yaml"), "--ckpt_path", str(run_folder / "checkpoints/best.ckpt"))
@@ -100,6 +126,11 @@ def test_sample_goes_on_from_its_prompt(run_folder, capsys):
 
 def test_sample_refuses_symbols_outside_the_vocabulary(run_folder, capsys):
     assert "é" in message(capsys, "sample", str(run_folder / "checkpoints/last.ckpt"), "--prompt=é")
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64)])
+def test_sample_refuses_a_seed_out_of_range(seed, run_folder, capsys):
+    assert str(seed) in message(capsys, "sample", str(run_folder / "checkpoints/last.ckpt"), f"--seed={seed}")
 
 
 @same_folder
@@ -135,6 +166,16 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
         (["--data.path=nowhere"], ["nowhere", "no such file"]),
         (["--ckpt_path=nowhere"], ["nowhere", "no such checkpoint"]),
         (["--nme=x"], ["'nme'", "'name'"]),
+        ([f"{INTEGRATOR}=Swapped"], ["cell.integrator", "'Swapped' does not fit", "3 arguments", "LowRank"]),
+        ([f"{INTEGRATOR}=Integrator"], ["cell.integrator", "'Integrator' does not fit", "abstract", "LowRank"]),
+        ([f"{INTEGRATOR}="], ["cell.integrator: '' is no class"]),
+        (["--model.network.recurrent=Recurent"], ["network.recurrent", "Did you mean 'Recurrent'"]),
+        (["--model.network.recurrent.bidirectional=true"], ["the network", "recurrent.bidirectional is true"]),
+        (["--model.optimizer.lr=-1"], ["the optimizer", "-1"]),
+        (["--trainer.accelerator=foo"], ["the trainer", "foo"]),
+        (["--trainer.max_epochs=-5"], ["max_epochs", "-5"]),
+        (["--trainer.max_time=foo"], ["foo", "DD:HH:MM:SS"]),
+        (["--trainer.enable_checkpointing=false"], ["enable_checkpointing"]),
     ],
     ids=lambda value: value[-1] if isinstance(value[0], str) and value[0].startswith("--") else "",
 )
@@ -143,6 +184,19 @@ def test_a_mistake_is_one_message(options, parts, capsys, tmp_path, monkeypatch)
     shown = message(capsys, "fit", *SMALL, *options)
     for part in parts:
         assert part in shown
+
+
+def test_early_stopping_on_a_metric_that_is_not_there_is_one_message(text, capsys, tmp_path):
+    stopping = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/bcp")
+    run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1")
+    assert "`val/bcp`" in message(capsys, "fit", *SMALL, *run, *stopping)
+
+
+def test_a_config_that_is_there_already_is_not_overwritten(text, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false")
+    assert "config.yaml" in message(capsys, "fit", *SMALL, *run)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -212,11 +266,23 @@ def test_a_stranger_in_a_config_is_refused_before_it_is_imported(yaml, stranger,
 
 
 @pytest.mark.parametrize(
-    "path", ["stranger.Mine", "torch.os.system", "torch.hub.load", "lightning.pytorch.cli.sys.exit"]
+    "path",
+    [
+        "stranger.Mine",
+        "torch.os.system",
+        "torch.hub.load",
+        "torch.utils.collect_env.run",
+        "lightning.pytorch.cli.sys.exit",
+    ],
 )
 def test_a_stranger_on_the_command_line_is_refused_before_it_is_imported(path, stranger, capsys):
     assert "refused" in message(capsys, "fit", "--config", QUICKSTART, f"{INTEGRATOR}={path}")
     assert not stranger.exists()
+
+
+def test_trust_is_not_advised_for_what_a_trusted_module_leads_to(capsys):
+    shown = message(capsys, "fit", "--config", QUICKSTART, f"{INTEGRATOR}=torch.os.system")
+    assert "--trust" not in shown
 
 
 def test_a_stranger_in_a_checkpoint_is_refused_before_it_is_imported(run_folder, stranger, capsys, tmp_path):
@@ -240,6 +306,20 @@ def test_a_damaged_checkpoint_is_refused(run_folder, capsys, tmp_path):
     for damaged in (whole[: len(whole) // 2], b"no checkpoint", b""):
         (tmp_path / "damaged.ckpt").write_bytes(damaged)
         assert "damaged" in message(capsys, "sample", str(tmp_path / "damaged.ckpt"))
+
+
+def test_a_file_that_is_no_checkpoint_of_a_language_model_is_refused(run_folder, capsys, tmp_path):
+    def refused(content):
+        torch.save(content, tmp_path / "other.ckpt")
+        return message(capsys, "sample", str(tmp_path / "other.ckpt"))
+
+    whole = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "not a checkpoint" in refused(torch.zeros(3))
+    assert "size mismatch" in refused(
+        whole | {"state_dict": {key: value[:1] for key, value in whole["state_dict"].items() if value.ndim}}
+    )
+    settings = whole["hyper_parameters"] | {"_class_path": "os.system"}
+    assert "os.system" in refused(whole | {"hyper_parameters": settings})
 
 
 def test_evaluation_needs_a_checkpoint(capsys):

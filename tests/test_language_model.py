@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from models import LanguageModel, Uniform, sample
-from multint import LowRank, LSTMCell, MultintError, MultiplicativeIntegration, Recurrent, RNNCell, Swapped
+from multint import Concat, LowRank, LSTMCell, MultintError, MultiplicativeIntegration, Recurrent, RNNCell, Swapped
 
 V, H, T, B = 11, 6, 7, 3
 
@@ -51,6 +51,18 @@ def test_tied_weights_of_different_sizes_are_refused(embedding_size):
         network(embedding_size, tied=True)
 
 
+@pytest.mark.parametrize("option", ["bidirectional", "batch_first"])
+def test_a_stack_that_reads_its_targets_is_refused(option):
+    with pytest.raises(MultintError, match=option):
+        LanguageModel(V, lambda size: Recurrent(size, H, LSTMCell, **{option: True}))
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 1.0}, {"dropout": -0.1}, {"embedding_size": 0}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(MultintError, match=next(iter(settings))):
+        network(**settings)
+
+
 def test_dropout_acts_in_training_only(tokens):
     net = network(dropout=0.5)
     assert not torch.equal(net(tokens)[0], net(tokens)[0])
@@ -84,6 +96,11 @@ def test_uniform_asks_the_outermost_integrator_which_matrices_are_the_inputs():
     assert all(matrix.abs().max() <= 0.02 for matrix in states)
 
 
+def test_uniform_takes_a_matrix_that_the_streams_share_for_no_input_matrix():
+    net = network(cell=lambda x, h: RNNCell(x, h, Concat), initialise=Uniform(0.02, input_scale=0.6))
+    assert net.recurrent.directions[0].cell.integrator.projection.weight.abs().max() <= 0.02
+
+
 @pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scale": 0.1, "input_scale": -1.0}])
 def test_uniform_refuses_a_width_that_is_not_positive(settings):
     with pytest.raises(MultintError, match="positive"):
@@ -108,6 +125,12 @@ def test_the_likeliest_symbol_is_drawn_at_temperature_0_and_from_the_top_1():
     text = torch.cat([torch.tensor([1, 2]), draw(net, temperature=0.0)])
     logits, _ = net(text[:, None])
     assert_close(logits[1:-1, 0].argmax(-1), text[2:])
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_the_lowest_temperatures_draw_the_likeliest_symbol(temperature):
+    net = network().float()
+    assert_close(draw(net, temperature=temperature), draw(net, temperature=0.0))
 
 
 def test_sampling_follows_the_distribution_of_the_top_k():

@@ -50,9 +50,8 @@ def task(lr=0.2, cell=LSTMCell, hidden_size=12, **settings):
 
 def trainer(folder, *callbacks, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(
-        callbacks=[*callbacks, best_checkpoint(folder), LastCheckpoint()], accelerator="cpu", **quiet, **settings
-    )
+    best = best_checkpoint(folder)
+    return Trainer(callbacks=[*callbacks, best, LastCheckpoint(best)], accelerator="cpu", **quiet, **settings)
 
 
 class Record(Callback):
@@ -128,6 +127,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, u
     assert first.steps + second.steps == whole.steps
     assert first.validations + second.validations == whole.validations
     assert second.best == whole.best == min(whole.validations)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
+    def steps(folder, epochs, ckpt_path=None):
+        record = Record()
+        of_run = trainer(folder, record, max_epochs=epochs, check_val_every_n_epoch=2)
+        of_run.fit(task(), data(text), ckpt_path=ckpt_path, weights_only=True)
+        return record.steps
+
+    whole = steps(tmp_path / "whole", 4)
+    first = steps(tmp_path / "split", 3)
+    assert first + steps(tmp_path / "split", 4, tmp_path / "split" / "last.ckpt") == whole
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_checkpoint_of_before(text, tmp_path):

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from experiments.data.vocabulary import Vocabulary
 from experiments.data.windows import Batch
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, building
 from experiments.randomness import random_state, set_random_state
 from models import LanguageModel, sample
 
@@ -67,7 +67,8 @@ class LanguageModelling(LightningModule):
         self._use(self.trainer.datamodule.vocabulary)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._build_optimizer(self.parameters())
+        with building("LanguageModelling: the optimizer"):
+            optimizer = self._build_optimizer(self.parameters())
         if self._halve_after is None:
             return optimizer
         # It halves when more than `patience` validations in a row brought no gain, however small.
@@ -136,7 +137,8 @@ class LanguageModelling(LightningModule):
 
     def _use(self, vocabulary: Vocabulary) -> None:
         if self.network is None:
-            self.vocabulary, self.network = vocabulary, self._build_network(len(vocabulary))
+            with building("LanguageModelling: the network"):
+                self.vocabulary, self.network = vocabulary, self._build_network(len(vocabulary))
         elif vocabulary != self.vocabulary:
             raise ExperimentError(
                 f"LanguageModelling: the checkpoint's vocabulary is {vocabulary!r}, the data's is {self.vocabulary!r}, "
