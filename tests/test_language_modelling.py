@@ -202,6 +202,11 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(text, tmp_path):
         trainer(tmp_path / "on").test(task(), data(other), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
+def test_a_checkpoint_of_another_task_is_refused():
+    with pytest.raises(ExperimentError, match="has no carried, random_state, vocabulary"):
+        task().on_load_checkpoint({"state_dict": {}})
+
+
 def test_a_symbol_outside_the_vocabulary_is_refused_in_a_prompt(text, tmp_path):
     prompted = task()
     trainer(tmp_path).validate(prompted, data(text), verbose=False)

@@ -110,6 +110,10 @@ class LanguageModelling(LightningModule):
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if missing := {"vocabulary", "carried", "random_state"} - checkpoint.keys():
+            raise ExperimentError(
+                f"LanguageModelling: the checkpoint is another task's: it has no {', '.join(sorted(missing))}."
+            )
         self._use(Vocabulary.from_state_dict(checkpoint["vocabulary"]))
         self._refuse_other_settings(checkpoint)
         carried = [tensor.to(self.device) for tensor in checkpoint["carried"]]
