@@ -372,6 +372,10 @@ def test_scan_says_what_is_wrong():
         scan(cell, torch.ones(0, 2, 5), cell.initial_state(2))
     with pytest.raises(MultintError, match="lengths \\[3, 4\\] in time"):
         scan(cell, {"x": torch.ones(4, 2, 5), "y": torch.ones(3, 2, 5)}, cell.initial_state(2))
+    with pytest.raises(MultintError, match="state is a Tensor, expected a named tuple"):
+        scan(cell, torch.ones(4, 2, 5), torch.zeros(2, 7))
+    with pytest.raises(MultintError, match=r"state.h has the shape \(1, 7\), expected \(2, ...\)"):
+        scan(cell, torch.ones(4, 2, 5), cell.initial_state(1))
 
 
 def test_a_cell_without_step_or_initial_state_cannot_be_built():

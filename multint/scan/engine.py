@@ -42,10 +42,10 @@ def scan(
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto", which is the
             loop at present (`explain` says what an engine would do, and why).
 
-    Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths; EngineError
-    where the engine asked for by name cannot run the cell.
+    Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
+    state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell.
     """
-    _check(xs, engine)
+    _check(xs, state, engine)
     return loop(cell, xs, state) if engine == "loop" else _choose(cell, xs, state, engine)
 
 
@@ -88,10 +88,9 @@ def explain(
 
     Raises: OptionError and ShapeError as `scan` does.
     """
-    _check(xs, engine)
     if state is None:
-        first = next(iter(xs.values())) if isinstance(xs, dict) else xs
-        state = cell.initial_state(first.shape[1])  # type: ignore[attr-defined]
+        state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
+    _check(xs, state, engine)
     if engine == "loop":
         return Explanation("loop", "asked for", "")
     reason = _objection(cell, xs, state, engine)
@@ -181,9 +180,16 @@ def _size(xs: Streams) -> tuple[int, int]:
     return first.shape[0], first.shape[1]
 
 
-def _check(xs: Streams, engine: str) -> None:
+def _check(xs: Streams, state: Any, engine: str) -> None:
     if engine not in ENGINES:
         raise OptionError(f"scan: engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
     lengths = {len(stream) for stream in xs.values()} if isinstance(xs, dict) else {len(xs)}
     if len(lengths) != 1 or 0 in lengths:
         raise ShapeError(f"scan: xs has the lengths {sorted(lengths)} in time, expected one length of at least 1")
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise ShapeError(f"scan: state is a {type(state).__name__}, expected a named tuple of tensors (B, ...)")
+    _, rows = _size(xs)
+    for name, field in zip(state._fields, state, strict=True):
+        if field.shape[:1] != (rows,):
+            got = tuple(field.shape)
+            raise ShapeError(f"scan: state.{name} has the shape {got}, expected ({rows}, ...), the batch size of xs")
