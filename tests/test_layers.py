@@ -344,6 +344,13 @@ def test_wrong_inputs_say_what_was_expected(call, message):
         call(LSTM(5, 7))
 
 
+def test_a_layer_prints_what_differs_from_the_default():
+    assert LSTM(5, 7).extra_repr() == "5, 7"
+    assert GRU(5, 7, 2, bidirectional=True, dropout=0.5, engine="fused").extra_repr() == (
+        "5, 7, num_layers=2, bidirectional=True, dropout=0.5, engine='fused'"
+    )
+
+
 def test_dropout_without_effect_warns():
     with pytest.warns(UserWarning, match="no effect with num_layers=1"):
         LSTM(5, 7, dropout=0.5)

@@ -16,7 +16,7 @@ def from_torch(module: nn.RNN | nn.LSTM | nn.GRU) -> RNN | LSTM | GRU:
     """A multint layer with `Additive` integrators that equals the given one number for number.
 
     PyTorch's two biases of a gate, which act only by their sum, become one; the candidate of a GRU keeps both. The
-    weights are copies, and settings, device, dtype and training mode carry over.
+    weights are copies, all trainable, and settings, device, dtype and training mode carry over.
 
     Raises: OptionError for a module of another class.
     """

@@ -161,7 +161,11 @@ class Recurrent(nn.Module):
             yield type(one)(*values)
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+        named = ("num_layers", "batch_first", "bidirectional", "dropout", "input_dropout", "engine")
+        defaults = {"num_layers": 1, "engine": "auto"}
+        settings = {name: getattr(self, name) for name in named}
+        shown = [f"{name}={value!r}" for name, value in settings.items() if value != defaults.get(name, 0)]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
 
 
 def _probability(name: str, value: float, up_to_one: bool = False) -> float:
