@@ -18,7 +18,7 @@ class Normalised(Integrator):
     bi-affine, the result has no `terms()`.
 
     Raises: OptionError where there is no product (in an `nn.Linear`), or one of a single feature, whose norm is 0.
-    Source: Ba et al. 2016, eq. 20, where all gates of a stream share one normalisation.
+    Source: Ba et al. 2016, where all gates of a stream share one normalisation.
     """
 
     def __init__(self, integrator: Integrator) -> None:

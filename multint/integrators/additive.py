@@ -54,7 +54,7 @@ class Concat(BiAffine):
     Args:
         bias: what b starts at; None leaves it out.
 
-    Source: Jayakumar et al. 2020, section 2, the standard practice.
+    Source: Jayakumar et al. 2020, the standard practice.
     """
 
     x_weights = ("projection.weight",)

@@ -77,7 +77,7 @@ class Integrator(nn.Module, ABC):
 class Terms(NamedTuple):
     """The dense form of a bi-affine map: f(x, z)_o = Σ_ij z_i W[o,i,j] x_j + Σ_i U[o,i] z_i + Σ_j V[o,j] x_j + b_o.
 
-    Source: Jayakumar et al. 2020, section 3, written per output.
+    Source: Jayakumar et al. 2020, written per output.
     """
 
     W: Tensor  # (O, Z, X)

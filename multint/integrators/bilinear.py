@@ -69,7 +69,7 @@ class Bilinear(BiAffine):
         x_term: whether there is Vx.
         bias: what b starts at; None leaves it out.
 
-    Source: Jayakumar et al. 2020, section 3.
+    Source: Jayakumar et al. 2020.
     """
 
     def __init__(

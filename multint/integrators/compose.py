@@ -127,7 +127,7 @@ class Krause(Through):
 
     The intermediate m has as many features as z, whose place it takes in all gates.
 
-    Source: Krause et al. 2016, eqs. 9 to 13, in the variant with the LSTM's usual tanh candidate.
+    Source: Krause et al. 2016, in the variant with the LSTM's usual tanh candidate.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ class Diagonal(BiAffine):
     It starts at the identity, y = x: A, B and b start at 0 and a at 1.
 
     Raises: OptionError where out_features differs from x_features.
-    Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, section 3, the diagonal form.
+    Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, the diagonal form.
     """
 
     z_weights = ("scale_projection.weight", "shift_projection.weight")

@@ -29,7 +29,7 @@ class Hypernetwork(Integrator):
         network: factory `(Z, G) -> module` of g, (..., Z) → (..., G).
 
     Raises: OptionError for features below 1; ShapeError where the network does not give G features.
-    Source: Ha et al. 2017; Jayakumar et al. 2020, section 3.1.
+    Source: Ha et al. 2017; Jayakumar et al. 2020.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ def _program(cell: Any, xs: Streams, state: State) -> tuple[Program, State]:
 
 
 def _build(cell: nn.Module, x: Any, state: Any) -> Program:
-    # Imported here because the tracer brings a quarter of torch's own import time with it.
+    # Imported here because the tracer is slow to import, and most uses never need it.
     from multint.scan.fused import Program
     from multint.scan.plan import plan
     from multint.scan.trace import trace

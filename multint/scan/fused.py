@@ -29,13 +29,14 @@ class Program:
         qs = [stage.packed for stage in plan.stages]
         roots = [*plan.vectors, *plan.streams, *trace.states, *qs]
         self.slot = {node: index for index, node in enumerate(roots)}
-        # After the roots: the new state, each stage's left-hand side, the cotangents of both, and the roots' gradients.
-        self.new_state = self._slots(len(trace.states))
+        # After the roots: each stage's left-hand side, the cotangents of the new state and of those, and the roots'
+        # gradients. The new state itself goes straight into the buffer of all states.
+        self.size = len(roots)
         self.left = self._slots(len(qs))
         self.d_new_state = self._slots(len(trace.states))
         self.d_left = self._slots(len(qs))
         self.gradient = dict(zip([*trace.states, *qs], self._slots(len(trace.states) + len(qs)), strict=True))
-        self.final = self._forward(plan.final, self.new_state)
+        self.final = self._forward(plan.final, [])
         self.lefts = [
             self._forward(stage.piece, [slot]) if stage.piece else None
             for stage, slot in zip(plan.stages, self.left, strict=True)
@@ -43,12 +44,14 @@ class Program:
         self._build_backward(qs)
 
     def _slots(self, count: int) -> list[int]:
-        first = getattr(self, "size", len(self.slot))
-        self.size = first + count
+        first = self.size
+        self.size += count
         return list(range(first, self.size))
 
     def _forward(self, piece: Piece, writes: list[int]) -> Call:
-        kernel = Kernel(piece.module, _values(piece.roots), _values(piece.outputs), [False] * len(writes), self.mode)
+        kernel = Kernel(
+            piece.module, _values(piece.roots), _values(piece.outputs), [False] * len(piece.outputs), self.mode
+        )
         return Call(kernel, [self.slot[root] for root in piece.roots], writes)
 
     def _build_backward(self, qs: list[fx.Node]) -> None:
@@ -254,7 +257,7 @@ def _reverse_loop(
 def _differentiable_backward(program: Program, arguments: list[Tensor], cotangents: tuple[Tensor, ...]) -> Any:
     """The gradients as a differentiable graph, by running the plan's pieces again op by op."""
     plan = program.plan
-    # Autograd frees nothing of the caller's graph: these are new leaves' views on the same values.
+    # The saved arguments are still tied to the caller's graph, unlike the states and products kept beside them.
     streams, matrices, vectors, state = split(arguments, len(plan.streams), len(plan.stages), len(plan.vectors))
     values = dict(zip(plan.vectors, vectors, strict=True))
     outputs = []
