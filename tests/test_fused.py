@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, RNNCell, explain, scan
+from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
-from multint.errors import EngineError
+from multint.errors import EngineError, OptionError
+from multint.scan import engine as engine_module
 from multint.scan.kernel import eager_pieces
+from multint.scan.product import multiplier, product
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
 # Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.
@@ -90,6 +92,11 @@ def test_compiled_pieces(name):
     cell = built(name)
     for steps, rows in ((4, 3), (1, 1), (3, 17)):
         compare(cell, steps, rows)
+    # Kernels know nothing of strides: what they get must be contiguous.
+    xs = normal(2, 6, 2 * INPUT_SIZE)[..., ::2].transpose(0, 1).requires_grad_()
+    outputs = [scan(cell, xs, cell.initial_state(2), engine=engine)[0] for engine in ("loop", "fused")]
+    gradients = [torch.autograd.grad(output.sum(), xs) for output in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("eager")
@@ -220,11 +227,9 @@ def test_cells_composed_at_random(maps, gates, mixes):
 
 
 def test_another_length_or_batch_takes_the_kept_program(monkeypatch):
-    from multint.scan import engine
-
     cell, traced = built("lstm-mi"), []
-    original = engine._build
-    monkeypatch.setattr(engine, "_build", lambda *arguments: traced.append(1) or original(*arguments))
+    original = engine_module._build
+    monkeypatch.setattr(engine_module, "_build", lambda *arguments: traced.append(1) or original(*arguments))
     with eager_pieces():
         for steps, rows in ((3, 2), (5, 2), (3, 4), (1, 1)):
             scan(cell, normal(steps, rows, INPUT_SIZE), cell.initial_state(rows), engine="fused")
@@ -397,8 +402,60 @@ def test_explain_tells_the_plan_and_the_choice():
     assert "(50·32 × 128) @ (128 × 2048), 1 in one" in text
     assert "(50, 32, 2048) torch.float32, 12.5 MiB" in text
     assert "a state (32 × 512) @ (512 × 2048)" in text
-    default = explain(RNNCell(5, 7), torch.empty(50, 32, 5))
-    assert default.engine == "loop"
-    assert "ask for fused by name" in default.reason
-    assert "stages: 1" in default.plan
     assert explain(cell, torch.empty(50, 32, 128), engine="loop").engine == "loop"
+
+
+@pytest.mark.usefixtures("eager")
+def test_auto_compiles_what_is_worth_it_and_tells_afterwards():
+    rnn = Recurrent(64, 128, LSTMCell)
+    with pytest.raises(OptionError, match="has not run"):
+        rnn.explain()
+    for steps, engine, reason in ((100, "fused", ""), (2, "loop", "multiply-adds")):
+        rnn(torch.randn(steps, 16, 64))
+        (told,) = rnn.explain()
+        assert told.engine == engine
+        assert reason in told.reason
+    rnn.double()(torch.randn(100, 16, 64).double())
+    assert "this is torch.float64 on cpu" in rnn.explain()[0].reason
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["lstm-bilinear", "gru-mi", "own-leaky"])
+def test_a_memory_budget_cuts_a_scan_in_time(name, monkeypatch):
+    cell = built(name)
+    xs = normal(7, 3, INPUT_SIZE, requires_grad=True)
+    whole = explain(cell, xs, engine="fused").plan
+    per_row = engine_module._program(cell, xs, cell.initial_state(3)).plan.bytes_per_row()
+    monkeypatch.setattr(engine_module, "MEMORY_BUDGET", 3 * 3 * per_row)
+    assert "parts" not in whole
+    assert "3 parts of 3 steps" in explain(cell, xs, engine="fused").plan
+    compare(cell, 7, 3)
+    # The weights of the call, and not those of the module at the time of the backward pass.
+    layer = Recurrent(INPUT_SIZE, HIDDEN_SIZE, lambda *_: cell, weight_drop=0.5, engine="fused")
+    outcomes = []
+    for engine in ("loop", "fused"):
+        layer.engine = engine
+        torch.manual_seed(0)
+        (gradient,) = torch.autograd.grad(layer(xs)[0].square().sum(), xs)
+        outcomes.append(gradient)
+    torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
+
+
+def test_large_products_agree_with_mm():
+    left, right = (normal(*shape, requires_grad=True, seed=i) for i, shape in enumerate(((160, 128), (128, 160))))
+
+    def results(function, dtype):
+        low = [leaf.detach().to(dtype).requires_grad_() for leaf in (left, right)]
+        result = function(*low)
+        first = torch.autograd.grad(result.square().sum(), low, create_graph=True)
+        return [result, *first, *torch.autograd.grad(first[0].square().sum(), low)]
+
+    expected = results(torch.mm, torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        for actual, right_one in zip(results(product, dtype), expected, strict=True):
+            assert actual.dtype == dtype
+            assert (actual.double() - right_one).norm() <= tolerance * right_one.norm()
+    for times in (1, 100):
+        with torch.no_grad():
+            one = multiplier(right.float().t().contiguous().t(), 160, times)(left.float())
+        torch.testing.assert_close(one, (left @ right).float(), rtol=1e-4, atol=1e-4)

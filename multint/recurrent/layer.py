@@ -15,7 +15,7 @@ from multint.errors import OptionError, ShapeError
 from multint.integrators.base import positive
 from multint.recurrent.masks import Masked, locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
-from multint.scan.engine import ENGINES
+from multint.scan.engine import ENGINES, Explanation, explain
 
 
 class Recurrent(nn.Module):
@@ -159,6 +159,13 @@ class Recurrent(nn.Module):
                 )
         for one, *values in zip(initial, *fields, strict=True):
             yield type(one)(*values)
+
+    def explain(self) -> list[Explanation]:
+        """How the last call ran, for each direction of each layer: the engine, why, and the plan.
+
+        Raises: OptionError where there was none, or it was by engine="loop".
+        """
+        return [explain(direction) for direction in self.directions]  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         named = ("num_layers", "batch_first", "bidirectional", "dropout", "input_dropout", "engine")

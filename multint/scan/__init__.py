@@ -8,13 +8,13 @@ traced once to a graph, in the way that makes the vendors' recurrent layers fast
    of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
    products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
    row-wise pointwise code, cut into *pieces*.
-3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows.
+3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows. `product.py` multiplies.
 4. `fused.py` runs the loop forward: for each stage its left-hand side, then the product, and last the new state. It
-   keeps the states and the stages' products q and nothing else. The backward pass has two phases. Phase 1 is the
-   reverse loop, which carries the cotangents of the states alone and stores each stage's: dq. Phase 2 does everything
-   else for all T·B rows at once: one vjp for the streams and for every vector parameter, and one product for each
-   recurrent matrix. Gradients of the input's matrices follow outside, by ordinary autograd. No weight's gradient is
-   accumulated in a loop.
+   keeps the states and what goes into the stages and comes out of them, q; activations are computed again. The reverse
+   loop carries the cotangents of the states and leaves, for all steps, those of the streams and of q; a vector's
+   gradient is summed on the way. Then one product over all T·B rows gives each recurrent matrix its gradient: none is
+   accumulated in the loop. Gradients of the input and its matrices follow outside, by ordinary autograd.
+5. `engine.py` chooses, keeps what was traced, and cuts a scan in time where it would keep more than the memory budget.
 
 The plan of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, has one hoisted product (Wx of the four gates),
 one stage (Uh of the four gates), and one piece (the integrator, the gates and the new state).

@@ -21,6 +21,14 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
+# Bytes of streams and products that the fused engine keeps for a backward pass. A scan that needs more is cut in time,
+# and the backward pass computes each part again.
+MEMORY_BUDGET = 2**30
+
+# The multiply-adds of a forward pass from which `auto` compiles: there the loop takes some 20 ms, and the compiled scan
+# half of that or less, so that the seconds of compilation are repaid within some hundred passes.
+_WORTH_COMPILING = 10**8
+
 
 class Steppable(Protocol[State]):
     """What a scan needs of a cell: one step."""
@@ -39,8 +47,9 @@ def scan(
     Where `xs` is a dict, the step gets a dict of the same keys with each stream at t.
 
     Args:
-        engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto", which is the
-            loop at present (`explain` says what an engine would do, and why).
+        engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
+            can take the cell and has been measured to pay, on CPUs, in float32 and bfloat16, from 1e8 multiply-adds
+            on (T · B · the cell's parameters); else the loop. `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
     state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell.
@@ -50,15 +59,17 @@ def scan(
 
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
-    reason = _objection(cell, xs, state, engine)
+    reason, program = _objection(cell, xs, engine), None
     if reason is None:
         try:
-            return _fused(cell, xs, state)
+            program = _program(cell, xs, state)
         except EngineError as error:
             reason = str(error)
-    if engine == "fused":
+    if engine == "fused" and reason is not None:
         raise EngineError(reason)
-    return loop(cell, xs, state)
+    if isinstance(cell, nn.Module):
+        _last[cell] = Explanation("fused" if program else "loop", reason or "", program, _size(xs))
+    return _fused(program, cell, xs, state) if program else loop(cell, xs, state)
 
 
 # A graph break for torch.compile, which would unroll the loop or trace the tracer. This is the mark that
@@ -68,44 +79,59 @@ _choose._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a scan would run: `engine` and, where that is the loop, `reason`; printed, the plan of the step."""
+    """How a scan runs: `engine`; where that is the loop, the `reason`; the `plan` of the step. Printed, all three."""
 
     engine: str
     reason: str
-    plan: str
+    _program: Program | None = None
+    _size: tuple[int, int] = (0, 0)
+
+    @property
+    def plan(self) -> str:
+        """What is hoisted, the streams and their bytes, the stages and pieces; empty where the step was not traced."""
+        return self._program.plan.describe(self._size, _chunk(self._program, self._size)) if self._program else ""
 
     def __str__(self) -> str:
         return "\n".join(line for line in (f"engine: {self.engine}", self.reason, self.plan) if line)
 
 
+_last: WeakKeyDictionary[nn.Module, Explanation] = WeakKeyDictionary()
+
+
 def explain(
     cell: Steppable[State],
-    xs: Streams,  # (T, B, X), or several streams by name
+    xs: Streams | None = None,  # (T, B, X), or several streams by name
     state: State | None = None,
     engine: str = "auto",
 ) -> Explanation:
     """Say how `scan(cell, xs, state, engine)` would run, and by what plan: nothing is computed.
 
-    Raises: OptionError and ShapeError as `scan` does.
+    Without `xs`, say how the cell's last scan by "auto" or "fused" ran. `Recurrent.explain` does so for a layer.
+
+    Raises: OptionError and ShapeError as `scan` does; OptionError for a cell that has not run.
     """
+    if xs is None:
+        if not isinstance(cell, nn.Module) or cell not in _last:
+            raise OptionError(f"explain: this {type(cell).__name__} has not run by 'auto' or 'fused'; give it xs")
+        return _last[cell]
     if state is None:
         state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
     _check(xs, state, engine)
     if engine == "loop":
-        return Explanation("loop", "asked for", "")
-    reason = _objection(cell, xs, state, engine)
+        return Explanation("loop", "asked for")
+    reason = _objection(cell, xs, engine)
     try:
-        program, _ = _program(cell, xs, state)
+        program = _program(cell, xs, state)
     except EngineError as error:
-        return Explanation("loop", str(error), "")
-    return Explanation("loop" if reason else "fused", reason or "", program.plan.describe(_size(xs)))
+        return Explanation("loop", str(error))
+    return Explanation("loop" if reason else "fused", reason or "", program, _size(xs))
 
 
 _programs: WeakKeyDictionary[Any, dict[Any, Program | EngineError]] = WeakKeyDictionary()
 
 
-def _program(cell: Any, xs: Streams, state: State) -> tuple[Program, State]:
-    """The cell's program for inputs of this kind, traced at the first call, and the state in the dtypes it carries."""
+def _program(cell: Any, xs: Streams, state: State) -> Program:
+    """The cell's program for inputs of this kind, traced at the first call."""
     kept = _programs.setdefault(cell, {})
     leaves, spec = pytree.tree_flatten(xs)
     kinds = tuple((tensor.dtype, tensor.device, tensor.shape[2:]) for tensor in leaves)
@@ -122,8 +148,7 @@ def _program(cell: Any, xs: Streams, state: State) -> tuple[Program, State]:
     program = kept[key]
     if isinstance(program, EngineError):
         raise program
-    carried = [node.meta["val"].dtype for node in program.plan.trace.states]
-    return program, type(state)(*(field.to(dtype) for field, dtype in zip(state, carried, strict=True)))
+    return program
 
 
 def _build(cell: nn.Module, x: Any, state: Any) -> Program:
@@ -135,35 +160,38 @@ def _build(cell: nn.Module, x: Any, state: Any) -> Program:
     return Program(plan(trace(cell, x, state)))
 
 
-def _fused(cell: Any, xs: Streams, state: State) -> tuple[Tensor, State]:
-    from multint.scan.fused import Scan
+def _chunk(program: Program, size: tuple[int, int]) -> int:
+    """How many steps at a time fit the memory budget."""
+    steps, rows = size
+    return max(1, min(steps, MEMORY_BUDGET // max(1, rows * program.plan.bytes_per_row())))
+
+
+def _fused(program: Program, cell: nn.Module, xs: Streams, state: State) -> tuple[Tensor, State]:
+    from multint.scan.fused import run
     from multint.scan.trace import tensors
 
-    program, state = _program(cell, xs, state)
-    the_plan = program.plan
-    leaves = pytree.tree_leaves(xs)
-    steps, rows = leaves[0].shape[:2]
+    plan, leaves, size = program.plan, pytree.tree_leaves(xs), _size(xs)
     # What follows has the casts of autocast in its graphs already.
     with torch.autocast(leaves[0].device.type, enabled=False):
-        known = dict(zip(the_plan.trace.invariants, tensors(cell).values(), strict=True))
-        known |= zip(the_plan.constants, the_plan.prelude(known), strict=True)
-        known |= zip(the_plan.trace.inputs, (leaf.flatten(0, 1) for leaf in leaves), strict=True)
-        for product in the_plan.hoisted:
-            known[product.packed] = product.left_of(known) @ product.matrix(known)
-        arguments = [
-            *(known[node].unflatten(0, (steps, rows)) for node in the_plan.streams),
-            *(stage.matrix(known).contiguous() for stage in the_plan.stages),
-            *(known[node] for node in the_plan.vectors),
-            *state,
-        ]
-        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-        output, *final = Scan.apply(  # type: ignore[no-untyped-call]
-            program, differentiable, steps, *arguments
-        )
-    return output, type(state)(*final)
+        known = dict(zip(plan.trace.invariants, tensors(cell).values(), strict=True))
+        known |= zip(plan.constants, plan.prelude(known), strict=True)
+        fields = [f.to(n.meta["val"].dtype) for f, n in zip(state, plan.trace.states, strict=True)]
+        chunk = _chunk(program, size)
+        if chunk == size[0]:
+            output, fields = run(program, known, leaves, fields)
+            return output, type(state)(*fields)
+        from torch.utils.checkpoint import checkpoint
+
+        outputs = []
+        for parts in zip(*(leaf.split(chunk) for leaf in leaves), strict=True):
+            output, fields = checkpoint(
+                run, program, known, list(parts), fields, use_reentrant=False, preserve_rng_state=False
+            )
+            outputs.append(output)
+        return torch.cat(outputs), type(state)(*fields)
 
 
-def _objection(cell: Any, xs: Streams, state: State, engine: str) -> str | None:
+def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
     """Why not `fused`, apart from what tracing would find; None where nothing speaks against it."""
     if not isinstance(cell, nn.Module):
         return "fused: the cell is no nn.Module, so its parameters are unknown"
@@ -171,8 +199,18 @@ def _objection(cell: Any, xs: Streams, state: State, engine: str) -> str | None:
         return "fused: a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "fused: forward-mode differentiation is active"
-    # No rule is known yet for when compilation pays.
-    return "auto: the loop is the default; ask for fused by name" if engine == "auto" else None
+    if engine == "fused":
+        return None
+    parameters = list(cell.parameters())
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in parameters}
+    if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:
+        found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        return f"auto: fused is measured in float32 and bfloat16 on CPUs only, and this is {found}"
+    steps, rows = _size(xs)
+    work = steps * rows * sum(parameter.numel() for parameter in parameters)
+    if work < _WORTH_COMPILING:
+        return f"auto: at {work:.1e} multiply-adds the loop takes less time than compiling would repay"
+    return None
 
 
 def _size(xs: Streams) -> tuple[int, int]:

@@ -1,93 +1,141 @@
-"""The fused engine: a loop over stages and pieces, and a backward pass in two phases."""
+"""The fused engine: a loop over stages and pieces, and its reverse, which carries the states' cotangents alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from multint.scan.kernel import Kernel
-from multint.scan.plan import Piece, Plan, extract, vjp
+from multint.scan.plan import Piece, Plan, vjp
+from multint.scan.product import multiplier, multiply, product
 
 
 class Call(NamedTuple):
-    """A kernel and where its arguments and results stand among the values of one step."""
+    """A kernel and where its inputs and buffers stand among the values of one step."""
 
     kernel: Kernel
-    reads: list[int]
-    writes: list[int]
+    places: list[int]
+
+    def __call__(self, values: list[Any]) -> None:
+        self.kernel([values[place] for place in self.places])
 
 
 class Program:
-    """A plan made ready to run: every root, result and gradient has a slot, every piece a kernel."""
+    """A plan made ready to run: every value of one step has a place in a list, every piece a kernel."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        trace = plan.trace
-        self.mode = trace.mode
-        qs = [stage.packed for stage in plan.stages]
-        roots = [*plan.vectors, *plan.streams, *trace.states, *qs]
-        self.slot = {node: index for index, node in enumerate(roots)}
-        # After the roots: each stage's left-hand side, the cotangents of the new state and of those, and the roots'
-        # gradients. The new state itself goes straight into the buffer of all states.
-        self.size = len(roots)
-        self.left = self._slots(len(qs))
-        self.d_new_state = self._slots(len(trace.states))
-        self.d_left = self._slots(len(qs))
-        self.gradient = dict(zip([*trace.states, *qs], self._slots(len(trace.states) + len(qs)), strict=True))
-        self.final = self._forward(plan.final, [])
+        self.mode = plan.trace.mode
+        states, stages = plan.trace.states, plan.stages
+        # First what changes at no step, then what does: the roots known beforehand, the buffers, the products.
+        self.place = {node: i for i, node in enumerate([*plan.vectors, *plan.streams, *states])}
+        places = count(len(self.place))
+        self.left = [next(places) if stage.piece else self.place[stage.left] for stage in stages]
+        new_state = [next(places) for _ in states]
+        self.place |= {stage.packed: next(places) for stage in stages}
+        self.size = next(places)
+        self.final = self._forward(plan.final, new_state)
         self.lefts = [
-            self._forward(stage.piece, [slot]) if stage.piece else None
-            for stage, slot in zip(plan.stages, self.left, strict=True)
+            self._forward(stage.piece, [place]) if stage.piece else None
+            for stage, place in zip(stages, self.left, strict=True)
         ]
-        self._build_backward(qs)
+        self._reverses: dict[tuple[fx.Node, ...], Reverse] = {}
 
-    def _slots(self, count: int) -> list[int]:
-        first = self.size
-        self.size += count
-        return list(range(first, self.size))
+    def _forward(self, piece: Piece, buffers: list[int]) -> Call:
+        outputs = stand_ins(piece.outputs)
+        kernel = Kernel(piece.module, stand_ins(piece.roots), outputs, [False] * len(outputs), self.mode)
+        return Call(kernel, [self.place[root] for root in piece.roots] + buffers)
 
-    def _forward(self, piece: Piece, writes: list[int]) -> Call:
-        kernel = Kernel(
-            piece.module, _values(piece.roots), _values(piece.outputs), [False] * len(piece.outputs), self.mode
-        )
-        return Call(kernel, [self.slot[root] for root in piece.roots], writes)
+    def reverse(self, wanted: Iterable[fx.Node]) -> Reverse:
+        """The backward pass that gives gradients to these streams and vectors."""
+        key = tuple(wanted)
+        if key not in self._reverses:
+            self._reverses[key] = Reverse(self, key)
+        return self._reverses[key]
 
-    def _build_backward(self, qs: list[fx.Node]) -> None:
-        """The vjps of one step, last piece first; the first to give a gradient writes it, the later ones add to it."""
-        plan, states = self.plan, self.plan.trace.states
-        self.given: set[fx.Node] = set()  # roots that some piece or product gives a gradient
-        self.final_vjp = self._vjp(plan.final, [*states, *qs], self.d_new_state)
-        self.left_vjps: list[Call | None] = []
-        self.product_adds: list[bool] = []  # whether a stage's product with its matrix adds to a state's gradient
-        for stage, slot in reversed(list(zip(plan.stages, self.d_left, strict=True))):
+
+class Reverse:
+    """The reverse of one step, last piece first.
+
+    The first piece to give a root its gradient writes it and the later ones add to it. Vectors have one gradient for
+    all steps, so every piece adds to theirs.
+    """
+
+    def __init__(self, program: Program, wanted: tuple[fx.Node, ...]) -> None:
+        self.program = program
+        plan = program.plan
+        states, qs = plan.trace.states, [stage.packed for stage in plan.stages]
+        self.streams = [n for n in plan.streams if n in wanted]
+        self.vectors = [n for n in plan.vectors if n in wanted]
+        self.apart = {
+            n for n in self.vectors if n.meta["val"].ndim == 1 and all(_is_broadcast(n, user) for user in n.users)
+        }
+        self.wanted = [*self.vectors, *states, *self.streams, *qs]
+        # First what changes at no step, as in the program; then the other gradients and the cotangents.
+        self.place = {node: i for i, node in enumerate([*plan.vectors, *plan.streams, *states, *qs])}
+        places = count(len(self.place))
+        self.gradient = {node: next(places) for node in [*self.streams, *qs]}
+        self.d_output = next(places)
+        self.gradient |= {node: next(places) for node in [*states, *self.vectors]}
+        self.d_new_state = [next(places) for _ in states]
+        d_left = [next(places) for _ in qs]
+        self.size = next(places)
+        self.given: set[fx.Node] = set()
+        self.final = self._vjp(plan.output, [*self.d_new_state, self.d_output])
+        self.stages: list[tuple[int, bool, Call | None]] = []  # where a stage's product goes, if it adds, what follows
+        for stage, place in reversed(list(zip(plan.stages, d_left, strict=True))):
             if stage.piece is not None:
-                self.product_adds.append(False)
-                self.left_vjps.append(self._vjp(stage.piece, [*states, *qs], [slot]))
+                self.stages.append((place, False, self._vjp(stage.piece, [place])))
             else:
-                self.product_adds.append(stage.left in self.given)
+                self.stages.append((self.gradient[stage.left], stage.left in self.given, None))
                 self.given.add(stage.left)
-                self.left_vjps.append(None)
-        # Phase 2: all of the step as one function of all rows, for what the products outside the loop and vectors need.
-        outputs = [stage.left for stage in plan.stages if stage.piece] + plan.trace.outputs
-        self.whole = extract(plan.trace.graph, set(self.slot), outputs)
-        module, self.whole_wanted = vjp(self.whole, [*plan.streams, *plan.vectors], self.mode)
-        self.whole_vjp = Kernel(
-            module,
-            _values([*self.whole.roots, *outputs]),
-            _values(self.whole_wanted),
-            [False] * len(self.whole_wanted),
-            self.mode,
-        )
 
-    def _vjp(self, piece: Piece, wanted: list[fx.Node], cotangents: list[int]) -> Call:
-        module, wanted = vjp(piece, wanted, self.mode)
-        adds = [node in self.given for node in wanted]
+    def accumulator(self, node: fx.Node, vector: Tensor, rows: int) -> Tensor:
+        """A buffer for the sum of a vector's gradients over the steps, which half precision would round at each."""
+        shape = (rows, *vector.shape) if node in self.apart else vector.shape
+        return vector.new_empty(shape, dtype=torch.promote_types(vector.dtype, torch.float32))
+
+    def _vjp(self, piece: Piece, cotangents: list[int]) -> Call:
+        mode = self.program.mode
+        module, wanted = vjp(piece, self.wanted, self.apart, mode)
+        adds = [node in self.given or node in self.vectors for node in wanted]
         self.given.update(wanted)
-        kernel = Kernel(module, _values([*piece.roots, *piece.outputs]), _values(wanted), adds, self.mode)
-        reads = [self.slot[root] for root in piece.roots] + cotangents
-        return Call(kernel, reads, [self.gradient[node] for node in wanted])
+        with mode:
+            rows = piece.outputs[0].meta["val"].shape[0]
+            results = [
+                self.accumulator(n, v, rows) if n in self.vectors else v
+                for n, v in zip(wanted, stand_ins(wanted), strict=True)
+            ]
+        kernel = Kernel(module, stand_ins([*piece.roots, *piece.outputs]), results, adds, mode)
+        return Call(kernel, [self.place[n] for n in piece.roots] + cotangents + [self.gradient[n] for n in wanted])
+
+
+def run(
+    program: Program, known: dict[fx.Node, Tensor], inputs: list[Tensor], state: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a program: the products of the inputs (T, B, ...) first, then the loop.
+
+    Args:
+        known: the values of the plan's constants.
+    """
+    plan = program.plan
+    steps, rows = inputs[0].shape[:2]
+    known = known | dict(zip(plan.trace.inputs, (x.flatten(0, 1) for x in inputs), strict=True))
+    for hoisted in plan.hoisted:
+        known[hoisted.packed] = product(hoisted.left_of(known), hoisted.matrix(known))
+    arguments = [
+        *(known[node].unflatten(0, (steps, rows)).contiguous() for node in plan.streams),
+        *(stage.matrix(known) for stage in plan.stages),
+        *(known[node].contiguous() for node in plan.vectors),
+        *state,
+    ]
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
+    output, *final = Scan.apply(program, needs_gradient, steps, *arguments)  # type: ignore[no-untyped-call]
+    return output, final
 
 
 class Scan(torch.autograd.Function):
@@ -101,14 +149,14 @@ class Scan(torch.autograd.Function):
         states = [s.new_empty(steps + 1, *s.shape) for s in state]
         for buffer, value in zip(states, state, strict=True):
             buffer[0] = value
+        # The reverse needs what the stages multiplied, and their products.
         kept = steps if needs_gradient else 1
-        qs = [m.new_empty(kept, rows, m.shape[1]) for m in matrices]
-        lefts = [m.new_empty(rows, m.shape[0]) for m in matrices]
-        _run_forward(program, streams, matrices, vectors, states, qs, lefts)
+        lefts = [m.new_empty(kept, rows, len(m)) for m, call in zip(matrices, program.lefts, strict=True) if call]
+        qs = _run_forward(program, streams, matrices, vectors, states, lefts, needs_gradient)
         ctx.program = program
-        ctx.counts = len(streams), len(matrices), len(vectors), len(state), len(states)
+        ctx.counts = len(streams), len(matrices), len(vectors), len(state), len(states), len(lefts)
         if needs_gradient:
-            ctx.save_for_backward(*arguments, *states, *qs)
+            ctx.save_for_backward(*arguments, *states, *lefts, *qs)
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
         return states[0][1:], *(buffer[steps].clone() for buffer in states)
 
@@ -119,7 +167,8 @@ class Scan(torch.autograd.Function):
             arguments = [tensor for part in parts[:4] for tensor in part]
             return None, None, None, *_differentiable_backward(ctx.program, arguments, (d_output, *d_final))
         needed = split(ctx.needs_input_grad[3:], *ctx.counts[:3])
-        return None, None, None, *_two_phases(ctx.program, parts, d_output, d_final, needed)
+        with torch.autocast(d_output.device.type, enabled=False):
+            return None, None, None, *_run_backward(ctx.program, parts, d_output, d_final, needed)
 
 
 def _run_forward(
@@ -128,130 +177,128 @@ def _run_forward(
     matrices: list[Tensor],
     vectors: list[Tensor],
     states: list[Tensor],  # (T+1, B, ·), the first step's filled
-    qs: list[Tensor],  # (T, B, ·), or (1, B, ·) where they are not kept
-    lefts: list[Tensor],  # (B, ·)
-) -> None:
-    plan = program.plan
+    lefts: list[Tensor],  # (T, B, ·), or (1, B, ·) where they are not kept
+    keep: bool,
+) -> list[Tensor]:
+    """Fill the states and lefts; the products (B, ·) of all stages and steps, stage by stage, where they are kept."""
+    plan, final = program.plan, program.final
+    steps, rows = len(states[0]) - 1, states[0].shape[1]
     values: list[Any] = [*vectors, *([None] * (program.size - len(vectors)))]
+    qs: list[list[Tensor]] = [[] for _ in plan.stages]
     stages = [
-        (call, program.slot[stage.left] if call is None else slot, program.slot[stage.packed])
-        for stage, call, slot in zip(plan.stages, program.lefts, program.left, strict=True)
+        (call, left, multiplier(matrix, rows, steps), program.place[stage.packed], kept)
+        for stage, call, left, matrix, kept in zip(plan.stages, program.lefts, program.left, matrices, qs, strict=True)
     ]
-    stream_steps = [stream.unbind(0) for stream in streams]
-    state_steps = [state.unbind(0) for state in states]
-    q_steps = [q.unbind(0) for q in qs]
-    first_stream = len(vectors)
-    first_state = first_stream + len(streams)
-    for slot, buffer in zip(program.left, lefts, strict=True):
-        values[slot] = buffer
-    kernel, reads, _ = program.final
-    for t in range(len(states[0]) - 1):
-        for i, stream in enumerate(stream_steps):
-            values[first_stream + i] = stream[t]
-        for i, state in enumerate(state_steps):
-            values[first_state + i] = state[t]
-        for (call, left, packed), matrix, q in zip(stages, matrices, q_steps, strict=True):
+    changing: list[Any] = [
+        *streams,
+        *(state[:-1] for state in states),
+        *(left.expand(steps, -1, -1) for left in lefts),
+        *(state[1:] for state in states),
+    ]
+    here = slice(len(vectors), program.size - len(stages))
+    for values[here] in _by_step(changing, range(steps)):
+        for call, left, times, packed, kept in stages:
             if call is not None:
-                call.kernel([values[i] for i in call.reads], [values[left]])
-            values[packed] = torch.mm(values[left], matrix, out=q[t if len(q) > 1 else 0])
-        kernel([values[i] for i in reads], [state[t + 1] for state in state_steps])
+                call(values)
+            values[packed] = q = times(values[left])
+            if keep:
+                kept.append(q)
+        final(values)
+    return [q for kept in qs for q in kept]
 
 
-def _two_phases(
+def _run_backward(
     program: Program, parts: list[list[Tensor]], d_output: Tensor, d_final: tuple[Tensor, ...], needed: list[list[bool]]
 ) -> list[Tensor | None]:
-    """Phase 1, the reverse loop, for the states' and stages' cotangents; phase 2, all rows at once, for the rest."""
+    """The reverse loop, which leaves all cotangents but the recurrent matrices'; then theirs, one product for each."""
     plan = program.plan
-    streams, matrices, vectors, _, states, qs = parts
+    streams, matrices, vectors, _, states, lefts, qs = parts
     steps, rows = d_output.shape[:2]
-    # d_states[t] is the cotangent of the state before step t, without what the output adds to it.
-    d_states = [
-        torch.zeros_like(buffer) if node not in program.given else torch.empty_like(buffer)
-        for node, buffer in zip(plan.trace.states, states, strict=True)
-    ]
-    for buffer, value in zip(d_states, d_final, strict=True):
-        buffer[steps] = value
+    needs = dict(zip([*plan.streams, *plan.vectors], [*needed[0], *needed[2]], strict=True))
+    reverse = program.reverse(node for node, need in needs.items() if need)
+    gradient, known = reverse.gradient, dict(zip([*plan.streams, *plan.vectors], [*streams, *vectors], strict=True))
+    per_stage = [qs[i * steps : (i + 1) * steps] for i in range(len(plan.stages))]
+    d_streams = {n: _buffer(known[n], n in reverse.given) for n in reverse.streams}
     d_qs = [
-        torch.empty_like(q) if stage.packed in program.given else torch.zeros_like(q)
-        for stage, q in zip(plan.stages, qs, strict=True)
+        _buffer(q[0].expand(steps, -1, -1), stage.packed in reverse.given)
+        for stage, q in zip(plan.stages, per_stage, strict=True)
     ]
-    d_lefts = [
-        m.new_empty(steps, rows, m.shape[0]) if stage.piece else None
-        for stage, m in zip(plan.stages, matrices, strict=True)
+    d_vectors = {n: reverse.accumulator(n, known[n], rows).zero_() for n in reverse.vectors}
+    values: list[Any] = [*vectors, *([None] * (reverse.size - len(vectors)))]
+    for node, buffer in d_vectors.items():
+        values[gradient[node]] = buffer
+    # A state's gradient at one step is the new state's cotangent at the step before: two buffers take turns.
+    carried = []
+    for node, d, new in zip(plan.trace.states, d_final, reverse.d_new_state, strict=True):
+        values[gradient[node]] = d.contiguous()
+        carried.append((new, gradient[node], [_buffer(d, node in reverse.given) for _ in range(2)]))
+    stages = [
+        (gradient[stage.packed], multiplier(matrix.t(), rows, steps), target, adds, call)
+        for stage, matrix, (target, adds, call) in zip(
+            reversed(plan.stages), reversed(matrices), reverse.stages, strict=True
+        )
     ]
-    _reverse_loop(program, parts, d_output, d_states, d_qs, d_lefts)
-    flat = dict(zip(plan.vectors, vectors, strict=True))
-    flat |= {n: s.flatten(0, 1) for n, s in zip(plan.streams, streams, strict=True)}
-    flat |= {n: s[:steps].flatten(0, 1) for n, s in zip(plan.trace.states, states, strict=True)}
-    flat |= {stage.packed: q.flatten(0, 1) for stage, q in zip(plan.stages, qs, strict=True)}
-    cotangents = [d.flatten(0, 1) for d in d_lefts if d is not None]
-    cotangents += [d_states[0][1:].add_(d_output).flatten(0, 1), *(d[1:].flatten(0, 1) for d in d_states[1:])]
-    gradients: dict[fx.Node, Tensor] = {n: torch.empty_like(flat[n]) for n in program.whole_wanted}
-    if gradients:
-        program.whole_vjp([*(flat[root] for root in program.whole.roots), *cotangents], list(gradients.values()))
-    d_streams = [gradients[n].unflatten(0, (steps, rows)) if n in gradients else None for n in plan.streams]
-    d_matrices: list[Tensor | None] = []
-    for i, (stage, d_q) in enumerate(zip(plan.stages, d_qs, strict=True)):
-        if not needed[1][i]:
-            d_matrices.append(None)
-            continue
-        call = program.lefts[i]
-        if stage.piece is None or call is None:
-            left = flat[stage.left]
-        else:
-            left = matrices[i].new_empty(steps * rows, matrices[i].shape[0])
-            call.kernel([flat[root] for root in stage.piece.roots], [left])
-        d_matrices.append(left.t() @ d_q.flatten(0, 1))
-    return [*d_streams, *d_matrices, *(gradients.get(n) for n in plan.vectors), *(d[0] for d in d_states)]
-
-
-def _reverse_loop(
-    program: Program,
-    parts: list[list[Tensor]],
-    d_output: Tensor,
-    d_states: list[Tensor],
-    d_qs: list[Tensor],
-    d_lefts: list[Tensor | None],
-) -> None:
-    plan = program.plan
-    streams, matrices, vectors, _, states, qs = parts
-    values: list[Any] = [*vectors, *([None] * (program.size - len(vectors)))]
-    moving = [
-        *((program.slot[n], s.unbind(0)) for n, s in zip(plan.streams, streams, strict=True)),
-        *((program.slot[n], s.unbind(0)) for n, s in zip(plan.trace.states, states, strict=True)),
-        *((program.slot[s.packed], q.unbind(0)) for s, q in zip(plan.stages, qs, strict=True)),
-        *((program.gradient[n], d.unbind(0)) for n, d in zip(plan.trace.states, d_states, strict=True)),
-        *((program.gradient[s.packed], d.unbind(0)) for s, d in zip(plan.stages, d_qs, strict=True)),
-        *((slot, d.unbind(0)) for slot, d in zip(program.d_left, d_lefts, strict=True) if d is not None),
+    changing = [
+        *streams,
+        *(state[:-1] for state in states),
+        *per_stage,
+        *d_streams.values(),
+        *d_qs,
+        d_output.contiguous(),
     ]
-    cotangents = [(slot, d.unbind(0)) for slot, d in zip(program.d_new_state, d_states, strict=True)]
-    d_outputs = d_output.unbind(0)
-    stages = []
-    for stage, matrix, call, adds, slot in zip(
-        reversed(plan.stages),
-        reversed(matrices),
-        program.left_vjps,
-        program.product_adds,
-        reversed(program.d_left),
-        strict=True,
-    ):
-        target = slot if call is not None else program.gradient[stage.left]
-        stages.append((program.gradient[stage.packed], matrix.t().contiguous(), call, adds, target))
-    kernel, reads, writes = program.final_vjp
-    for t in reversed(range(len(d_outputs))):
-        for slot, sequence in moving:
-            values[slot] = sequence[t]
-        for slot, sequence in cotangents:
-            values[slot] = sequence[t + 1]
-        values[cotangents[0][0]] = cotangents[0][1][t + 1] + d_outputs[t]
-        kernel([values[i] for i in reads], [values[i] for i in writes])
-        for d_q, transposed, call, adds, target in stages:
-            if adds:
-                values[target].addmm_(values[d_q], transposed)
-            else:
-                torch.mm(values[d_q], transposed, out=values[target])
+    here = slice(len(vectors), reverse.d_output + 1)
+    for t, values[here] in zip(range(steps), _by_step(changing, reversed(range(steps))), strict=True):
+        for new, old, buffers in carried:
+            values[new], values[old] = values[old], buffers[t % 2]
+        reverse.final(values)
+        for place, times, target, adds, call in stages:
+            d_left = times(values[place])
+            values[target] = values[target].add_(d_left) if adds else d_left
             if call is not None:
-                call.kernel([values[i] for i in call.reads], [values[i] for i in call.writes])
+                call(values)
+    d_vectors |= {n: d_vectors[n].sum(0) for n in reverse.apart}
+    state_of = dict(zip(plan.trace.states, states, strict=True))
+    rest = iter(lefts)
+    d_matrices = []
+    for stage, d_q, need in zip(plan.stages, d_qs, needed[1], strict=True):
+        left = state_of[stage.left][:-1] if stage.piece is None else next(rest)
+        d_matrices.append(multiply(left.flatten(0, 1).t(), d_q.flatten(0, 1)) if need else None)
+    return [
+        *(d_streams.get(n) for n in plan.streams),
+        *d_matrices,
+        *(d_vectors[n].to(v.dtype) if n in d_vectors else None for n, v in zip(plan.vectors, vectors, strict=True)),
+        *(values[gradient[n]] for n in plan.trace.states),
+    ]
+
+
+def _by_step(sequences: Iterable[Any], order: Iterable[int]) -> Iterator[list[Tensor]]:
+    """What the sequences hold at each step.
+
+    The views are made as they are needed: thousands of them alive at once set off Python's garbage collector, which
+    costs more than they do.
+    """
+    for t in order:
+        yield [sequence[t] for sequence in sequences]
+
+
+def _is_broadcast(vector: fx.Node, user: fx.Node) -> bool:
+    """Whether the user meets the vector's entries with the columns of a matrix of rows."""
+    pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+    return pointwise and user.meta["val"].ndim == 2
+
+
+def _buffer(like: Tensor, written: bool) -> Tensor:
+    """A buffer for what is written at every step, or zeros where nothing is."""
+    return (
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if written
+        else torch.zeros_like(like, memory_format=torch.contiguous_format)
+    )
+
+
+def stand_ins(nodes: list[fx.Node]) -> list[Tensor]:
+    """Tensors without numbers in place of the nodes' values."""
+    return [node.meta["val"] for node in nodes]
 
 
 def _differentiable_backward(program: Program, arguments: list[Tensor], cotangents: tuple[Tensor, ...]) -> Any:
@@ -276,14 +323,10 @@ def _differentiable_backward(program: Program, arguments: list[Tensor], cotangen
     return [next(gradients) if argument.requires_grad else None for argument in arguments]
 
 
-def _values(nodes: list[fx.Node]) -> list[Tensor]:
-    return [node.meta["val"] for node in nodes]
-
-
 def split(values: Any, *counts: int) -> list[list[Any]]:
     """Cut a flat sequence into parts of the given lengths, and the rest."""
     rest, parts = list(values), []
-    for count in counts:
-        parts.append(rest[:count])
-        rest = rest[count:]
+    for length in counts:
+        parts.append(rest[:length])
+        rest = rest[length:]
     return [*parts, rest]

@@ -16,9 +16,6 @@ from multint.scan.trace import Trace
 
 aten = torch.ops.aten
 
-# A hoisted product is kept for all T·B rows: wider ones (numbers per row) are left to the step instead.
-WIDEST_STREAM = 32768
-
 
 @dataclass
 class Piece:
@@ -72,10 +69,16 @@ class Plan:
     streams: list[fx.Node]  # roots that change with t: inputs and hoisted products
     stages: list[Product]  # in the order in which they can be computed
     final: Piece  # roots → the new state
+    output: Piece  # roots → the new state and, once more, its first field, which is the scan's output
     vectors: list[fx.Node]  # the constants that pieces read
 
-    def describe(self, size: tuple[int, int]) -> str:
-        """The plan in words, for T steps of B rows."""
+    def bytes_per_row(self) -> int:
+        """What a backward pass needs of one row of one step, beside the inputs and the states."""
+        kept = [p.packed for p in [*self.hoisted, *self.stages]] + [s.left for s in self.stages if s.piece]
+        return sum(torch.Size(n.meta["val"].shape[1:]).numel() * n.meta["val"].element_size() for n in kept)
+
+    def describe(self, size: tuple[int, int], chunk: int) -> str:
+        """The plan in words, for T steps of B rows, so many steps at a time."""
         steps, rows = size
 
         def width(node: fx.Node) -> str:
@@ -96,6 +99,12 @@ class Plan:
             source = f"a piece of {stage.piece.operations()} operations" if stage.piece else "a state"
             lines += [f"  {source} ({rows} × {width(stage.left)}) @ ({width(stage.left)} × {width(stage.packed)})"]
         lines += [f"new state: a piece of {self.final.operations()} operations, from {len(self.final.roots)} values"]
+        kept = chunk * rows * self.bytes_per_row() / 2**20
+        lines += [f"kept for the backward pass: {kept:.1f} MiB of streams and products"]
+        if chunk < steps:
+            lines += [
+                f"more would not fit the budget: {-(-steps // chunk)} parts of {chunk} steps, each computed twice"
+            ]
         return "\n".join(lines)
 
 
@@ -104,8 +113,8 @@ def plan(trace: Trace) -> Plan:
     graph = trace.graph
     on_state, on_input = _reached(trace.states), _reached(trace.inputs)
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
-    hoisted = _products(graph, on_input - on_state, invariant, WIDEST_STREAM)
-    stages = _products(graph, on_state, invariant, None)
+    hoisted = _products(graph, on_input - on_state, invariant)
+    stages = _products(graph, on_state, invariant)
     trace.outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
     # What is the same at every step, as far as anything else reads it.
     rights = [right for product in hoisted + stages for right in product.rights]
@@ -125,6 +134,7 @@ def plan(trace: Trace) -> Plan:
         streams=[n for n in [*trace.inputs, *(p.packed for p in hoisted)] if n in used],
         stages=stages,
         final=final,
+        output=extract(graph, roots, [*trace.outputs, trace.outputs[0]]),
         vectors=[n for n in constants if n in used],
     )
 
@@ -151,8 +161,14 @@ def extract(graph: fx.Graph, roots: set[fx.Node], outputs: list[fx.Node]) -> Pie
     return Piece(fx.GraphModule(torch.nn.Module(), part), used)
 
 
-def vjp(piece: Piece, wanted: Iterable[fx.Node], mode: FakeTensorMode) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The piece's vector-Jacobian product, (roots, cotangents) → gradients, for those of the wanted roots it reads."""
+def vjp(
+    piece: Piece, wanted: Iterable[fx.Node], apart: set[fx.Node], mode: FakeTensorMode
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The piece's vector-Jacobian product, (roots, cotangents) → gradients, for those of the wanted roots it reads.
+
+    Args:
+        apart: vectors whose gradient is given for each row apart, (B, V), and not summed.
+    """
     wanted = [root for root in wanted if root in piece.roots and root.meta["val"].is_floating_point()]
     places = [piece.roots.index(root) for root in wanted]
     outputs = piece.outputs
@@ -171,6 +187,10 @@ def vjp(piece: Piece, wanted: Iterable[fx.Node], mode: FakeTensorMode) -> tuple[
             results = dict(zip(outputs, piece.module(*values), strict=True))
             return tuple(results[node] for node in unique)
 
+        rows = cotangents[0].shape[0]
+        for place, node in zip(places, wanted, strict=True):
+            if node in apart:
+                values[place] = values[place].expand(rows, -1)
         _, pull = torch.func.vjp(  # type: ignore[misc]
             of, *(values[place] for place in places)
         )
@@ -195,12 +215,11 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], widest: int | None) -> list[Product]:
+def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node]) -> list[Product]:
     """The products of nodes among the given ones with invariant matrices, grouped by their left-hand side."""
     grouped: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        is_product = node.target is aten.mm.default and node.args[0] in among and node.args[1] in invariant
-        if is_product and (widest is None or node.meta["val"].shape[1] <= widest):
+        if node.target is aten.mm.default and node.args[0] in among and node.args[1] in invariant:
             grouped.setdefault(node.args[0], []).append(node)
     return [
         Product(left, [node.args[1] for node in nodes], _pack(graph, nodes))  # type: ignore[misc]

@@ -130,7 +130,7 @@ def _why_not(cell: nn.Module, x: Any, state: Any, error: Exception) -> str:
 def _stand_in(mode: FakeTensorMode, tensor: Tensor, rows: bool) -> Tensor:
     """A tensor without numbers; with rows, of an open number of them, the same for all such tensors."""
     if rows:  # three of them, since sizes 0 and 1 would be taken for fixed ones
-        tensor = tensor.new_empty(3, *tensor.shape[1:])
+        tensor = tensor.new_empty(max(3, len(tensor)), *tensor.shape[1:])
     sizes = [DimDynamic.DUCK if rows and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
     return mode.from_tensor(tensor.detach(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
