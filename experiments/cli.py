@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments fit|validate|test|sample`."""
+"""The command line: `python -m experiments fit|validate|test|sample|bench`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.parsing import OptionParser
 
-COMMANDS = ("fit", "validate", "test", "sample")
+COMMANDS = ("fit", "validate", "test", "sample", "bench")
 CONFIGS = Path(__file__).parent / "configs"
 
 OVERVIEW = """\
@@ -19,6 +19,7 @@ commands:
   validate  the validation metrics of a checkpoint      validate --config CONFIG --ckpt_path CKPT
   test      the test metrics of a checkpoint            test --config CONFIG --ckpt_path CKPT
   sample    text from a checkpoint                      sample CKPT --prompt TEXT
+  bench     times of the scan engines, side by side     bench lstm-512 --quick
 
 ready configs:
 {configs}
@@ -69,6 +70,10 @@ def _run(argv: list[str], trusted: list[str]) -> None:
             from experiments.sample import write_sample
 
             write_sample(argv[1:])
+        elif command == "bench":
+            from experiments.bench.command import bench
+
+            bench(argv[1:])
         else:
             from experiments.training import TrainingCommands
 

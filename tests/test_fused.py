@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
 from multint.errors import EngineError, OptionError
+from multint.products import multiplier, product
 from multint.scan import engine as engine_module
 from multint.scan.kernel import eager_pieces
-from multint.scan.product import multiplier, product
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
 # Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.

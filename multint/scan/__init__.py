@@ -8,7 +8,7 @@ traced once to a graph, in the way that makes the vendors' recurrent layers fast
    of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
    products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
    row-wise pointwise code, cut into *pieces*.
-3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows. `product.py` multiplies.
+3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows.
 4. `fused.py` runs the loop forward: for each stage its left-hand side, then the product, and last the new state. It
    keeps the states and what goes into the stages and comes out of them, q; activations are computed again. The reverse
    loop carries the cotangents of the states and leaves, for all steps, those of the streams and of q; a vector's

@@ -25,8 +25,8 @@ ENGINES = ("auto", "fused", "loop")
 # and the backward pass computes each part again.
 MEMORY_BUDGET = 2**30
 
-# The multiply-adds of a forward pass from which `auto` compiles: there the loop takes some 20 ms, and the compiled scan
-# half of that or less, so that the seconds of compilation are repaid within some hundred passes.
+# The multiply-adds of a forward pass from which `auto` compiles. There the loop takes 10 to 40 ms for both
+# passes, and the compiled scan a half of that, so that the seconds of compilation are repaid within a thousand calls.
 _WORTH_COMPILING = 10**8
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from multint.products import multiplier, product, transposed_multiply
 from multint.scan.kernel import Kernel
 from multint.scan.plan import Piece, Plan, vjp
-from multint.scan.product import multiplier, multiply, product
 
 
 class Call(NamedTuple):
@@ -262,7 +262,7 @@ def _run_backward(
     d_matrices = []
     for stage, d_q, need in zip(plan.stages, d_qs, needed[1], strict=True):
         left = state_of[stage.left][:-1] if stage.piece is None else next(rest)
-        d_matrices.append(multiply(left.flatten(0, 1).t(), d_q.flatten(0, 1)) if need else None)
+        d_matrices.append(transposed_multiply(left.flatten(0, 1), d_q.flatten(0, 1)) if need else None)
     return [
         *(d_streams.get(n) for n in plan.streams),
         *d_matrices,

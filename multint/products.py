@@ -1,4 +1,4 @@
-"""Products with a matrix, by the faster of the libraries that torch has for them."""
+"""Matrix products, by the faster of the libraries that torch has for them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _MANY = 8
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The matrix product (N, I) @ (I, O), differentiable any number of times."""
+    if torch.compiler.is_compiling() or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
+        return left @ right
     return _Product.apply(left, right)  # type: ignore[no-untyped-call]
 
 
@@ -25,6 +27,12 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
         return result
     return left @ right
+
+
+def transposed_multiply(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product (N, I)ᵀ @ (N, O), outside autograd: the gradient of a matrix."""
+    # The first factor of a product is copied into its order, so the smaller matrix comes first.
+    return multiply(left.t(), right) if left.numel() <= right.numel() else multiply(right.t(), left).t()
 
 
 def multiplier(right: Tensor, rows: int, times: int) -> Callable[[Tensor], Tensor]:
@@ -48,10 +56,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_result: Tensor) -> Any:
         left, right = ctx.saved_tensors
-        return (
-            product(d_result, right.t()) if ctx.needs_input_grad[0] else None,
-            product(left.t(), d_result) if ctx.needs_input_grad[1] else None,
-        )
+        d_left = product(d_result, right.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return d_left, None
+        if torch.is_grad_enabled():
+            return d_left, product(left.t(), d_result)
+        return d_left, transposed_multiply(left, d_result)
+
+
+def _by_rules_of_mm(left: Tensor) -> bool:
+    """Whether something is active that knows `mm` and not our own function."""
+    return (
+        torch.is_autocast_enabled(left.device.type)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _by_onednn(right: Tensor, rows: int) -> bool:

@@ -1,0 +1,1 @@
+"""The benchmark of the scan engines: `python -m experiments bench`."""

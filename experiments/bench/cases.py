@@ -1,0 +1,136 @@
+"""What the benchmark compares: shapes, layers, and the ratios that are aimed at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
+
+MI_RNN = partial(RNN, integrator=MultiplicativeIntegration)
+MI_LSTM = partial(LSTM, integrator=MultiplicativeIntegration)
+MI_GRU = partial(GRU, integrator=MultiplicativeIntegration, reset_after=False)
+ADDITIVE_GRU = partial(GRU, integrator=Additive)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: our layer by the engine `fused` against a vendor's layer of the same sizes, and others."""
+
+    name: str
+    size: tuple[int, int, int, int]  # T, B, X, H
+    ours: Callable[..., nn.Module]
+    vendor: Callable[..., nn.Module]
+    at_least: float | None = None  # the ratio t(vendor) / t(ours) that is aimed at
+    at_least_loop: float | None = None  # and t(loop) / t(ours)
+    backward: bool = True
+    dtype: torch.dtype = torch.float32  # of the products, by autocast
+    packed: bool = False  # lengths uniform in [T/5, T]
+
+    @property
+    def rivals(self) -> list[str]:
+        """What our layer is measured against."""
+        return ["vendor", "loop", "compiled step"]
+
+    def arguments(self, device: str) -> list[Tensor]:
+        """The inputs and the cotangent of the output."""
+        torch.manual_seed(0)
+        steps, rows, inputs, hidden = self.size
+        x = torch.randn(steps, rows, inputs, device=device, requires_grad=self.backward)
+        return [x, torch.randn(steps, rows, hidden, device=device)]
+
+    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+        """A function that runs the contender once and gives its output and gradients."""
+        torch.manual_seed(0)
+        _, _, inputs, hidden = self.size
+        x, cotangent = self.arguments(device)
+        lengths = torch.randint(self.size[0] // 5, self.size[0] + 1, self.size[1:2]) if self.packed else None
+        if lengths is not None:
+            lengths[0] = self.size[0]
+        if contender == "vendor":
+            module = self.vendor(inputs, hidden).to(device)
+        else:
+            module = self.ours(inputs, hidden, engine="fused" if contender == "ours" else "loop").to(device)
+        if contender == "compiled step":
+            for direction in module.directions:
+                direction.step = torch.compile(direction.step)
+
+        def forward() -> Tensor:
+            if lengths is None:
+                return module(x)[0]
+            if contender == "vendor":
+                return module(pack_padded_sequence(x, lengths, enforce_sorted=False))[0].data
+            return module(x, lengths=lengths)[0]
+
+        def run() -> list[Tensor]:
+            with (
+                torch.set_grad_enabled(self.backward),
+                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+            ):
+                output = forward()
+            if not self.backward:
+                return [output]
+            leaves = [x, *module.parameters()]
+            chosen = cotangent if output.ndim == 3 else cotangent.flatten(0, 1)[: len(output)]
+            return [output, *torch.autograd.grad(output, leaves, chosen.to(output.dtype))]
+
+        return run
+
+
+@dataclass(frozen=True)
+class BilinearCase(Case):
+    """The full bilinear integrator by itself, against `nn.Bilinear`: B rows, X × H → H."""
+
+    @property
+    def rivals(self) -> list[str]:
+        return ["vendor"]
+
+    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+        torch.manual_seed(0)
+        _, rows, inputs, hidden = self.size
+        kind = nn.Bilinear if contender == "vendor" else Bilinear
+        module = kind(inputs, hidden, hidden).to(device)
+        x, z = (torch.randn(rows, n, device=device, requires_grad=True) for n in (inputs, hidden))
+        cotangent = torch.randn(rows, hidden, device=device)
+
+        def run() -> list[Tensor]:
+            output = module(x, z)
+            return [output, *torch.autograd.grad(output, [x, z, *module.parameters()], cotangent)]
+
+        return run
+
+
+def cases(device: str) -> list[Case]:
+    """The cases for a kind of device; a GPU's also have the sizes of the papers."""
+    lstm, gru = nn.LSTM, nn.GRU
+    if device == "cpu":
+        return [
+            Case("lstm-512", (50, 32, 128, 512), MI_LSTM, lstm, 1.0, 1.3),
+            Case("lstm-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.0, 1.3),
+            Case("lstm-256", (100, 32, 256, 256), MI_LSTM, lstm, 0.8, 2.0),
+            Case("lstm-128", (100, 16, 64, 128), MI_LSTM, lstm, 0.5, 2.0),
+            Case("gru-1024", (50, 32, 50, 1024), MI_GRU, gru, 1.0, 1.3),
+            Case("rnn-256", (100, 32, 256, 256), MI_RNN, nn.RNN, 1.0, 2.0),
+            Case("gru-additive-256", (100, 32, 256, 256), ADDITIVE_GRU, gru, 1.0, 2.0),
+            Case("lstm-packed-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.2, 1.3, packed=True),
+            Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
+            Case("lstm-forward-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.9, 1.3, backward=False),
+            BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
+        ]
+    found = [
+        Case(f"lstm-{hidden}{suffix}", (50, 32, 128, hidden), MI_LSTM, lstm, target, dtype=dtype)
+        for hidden, target in ((64, 0.8), (128, 0.8), (256, 1.0), (512, 1.0), (1024, 1.0), (2048, 1.0))
+        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16"), (torch.float16, "-fp16"))
+    ]
+    return [
+        *found,
+        Case("gru-additive-512", (50, 32, 128, 512), ADDITIVE_GRU, gru, 1.0),
+        Case("gru-skip-thought", (30, 32, 620, 2400), ADDITIVE_GRU, gru, 1.0),
+        Case("rnn-ptb", (50, 100, 50, 2048), MI_RNN, nn.RNN),
+        BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
+    ]

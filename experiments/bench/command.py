@@ -1,0 +1,156 @@
+"""The command `bench`: measure, print a table, write a CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.bench.cases import Case, cases
+from experiments.bench.measure import check, first_calls, kernels, median, side_by_side
+from experiments.errors import ExperimentError
+from experiments.parsing import OptionParser
+
+COLUMNS = (
+    "case", "T", "B", "X", "H", "dtype", "passes", "rival", "rival_ms", "ours_ms", "ratio", "ratio_min", "ratio_max",
+    "at_least", "first_call_s", "second_process_s", "rival_MiB", "ours_MiB",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def bench(argv: list[str]) -> None:
+    """Run the cases and write `DEVICE.csv` after each, and `DEVICE.png` at the end, to the output folder.
+
+    Raises ExperimentError for an unknown case, a missing device, or gradients that are not right.
+    """
+    options = _parser().parse_args(argv)
+    chosen = _chosen(options.cases, options.device)
+    if options.rounds < 1 or options.threads < 1:
+        raise ExperimentError(
+            f"bench: {options.rounds} rounds on {options.threads} threads, expected at least 1 of each"
+        )
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(_conditions(options.device)))
+    print("ratio: t(rival) / t(ours), the median over rounds and its range; higher is better")
+    print(f"\n{'case':<18} {'rival':<14} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
+    rows: list[Row] = []
+    for case in chosen:
+        rows += _measure(case, options.device, options.rounds, options.quick)
+        _write(rows, options.out / f"{options.device}.csv")
+    print(f"\nwritten: {options.out / options.device}.csv")
+    _plot(rows, options.out / f"{options.device}.png")
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="python -m experiments bench", description="Times of the scan engines, side by side.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases (all of the device's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each pair, in turns (15)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (torch's default)")
+    parser.add_argument("--quick", action="store_true", help="leave out first calls, memory and the compiled step")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results (runs/bench)")
+    return parser
+
+
+def _chosen(names: list[str], device: str) -> list[Case]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError("bench: --device cuda, but torch sees no GPU")
+    known = {case.name: case for case in cases(device)}
+    for name in names:
+        if name not in known:
+            raise ExperimentError(f"bench: there is no case '{name}' on {device}; there are {', '.join(known)}")
+    return [known[name] for name in names] or list(known.values())
+
+
+def _conditions(device: str) -> list[str]:
+    """What times depend on."""
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}",
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}, oneDNN {torch.backends.mkldnn.is_available()}",
+    ]
+    if device == "cuda":
+        lines.append(
+            f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, TF32 in products "
+            f"{torch.backends.cuda.matmul.allow_tf32}, in cuDNN {torch.backends.cudnn.allow_tf32}"
+        )
+    return lines
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _measure(case: Case, device: str, rounds: int, quick: bool) -> list[Row]:
+    check(case, device)
+    steps, batch_size, inputs, hidden = case.size
+    shared: Row = {"case": case.name, "T": steps, "B": batch_size, "X": inputs, "H": hidden}
+    shared |= {"dtype": str(case.dtype).removeprefix("torch."), "passes": "both" if case.backward else "forward"}
+    rows = []
+    for rival in case.rivals:
+        if quick and rival == "compiled step":
+            continue
+        taken = side_by_side(case, rival, device, rounds)
+        aim = {"vendor": case.at_least, "loop": case.at_least_loop}.get(rival)
+        row = shared | {
+            "rival": rival,
+            "rival_ms": round(median(taken.rival) * 1e3, 2),
+            "ours_ms": round(median(taken.ours) * 1e3, 2),
+            "ratio": round(median(taken.ratios), 2),
+            "ratio_min": round(min(taken.ratios), 2),
+            "ratio_max": round(max(taken.ratios), 2),
+            "at_least": aim,
+        }
+        rows.append(row)
+        print(
+            f"{case.name:<18} {rival:<14} {row['rival_ms']:>9.1f} {row['ours_ms']:>9.1f} {row['ratio']:>6.2f} "
+            f"{row['ratio_min']:>6.2f}-{row['ratio_max']:<6.2f} {aim or '':>9}",
+            flush=True,
+        )
+    if device == "cuda":
+        print(f"{'':<18} the vendor's kernels: {', '.join(kernels(case))}")
+    if not quick:
+        vendor, cold, warm = first_calls(case, device)
+        rows[0] |= {"first_call_s": round(cold.first_call, 1), "second_process_s": round(warm.first_call, 1)}
+        line = f"{'':<18} first call {cold.first_call:.1f} s, in a second process {warm.first_call:.1f} s"
+        if vendor.peak is not None and warm.peak is not None:
+            rows[0] |= {"rival_MiB": vendor.peak // 2**20, "ours_MiB": warm.peak // 2**20}
+            line += f"; memory of a run {rows[0]['ours_MiB']} MiB, the vendor's {rows[0]['rival_MiB']} MiB"
+        print(line, flush=True)
+    return rows
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    """The ratios with their ranges, one line for each case and rival."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no plot: it needs matplotlib, pip install -c constraints.txt -e ".[bench]"')
+        return
+    figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"vendor": "C0", "loop": "C1", "compiled step": "C2"}
+    for i, row in enumerate(rows):
+        spread = [[row["ratio"] - row["ratio_min"]], [row["ratio_max"] - row["ratio"]]]
+        axes.errorbar(row["ratio"], -i, xerr=spread, fmt="o", capsize=3, color=colours[row["rival"]])
+        if row["at_least"]:
+            axes.plot(row["at_least"], -i, "k|", markersize=12)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks([-i for i in range(len(rows))], [f"{row['case']}: {row['rival']}" for row in rows])
+    axes.set_xlabel("t(rival) / t(ours): median and range over rounds; | the ratio aimed at")
+    figure.savefig(path, dpi=150)
+    print(f"written: {path}")

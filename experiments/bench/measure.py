@@ -1,0 +1,164 @@
+"""How the benchmark measures: what agrees first, then times side by side; first calls and memory in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.bench.cases import Case, cases
+from experiments.errors import ExperimentError
+
+# Seconds that one measurement takes at least: short runs are repeated within it.
+SHORTEST = 0.02
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Times of our layer and a rival, taken in turns."""
+
+    ours: list[float]  # seconds
+    rival: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """t(rival) / t(ours) of each round: higher is better."""
+        return [rival / ours for ours, rival in zip(self.ours, self.rival, strict=True)]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a contender shows in a process of its own."""
+
+    first_call: float  # seconds, imports and compilation included
+    peak: int | None  # bytes that one run takes beyond what was there before; None where the system does not tell
+
+
+def check(case: Case, device: str) -> None:
+    """Raise unless our layer's output and gradients are those of the plain loop, each by its norm."""
+    if "loop" not in case.rivals:
+        return
+    ours, loop = (case.build(contender, device)() for contender in ("ours", "loop"))
+    for i, (actual, expected) in enumerate(zip(ours, loop, strict=True)):
+        error = float((actual - expected).detach().float().norm() / expected.detach().float().norm())
+        if not error <= TOLERANCE[case.dtype]:
+            what = "output" if i == 0 else f"gradient {i}"
+            raise ExperimentError(
+                f"{case.name}: the {what} of the engine fused is off by {error:.1e}; nothing is timed"
+            )
+
+
+def side_by_side(case: Case, rival: str, device: str, rounds: int) -> Rounds:
+    """Time our layer and the rival in turns, after some runs of each to warm up."""
+    runs = [case.build(contender, device) for contender in ("ours", rival)]
+    for _ in range(3):
+        for run in runs:
+            _time(run, 1, device)
+    times = [1 + int(SHORTEST / _time(run, 1, device)) for run in runs]
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for run, count, column in zip(runs, times, taken, strict=True):
+            column.append(_time(run, count, device))
+    return Rounds(*taken)
+
+
+def _time(run: Callable[[], list[Tensor]], count: int, device: str) -> float:
+    """Seconds of one run, as the mean over so many."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def first_calls(case: Case, device: str) -> tuple[Fresh, Fresh, Fresh]:
+    """The vendor's layer and ours, each in a new process; ours first with an empty cache of compiled code, then not."""
+    with tempfile.TemporaryDirectory() as cache:
+        one, two, three = (_in_process(case.name, who, device, cache) for who in ("vendor", "ours", "ours"))
+    return one, two, three
+
+
+def _in_process(name: str, contender: str, device: str, cache: str) -> Fresh:
+    command = [sys.executable, "-m", "experiments.bench.measure", name, contender, device, str(torch.get_num_threads())]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ExperimentError(f"{name}: {contender} failed in a process of its own:\n{done.stderr[-2000:]}")
+    return Fresh(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _fresh(name: str, contender: str, device: str) -> Fresh:
+    (case,) = (case for case in cases(device) if case.name == name)
+    run = case.build(contender, device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    first_call = time.perf_counter() - start
+    before = _reset_peak(device)
+    run()
+    return Fresh(first_call, None if before is None else _peak(device) - before)
+
+
+def _reset_peak(device: str) -> int | None:
+    """Give back what the allocator holds, let peaks count from here, and return the bytes now in use."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    import ctypes
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def kernels(case: Case) -> list[str]:
+    """The names of the GPU kernels that take the vendor's layer the longest: which of its ways cuDNN chose."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run = case.build("vendor", "cuda")
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [event.key for event in found[:3]]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]))
+    print(json.dumps(vars(_fresh(*sys.argv[1:4]))))

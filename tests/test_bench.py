@@ -1,0 +1,95 @@
+"""The benchmark: it writes what it measures, and times nothing that is wrong."""
+
+import csv
+import functools
+
+import pytest
+import torch
+
+from experiments.bench import measure
+from experiments.bench.cases import Case, cases
+from experiments.cli import main
+from experiments.errors import ExperimentError
+from multint import LSTM
+from multint.scan.kernel import eager_pieces
+
+SMALL = Case("small", (4, 3, 5, 6), LSTM, torch.nn.LSTM)
+
+
+def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
+    assert main(["bench", "bilinear", "--quick", "--rounds=2", f"--out={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert "bilinear" in printed
+    (row,) = csv.DictReader((tmp_path / "cpu.csv").read_text().splitlines())
+    assert float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arguments", [["lstm"], ["--device=tpu"], ["--rounds=many"], ["--rounds=0"], ["--threads=0"]])
+def test_mistakes_are_one_message(arguments, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_names_are_unique_on_every_device():
+    for device in ("cpu", "cuda"):
+        names = [case.name for case in cases(device)]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"backward": False}, {"dtype": torch.bfloat16}])
+def test_contenders_do_the_same(changes):
+    """The vendor's layer and ours, with the vendor's weights, give the same output and gradients."""
+    from multint import Additive, from_torch
+
+    vendor = torch.nn.LSTM(5, 6)
+
+    def ours(inputs, hidden, engine):
+        converted = from_torch(vendor)
+        converted.engine = engine
+        return converted
+
+    case = Case("same", (10, 3, 5, 6), ours, lambda *_: vendor, **changes)
+    with eager_pieces():
+        results = {who: case.build(who, "cpu")() for who in ("vendor", "ours", "loop")}
+    tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
+    assert len(results["ours"]) == len(results["loop"]) == (1 if changes == {"backward": False} else 5)
+    for actual, expected in zip(results["ours"], results["loop"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    if changes.get("packed"):  # the same steps in another order
+        sums = [results[who][0].float().sum() for who in ("ours", "vendor")]
+        torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)
+    else:
+        torch.testing.assert_close(results["ours"][0], results["vendor"][0], rtol=tolerance, atol=tolerance)
+    assert Additive.__name__ in repr(ours(5, 6, "loop"))
+
+
+def test_nothing_is_timed_that_is_wrong(monkeypatch):
+    with eager_pieces():
+        measure.check(SMALL, "cpu")
+        right = Case.build
+
+        def build(self, contender, device):
+            run = right(self, contender, device)
+            return (lambda: [1.01 * result for result in run()]) if contender == "ours" else run
+
+        monkeypatch.setattr(Case, "build", build)
+        with pytest.raises(ExperimentError, match=r"the output of the engine fused is off by 1\.0e-02"):
+            measure.check(SMALL, "cpu")
+
+
+def test_times_are_taken_in_turns(monkeypatch):
+    order = []
+    monkeypatch.setattr(Case, "build", lambda self, contender, device: functools.partial(order.append, contender))
+    rounds = measure.side_by_side(SMALL, "loop", "cpu", 5)
+    assert len(rounds.ratios) == 5
+    assert order[:6] == ["ours", "loop"] * 3
+
+
+def test_memory_and_first_call_come_from_a_process_of_their_own():
+    fresh = measure._in_process("bilinear", "vendor", "cpu", "/nonexistent")
+    assert fresh.first_call > 0
+    assert fresh.peak is None or fresh.peak < 2**30
+    with pytest.raises(ExperimentError, match="in a process of its own"):
+        measure._in_process("no such case", "vendor", "cpu", "/nonexistent")
