@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
@@ -322,6 +323,26 @@ class TestAutograd:
         expected, _ = rnn(xs)
         torch.testing.assert_close(torch.compile(rnn, backend="eager")(xs)[0], expected, rtol=1e-10, atol=1e-10)
 
+    def test_under_checkpointing(self):
+        cell = built("lstm-mi")
+        xs, gradients = normal(4, 2, INPUT_SIZE, requires_grad=True), []
+        for engine in ("loop", "fused"):
+            output = checkpoint(
+                lambda xs, e=engine: scan(cell, xs, cell.initial_state(2), e)[0], xs, use_reentrant=False
+            )
+            gradients.append(torch.autograd.grad(output.square().sum(), [xs, *cell.parameters()]))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+    def test_gradients_of_some_leaves(self):
+        cell = built("gru-mi")
+        xs = normal(4, 2, INPUT_SIZE, requires_grad=True)
+        for leaves in ([xs], [cell.gates.alpha], [cell.gates.z_projection.weight]):
+            gradients = [
+                torch.autograd.grad(scan(cell, xs, cell.initial_state(2), engine)[0].square().sum(), leaves)
+                for engine in ("loop", "fused")
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
     def test_functional_calls_use_the_given_weights(self):
         rnn, other = layer("gru-mi", engine="fused"), layer("gru-mi", engine="loop")
         for parameter in other.parameters():
@@ -371,6 +392,52 @@ def test_what_fused_cannot_take_is_refused_by_name_and_looped_under_auto(message
     output, _ = scan(cell, xs, cell.initial_state(200))
     torch.manual_seed(0)
     torch.testing.assert_close(output, scan(cell, xs, cell.initial_state(200), engine="loop")[0], rtol=0, atol=0)
+
+
+class CountingState(NamedTuple):
+    h: Tensor
+    steps: Tensor
+
+
+class Counting(Odd):
+    """A cell whose state has no derivative in one field."""
+
+    def step(self, x, state):
+        return CountingState(self.meet(x, state.h).tanh(), state.steps + 1)
+
+    def initial_state(self, batch_size):
+        return CountingState(self.zeros(batch_size, HIDDEN_SIZE), torch.zeros(batch_size, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("eager")
+def test_plain_attributes_and_hooks_are_seen(monkeypatch):
+    monkeypatch.setattr(engine_module, "_MOST_SETTINGS", 3)
+    cell = Odd(lambda y, h: cell.scale * y)
+    cell.scale = 1.0
+    xs = torch.randn(200, 100, INPUT_SIZE)
+    for cell.scale in (1.0, 0.5, 1.0):
+        outputs = [scan(cell, xs, cell.initial_state(100), engine)[0] for engine in ("loop", "fused")]
+        torch.testing.assert_close(*outputs)
+    for cell.scale in range(2, 10):
+        scan(cell, xs[:50, :1], cell.initial_state(1))
+        explained = explain(cell, xs, engine="fused")
+    assert "change from call to call" in explained.reason
+    rnn, seen = Recurrent(64, 128, LSTMCell), []
+    rnn.directions[0].cell.gates.register_forward_hook(lambda *_: seen.append(1))
+    rnn(torch.randn(100, 16, 64))
+    assert len(seen) == 100
+    assert "hooks" in rnn.explain()[0].reason
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_state_without_derivative():
+    cell = Counting(None).double()
+    xs = normal(4, 2, INPUT_SIZE, requires_grad=True)
+    expected = scan(cell, xs, cell.initial_state(2), engine="loop")
+    with torch.no_grad():
+        torch.testing.assert_close(scan(cell, xs, cell.initial_state(2), engine="fused"), expected)
+    with pytest.raises(EngineError, match="cannot be differentiated"):
+        scan(cell, xs, cell.initial_state(2), engine="fused")
 
 
 def test_constants_of_the_batch_s_size_are_taken():

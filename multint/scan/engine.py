@@ -29,6 +29,10 @@ MEMORY_BUDGET = 2**30
 # passes, and the compiled scan a half of that, so that the seconds of compilation are repaid within a thousand calls.
 _WORTH_COMPILING = 10**8
 
+# How many other sets of plain attributes a cell may have been traced with.
+_MOST_SETTINGS = 16
+_PLAIN = bool | int | float | str | None
+
 
 class Steppable(Protocol[State]):
     """What a scan needs of a cell: one step."""
@@ -59,17 +63,21 @@ def scan(
 
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
-    reason, program = _objection(cell, xs, engine), None
+    reason, result = _objection(cell, xs, engine), None
     if reason is None:
         try:
             program = _program(cell, xs, state)
+            result = _fused(program, cell, xs, state)
+            _last[cell] = Explanation("fused", "", program, _size(xs))
         except EngineError as error:
             reason = str(error)
-    if engine == "fused" and reason is not None:
+    if result is not None:
+        return result
+    if engine == "fused":
         raise EngineError(reason)
     if isinstance(cell, nn.Module):
-        _last[cell] = Explanation("fused" if program else "loop", reason or "", program, _size(xs))
-    return _fused(program, cell, xs, state) if program else loop(cell, xs, state)
+        _last[cell] = Explanation("loop", reason or "")
+    return loop(cell, xs, state)
 
 
 # A graph break for torch.compile, which would unroll the loop or trace the tracer. This is the mark that
@@ -136,15 +144,20 @@ def _program(cell: Any, xs: Streams, state: State) -> Program:
     leaves, spec = pytree.tree_flatten(xs)
     kinds = tuple((tensor.dtype, tensor.device, tensor.shape[2:]) for tensor in leaves)
     state_kinds = tuple((tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in state)
-    modes = tuple(module.training for module in cell.modules()) if isinstance(cell, nn.Module) else ()
     device = leaves[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    key = (kinds, str(spec), state_kinds, type(state), modes, autocast)
+    settings = _settings(cell)
+    key = (kinds, str(spec), state_kinds, type(state), autocast, settings)
     if key not in kept:
+        if sum(settings != other[-1] for other in kept) > _MOST_SETTINGS:
+            raise EngineError("fused: the plain attributes of the cell's modules change from call to call")
         try:
             kept[key] = _build(cell, pytree.tree_unflatten([leaf[0] for leaf in leaves], spec), state)
         except EngineError as error:
             kept[key] = error
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), "")
+            kept[key] = EngineError(f"fused: the step cannot be planned: {type(error).__name__}: {line}")
     program = kept[key]
     if isinstance(program, EngineError):
         raise program
@@ -201,6 +214,8 @@ def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
         return "fused: forward-mode differentiation is active"
     if engine == "fused":
         return None
+    if _has_hooks(cell):
+        return "auto: a module of the cell has hooks, which fused would not call at every step"
     parameters = list(cell.parameters())
     kinds = {(tensor.device.type, tensor.dtype) for tensor in parameters}
     if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:
@@ -211,6 +226,26 @@ def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
     if work < _WORTH_COMPILING:
         return f"auto: at {work:.1e} multiply-adds the loop takes less time than compiling would repay"
     return None
+
+
+def _has_hooks(cell: nn.Module) -> bool:
+    """Whether the user has put a hook on any module of the cell; the library's own are part of the step."""
+    hooks = [hook for m in cell.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(not (getattr(h, "__module__", None) or "").startswith("multint.") for h in hooks)
+
+
+def _settings(cell: nn.Module) -> tuple[Any, ...]:
+    """The plain values that the cell's modules hold: a step may read them, and a trace has them as constants."""
+    found: list[Any] = []
+    for module in cell.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN):
+                found.append((name, value))
+            elif isinstance(value, dict) and all(isinstance(entry, _PLAIN) for entry in value.values()):
+                found.append((name, *value.items()))
+            elif isinstance(value, list | tuple) and all(isinstance(entry, _PLAIN) for entry in value):
+                found.append((name, *value))
+    return tuple(found)
 
 
 def _size(xs: Streams) -> tuple[int, int]:

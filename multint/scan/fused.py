@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from multint.errors import EngineError
 from multint.products import multiplier, product, transposed_multiply
 from multint.scan.kernel import Kernel
 from multint.scan.plan import Piece, Plan, vjp
@@ -51,10 +53,22 @@ class Program:
         return Call(kernel, [self.place[root] for root in piece.roots] + buffers)
 
     def reverse(self, wanted: Iterable[fx.Node]) -> Reverse:
-        """The backward pass that gives gradients to these streams and vectors."""
+        """The backward pass that gives gradients to these streams and vectors.
+
+        Raises: EngineError where the step has no derivative.
+        """
         key = tuple(wanted)
         if key not in self._reverses:
-            self._reverses[key] = Reverse(self, key)
+            try:
+                # A thread of its own knows nothing of the caller's modes; torch.func.vjp refuses to work under the
+                # hooks of saved tensors that checkpointing sets.
+                with ThreadPoolExecutor(1) as thread:
+                    self._reverses[key] = thread.submit(Reverse, self, key).result()
+            except Exception as error:
+                line = next(iter(str(error).strip().splitlines()), "")
+                raise EngineError(
+                    f"fused: the step cannot be differentiated: {type(error).__name__}: {line}"
+                ) from error
         return self._reverses[key]
 
 
@@ -133,8 +147,12 @@ def run(
         *(known[node].contiguous() for node in plan.vectors),
         *state,
     ]
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-    output, *final = Scan.apply(program, needs_gradient, steps, *arguments)  # type: ignore[no-untyped-call]
+    reverse = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
+        nodes = [*plan.streams, *plan.stages, *plan.vectors]
+        wanted = [n for n, tensor in zip(nodes, arguments, strict=False) if tensor.requires_grad]
+        reverse = program.reverse([node for node in wanted if isinstance(node, fx.Node)])
+    output, *final = Scan.apply(program, reverse, steps, *arguments)  # type: ignore[no-untyped-call]
     return output, final
 
 
@@ -142,7 +160,7 @@ class Scan(torch.autograd.Function):
     """(program, streams, matrices, vectors, state) → (output, final state), as one operation of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, needs_gradient: bool, steps: int, *arguments: Tensor) -> Any:
+    def forward(ctx: Any, program: Program, reverse: Reverse | None, steps: int, *arguments: Tensor) -> Any:
         plan = program.plan
         streams, matrices, vectors, state = split(arguments, len(plan.streams), len(plan.stages), len(plan.vectors))
         rows = len(state[0])
@@ -150,12 +168,12 @@ class Scan(torch.autograd.Function):
         for buffer, value in zip(states, state, strict=True):
             buffer[0] = value
         # The reverse needs what the stages multiplied, and their products.
-        kept = steps if needs_gradient else 1
+        kept = steps if reverse else 1
         lefts = [m.new_empty(kept, rows, len(m)) for m, call in zip(matrices, program.lefts, strict=True) if call]
-        qs = _run_forward(program, streams, matrices, vectors, states, lefts, needs_gradient)
-        ctx.program = program
+        qs = _run_forward(program, streams, matrices, vectors, states, lefts, reverse is not None)
+        ctx.program, ctx.reverse = program, reverse
         ctx.counts = len(streams), len(matrices), len(vectors), len(state), len(states), len(lefts)
-        if needs_gradient:
+        if reverse:
             ctx.save_for_backward(*arguments, *states, *lefts, *qs)
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
         return states[0][1:], *(buffer[steps].clone() for buffer in states)
@@ -166,9 +184,10 @@ class Scan(torch.autograd.Function):
         if torch.is_grad_enabled():
             arguments = [tensor for part in parts[:4] for tensor in part]
             return None, None, None, *_differentiable_backward(ctx.program, arguments, (d_output, *d_final))
-        needed = split(ctx.needs_input_grad[3:], *ctx.counts[:3])
+        first = 3 + ctx.counts[0]
+        needs_matrices = ctx.needs_input_grad[first : first + ctx.counts[1]]
         with torch.autocast(d_output.device.type, enabled=False):
-            return None, None, None, *_run_backward(ctx.program, parts, d_output, d_final, needed)
+            return None, None, None, *_run_backward(ctx.reverse, parts, d_output, d_final, needs_matrices)
 
 
 def _run_forward(
@@ -208,14 +227,16 @@ def _run_forward(
 
 
 def _run_backward(
-    program: Program, parts: list[list[Tensor]], d_output: Tensor, d_final: tuple[Tensor, ...], needed: list[list[bool]]
+    reverse: Reverse,
+    parts: list[list[Tensor]],
+    d_output: Tensor,
+    d_final: tuple[Tensor, ...],
+    needs_matrices: Iterable[bool],
 ) -> list[Tensor | None]:
     """The reverse loop, which leaves all cotangents but the recurrent matrices'; then theirs, one product for each."""
-    plan = program.plan
+    plan = reverse.program.plan
     streams, matrices, vectors, _, states, lefts, qs = parts
     steps, rows = d_output.shape[:2]
-    needs = dict(zip([*plan.streams, *plan.vectors], [*needed[0], *needed[2]], strict=True))
-    reverse = program.reverse(node for node, need in needs.items() if need)
     gradient, known = reverse.gradient, dict(zip([*plan.streams, *plan.vectors], [*streams, *vectors], strict=True))
     per_stage = [qs[i * steps : (i + 1) * steps] for i in range(len(plan.stages))]
     d_streams = {n: _buffer(known[n], n in reverse.given) for n in reverse.streams}
@@ -260,7 +281,7 @@ def _run_backward(
     state_of = dict(zip(plan.trace.states, states, strict=True))
     rest = iter(lefts)
     d_matrices = []
-    for stage, d_q, need in zip(plan.stages, d_qs, needed[1], strict=True):
+    for stage, d_q, need in zip(plan.stages, d_qs, needs_matrices, strict=True):
         left = state_of[stage.left][:-1] if stage.piece is None else next(rest)
         d_matrices.append(transposed_multiply(left.flatten(0, 1), d_q.flatten(0, 1)) if need else None)
     return [
