@@ -15,9 +15,9 @@ MODULES = sorted([*ROOT.glob("multint/**/*.py"), *ROOT.glob("models/**/*.py"), *
 
 # What a folder may import of the project. Within multint: integrators ← cells ← recurrent → scan.
 ALLOWED = {
-    "multint/integrators": {"multint.errors", "multint.integrators"},
+    "multint/integrators": {"multint.errors", "multint.integrators", "multint.products"},
     "multint/cells": {"multint.errors", "multint.integrators", "multint.cells"},
-    "multint/scan": {"multint.errors", "multint.scan"},
+    "multint/scan": {"multint.errors", "multint.products", "multint.scan"},
     "multint/recurrent": {
         "multint.errors",
         "multint.integrators",

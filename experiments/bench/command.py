@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import platform
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from experiments.bench.cases import Case, cases
-from experiments.bench.measure import check, first_calls, kernels, median, side_by_side
+from experiments.bench.measure import check, first_calls, kernels, side_by_side
 from experiments.errors import ExperimentError
 from experiments.parsing import OptionParser
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -153,10 +152,6 @@ def kernels(case: Case) -> list[str]:
         torch.cuda.synchronize()
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     return [event.key for event in found[:3]]
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 if __name__ == "__main__":
