@@ -18,6 +18,10 @@ from multint.errors import EngineError
 
 aten = torch.ops.aten
 
+# The number of rows is open, but the compiler decides by this one where threads are worth it: not by the first call's,
+# so that no chance of the first call is kept in its cache.
+_TYPICAL_ROWS = 64
+
 
 @dataclass
 class Trace:
@@ -129,8 +133,8 @@ def _why_not(cell: nn.Module, x: Any, state: Any, error: Exception) -> str:
 
 def _stand_in(mode: FakeTensorMode, tensor: Tensor, rows: bool) -> Tensor:
     """A tensor without numbers; with rows, of an open number of them, the same for all such tensors."""
-    if rows:  # three of them, since sizes 0 and 1 would be taken for fixed ones
-        tensor = tensor.new_empty(max(3, len(tensor)), *tensor.shape[1:])
+    if rows:
+        tensor = tensor.new_empty(_TYPICAL_ROWS, *tensor.shape[1:])
     sizes = [DimDynamic.DUCK if rows and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
     return mode.from_tensor(tensor.detach(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
