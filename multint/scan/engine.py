@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from multint.errors import EngineError, OptionError, ShapeError
+from multint.errors import EngineError, OptionError, ShapeError, in_a_line
 from multint.scan.loop import loop
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ def _program(cell: Any, xs: Streams, state: State) -> Program:
         except EngineError as error:
             kept[key] = error
         except Exception as error:
-            line = next(iter(str(error).strip().splitlines()), "")
-            kept[key] = EngineError(f"fused: the step cannot be planned: {type(error).__name__}: {line}")
+            kept[key] = EngineError(f"fused: the step cannot be planned: {in_a_line(error)}")
     program = kept[key]
     if isinstance(program, EngineError):
         raise program

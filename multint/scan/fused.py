@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from multint.errors import EngineError
+from multint.errors import EngineError, in_a_line
 from multint.products import multiplier, product, transposed_multiply
 from multint.scan.kernel import Kernel
 from multint.scan.plan import Piece, Plan, vjp
@@ -65,10 +65,7 @@ class Program:
                 with ThreadPoolExecutor(1) as thread:
                     self._reverses[key] = thread.submit(Reverse, self, key).result()
             except Exception as error:
-                line = next(iter(str(error).strip().splitlines()), "")
-                raise EngineError(
-                    f"fused: the step cannot be differentiated: {type(error).__name__}: {line}"
-                ) from error
+                raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
         return self._reverses[key]
 
 

@@ -13,6 +13,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from multint.errors import in_a_line
+
 _settings = {"compile": True}
 
 _OPTIONS = {
@@ -96,7 +98,7 @@ class Kernel:
                 compiled: Any = compile_fx_inner(graph, fakes)
         except Exception as error:
             # Many things can be missing: a C++ compiler, its headers, Inductor's support of an operation.
-            _warn_once(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            _warn_once(in_a_line(error))
             return lambda arguments: self._write(*arguments)
         # Beneath `compiled` itself, which looks for a profiler at every call.
         run: Callable[[list[Tensor]], Any] = compiled.current_callable

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multint.errors import EngineError
+from multint.errors import EngineError, in_a_line
 
 aten = torch.ops.aten
 
@@ -127,8 +127,7 @@ def _why_not(cell: nn.Module, x: Any, state: Any, error: Exception) -> str:
     step: Any = cell.step
     with torch.random.fork_rng(), torch.no_grad(), _Watch() as watch:
         step(x, state)
-    line = next(iter(str(error).strip().splitlines()), "")
-    return watch.found[0] if watch.found else f"the step cannot be traced: {type(error).__name__}: {line}"
+    return watch.found[0] if watch.found else f"the step cannot be traced: {in_a_line(error)}"
 
 
 def _stand_in(mode: FakeTensorMode, tensor: Tensor, rows: bool) -> Tensor:
