@@ -16,7 +16,8 @@ _MANY = 8
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The matrix product (N, I) @ (I, O), differentiable any number of times."""
-    if torch.compiler.is_compiling() or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
+    fits = left.dtype == right.dtype and left.shape[1] == right.shape[0]  # else let mm say so
+    if torch.compiler.is_compiling() or not fits or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
         return left @ right
     return _Product.apply(left, right)  # type: ignore[no-untyped-call]
 

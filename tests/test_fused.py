@@ -1,8 +1,11 @@
 """The engine `fused` against the loop: the same outputs and all the same gradients, for whatever it takes."""
 
 import copy
+import gc
 import pickle
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -432,12 +435,152 @@ def test_plain_attributes_and_hooks_are_seen(monkeypatch):
 @pytest.mark.usefixtures("eager")
 def test_a_state_without_derivative():
     cell = Counting(None).double()
-    xs = normal(4, 2, INPUT_SIZE, requires_grad=True)
-    expected = scan(cell, xs, cell.initial_state(2), engine="loop")
+    xs, gradients = normal(4, 2, INPUT_SIZE, requires_grad=True), []
+    for engine in ("loop", "fused"):
+        output, final = scan(cell, xs, cell.initial_state(2), engine=engine)
+        assert final.steps.tolist() == [4, 4]
+        gradients.append(torch.autograd.grad(output.square().sum(), [xs, *cell.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+class Free(Cell):
+    """A cell whose step is a function of itself, x and h."""
+
+    def __init__(self, step):
+        super().__init__(INPUT_SIZE, HIDDEN_SIZE)
+        self.W, self.U = weight(INPUT_SIZE, HIDDEN_SIZE), weight(HIDDEN_SIZE, HIDDEN_SIZE)
+        self.a, self.k = nn.Parameter(normal(HIDDEN_SIZE)), nn.Parameter(torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.function = step
+
+    def step(self, x, state):
+        return HiddenState(self.function(self, x, state.h))
+
+    def initial_state(self, batch_size):
+        return HiddenState(self.zeros(batch_size, HIDDEN_SIZE))
+
+
+def stepping(cell, x, h):
+    cell.seen = cell.seen + 1
+    return h + cell.seen
+
+
+def counting(cell, x, h):
+    cell.seen.add_(1)
+    return h + 1.0
+
+
+def noting(cell, x, h):
+    cell.last = h
+    return h + 1.0
+
+
+def without_gradient(cell, x, h):
     with torch.no_grad():
-        torch.testing.assert_close(scan(cell, xs, cell.initial_state(2), engine="fused"), expected)
-    with pytest.raises(EngineError, match="cannot be differentiated"):
-        scan(cell, xs, cell.initial_state(2), engine="fused")
+        y = h.square()
+    return y + x @ cell.W
+
+
+def hooked(cell, x, h):
+    y = (h @ cell.U).tanh()
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    return y
+
+
+REFUSED_STEPS = {
+    r"changes the cell's .*seen": stepping,
+    "changes the cell's seen": counting,
+    "changes the cell's last": noting,
+    "turns gradients on or off": without_gradient,
+    "registers a hook": hooked,
+    "rows of a batch see each other": lambda cell, x, h: (x + cell.k * x.mean(0)) @ cell.W + h,
+    r"see each other \(aten.mean": lambda cell, x, h: (x + 3e-4 * x.mean(0)) @ cell.W + h,
+    r"see each other \(aten": lambda cell, x, h: torch.where(x > 9, x.mean(0), x) @ cell.W + h,
+    "rows of a batch": lambda cell, x, h: (h @ cell.U) * (1.0 if x.shape[0] != 1 else 2.0),
+    "number of rows": lambda cell, x, h: (h @ cell.U) * (1.0 if x.shape[0] != 5 else 2.0),
+    "nothing but NaN": lambda cell, x, h: h * float("nan"),
+    "complex numbers": lambda cell, x, h: torch.view_as_real(torch.complex(h, h) * 1j).sum(-1),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_STEPS)
+def test_what_a_graph_would_hide_is_refused(message):
+    cell = Free(REFUSED_STEPS[message]).float()
+    xs, state = torch.randn(4, 3, INPUT_SIZE), HiddenState(torch.randn(3, HIDDEN_SIZE))
+    attributes, h = {**vars(cell)}, state.h.clone()
+    for _ in range(2):
+        with pytest.raises(EngineError, match=message):
+            scan(cell, xs, state, engine="fused")
+    assert vars(cell) == attributes
+    assert float(cell.seen) == 0
+    assert torch.equal(state.h, h)
+
+
+TAKEN_STEPS = {
+    "chained": lambda cell, x, h: ((h @ cell.U) @ cell.U).tanh() + (x @ cell.W) @ cell.U,
+    "tied": lambda cell, x, h: (h @ cell.U).tanh() @ cell.U + cell.U.diagonal() * h + x @ cell.W,
+    "blocks": lambda cell, x, h: (h.reshape(-1, 1) @ cell.k.reshape(1, 1) + 1).reshape(h.shape) * (h @ cell.U),
+    "reshaped": lambda cell, x, h: (h.reshape(-1, 1, HIDDEN_SIZE) * cell.a).flatten(1) + (cell.a * x.mean(-1, True)),
+    "transposed": lambda cell, x, h: (cell.a.unsqueeze(-1) * h.t()).t() + x @ cell.W,
+}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", TAKEN_STEPS)
+def test_unusual_products_and_vectors(name):
+    compare(Free(TAKEN_STEPS[name]).double(), 4, 3)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["tied", "carried", "stacked", "cut"])
+def test_gradients_of_gradients_where_arguments_depend_on_each_other(name, monkeypatch):
+    cell = Free(TAKEN_STEPS["tied"]).double() if name == "tied" else built("lstm-mi")
+    if name == "cut":
+        monkeypatch.setattr(engine_module, "MEMORY_BUDGET", 1)
+    xs, outcomes = normal(4, 2, INPUT_SIZE, requires_grad=True), []
+    for engine in ("loop", "fused"):
+        output, state = scan(cell, xs, random_state(cell, 2), engine)
+        if name == "carried":
+            output, _ = scan(cell, xs, state, engine)
+        if name == "stacked":
+            output, _ = scan(cell, output[..., :INPUT_SIZE], state, engine)
+        leaves = [xs, *cell.parameters()]
+        options = {"allow_unused": True, "materialize_grads": True}
+        first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True, **options)
+        outcomes.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves, **options)])
+    torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("eager")
+def test_another_activation_or_shape_of_a_weight_is_traced_again():
+    cell = Free(lambda cell, x, h: cell.act(h * cell.a + x @ cell.W)).double()
+    for cell.act in (nn.Tanh(), nn.Sigmoid()):
+        compare(cell, 3, 2)
+    cell.a = nn.Parameter(normal(1))
+    compare(cell, 3, 2)
+
+
+@pytest.mark.usefixtures("eager")
+def test_first_calls_from_several_threads():
+    cell, xs = built("gru-mi"), normal(4, 2, INPUT_SIZE)
+    expected, _ = scan(cell, xs, cell.initial_state(2), engine="loop")
+    with ThreadPoolExecutor(4) as threads:
+        engines = ["fused", "loop"] * 4
+        found = list(threads.map(lambda engine: scan(cell, xs, cell.initial_state(2), engine)[0], engines))
+    for output in found:
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_refused_cell_keeps_no_inputs():
+    cell = Odd(REFUSED[next(iter(REFUSED))])
+    xs = torch.randn(4, 3, INPUT_SIZE)
+    watched = weakref.ref(xs)
+    with pytest.raises(EngineError):
+        scan(cell, xs, cell.initial_state(3), engine="fused")
+    del xs
+    gc.collect()
+    assert watched() is None
 
 
 def test_constants_of_the_batch_s_size_are_taken():

@@ -161,9 +161,9 @@ class Recurrent(nn.Module):
             yield type(one)(*values)
 
     def explain(self) -> list[Explanation]:
-        """How the last call ran, for each direction of each layer: the engine, why, and the plan.
+        """How the last call by "auto" or "fused" ran, for each direction of each layer: the engine, why, the plan.
 
-        Raises: OptionError where there was none, or it was by engine="loop".
+        Raises: OptionError where there was none.
         """
         return [explain(direction) for direction in self.directions]  # type: ignore[arg-type]
 

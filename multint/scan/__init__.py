@@ -12,8 +12,8 @@ traced once to a graph, in the way that makes the vendors' recurrent layers fast
 4. `fused.py` runs the loop forward: for each stage its left-hand side, then the product, and last the new state. It
    keeps the states and what goes into the stages and comes out of them, q; activations are computed again. The reverse
    loop carries the cotangents of the states and leaves, for all steps, those of the streams and of q; a vector's
-   gradient is summed on the way. Then one product over all T·B rows gives each recurrent matrix its gradient: none is
-   accumulated in the loop. Gradients of the input and its matrices follow outside, by ordinary autograd.
+   gradient is summed on the way. Then one product over all T·B rows gives each recurrent matrix its gradient: that of
+   a stage is never accumulated in the loop. Gradients of the input and its matrices follow outside, by autograd.
 5. `engine.py` chooses, keeps what was traced, and cuts a scan in time where it would keep more than the memory budget.
 
 The plan of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, has one hoisted product (Wx of the four gates),

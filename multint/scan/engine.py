@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from numbers import Number
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,9 +31,8 @@ MEMORY_BUDGET = 2**30
 # passes, and the compiled scan a half of that, so that the seconds of compilation are repaid within a thousand calls.
 _WORTH_COMPILING = 10**8
 
-# How many other sets of plain attributes a cell may have been traced with.
-_MOST_SETTINGS = 16
-_PLAIN = bool | int | float | str | None
+# How many other sets of attributes a cell may have been traced with.
+_MOST_SETTINGS = 4
 
 
 class Steppable(Protocol[State]):
@@ -112,7 +113,7 @@ def explain(
     state: State | None = None,
     engine: str = "auto",
 ) -> Explanation:
-    """Say how `scan(cell, xs, state, engine)` would run, and by what plan: nothing is computed.
+    """Say how `scan(cell, xs, state, engine)` would run, and by what plan. Only the step is tried, on some rows.
 
     Without `xs`, say how the cell's last scan by "auto" or "fused" ran. `Recurrent.explain` does so for a layer.
 
@@ -120,7 +121,7 @@ def explain(
     """
     if xs is None:
         if not isinstance(cell, nn.Module) or cell not in _last:
-            raise OptionError(f"explain: this {type(cell).__name__} has not run by 'auto' or 'fused'; give it xs")
+            raise OptionError("explain: this cell or layer has not run by 'auto' or 'fused'")
         return _last[cell]
     if state is None:
         state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
@@ -128,6 +129,8 @@ def explain(
     if engine == "loop":
         return Explanation("loop", "asked for")
     reason = _objection(cell, xs, engine)
+    if reason is not None and reason.startswith("fused"):
+        return Explanation("loop", reason)
     try:
         program = _program(cell, xs, state)
     except EngineError as error:
@@ -135,7 +138,7 @@ def explain(
     return Explanation("loop" if reason else "fused", reason or "", program, _size(xs))
 
 
-_programs: WeakKeyDictionary[Any, dict[Any, Program | EngineError]] = WeakKeyDictionary()
+_programs: WeakKeyDictionary[Any, dict[Any, Program | str]] = WeakKeyDictionary()  # or why there is none
 
 
 def _program(cell: Any, xs: Streams, state: State) -> Program:
@@ -149,27 +152,32 @@ def _program(cell: Any, xs: Streams, state: State) -> Program:
     settings = _settings(cell)
     key = (kinds, str(spec), state_kinds, type(state), autocast, settings)
     if key not in kept:
-        if sum(settings != other[-1] for other in kept) > _MOST_SETTINGS:
-            raise EngineError("fused: the plain attributes of the cell's modules change from call to call")
-        try:
-            kept[key] = _build(cell, pytree.tree_unflatten([leaf[0] for leaf in leaves], spec), state)
-        except EngineError as error:
-            kept[key] = error
-        except Exception as error:
-            kept[key] = EngineError(f"fused: the step cannot be planned: {in_a_line(error)}")
+        # Imported here because the tracer is slow to import, and most uses never need it.
+        from multint.scan.trace import TRACING
+
+        with TRACING:
+            if sum(settings != other[-1] for other in kept) > _MOST_SETTINGS:
+                raise EngineError("fused: the attributes of the cell's modules change from call to call")
+            try:
+                kept[key] = _build(cell, pytree.tree_unflatten([leaf[0] for leaf in leaves], spec), state)
+            except EngineError as error:  # its message alone: the traceback would hold the inputs
+                kept[key] = str(error)
     program = kept[key]
-    if isinstance(program, EngineError):
-        raise program
+    if isinstance(program, str):
+        raise EngineError(program)
     return program
 
 
 def _build(cell: nn.Module, x: Any, state: Any) -> Program:
-    # Imported here because the tracer is slow to import, and most uses never need it.
     from multint.scan.fused import Program
     from multint.scan.plan import plan
     from multint.scan.trace import trace
 
-    return Program(plan(trace(cell, x, state)))
+    traced = trace(cell, x, state)
+    try:
+        return Program(plan(traced))
+    except Exception as error:
+        raise EngineError(f"fused: the step cannot be planned: {in_a_line(error)}") from error
 
 
 def _chunk(program: Program, size: tuple[int, int]) -> int:
@@ -209,6 +217,10 @@ def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
         return "fused: the cell is no nn.Module, so its parameters are unknown"
     if torch._C._are_functorch_transforms_active():
         return "fused: a torch.func transform is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "fused: the caller itself is being traced"
+    if len({stream.shape[1] for stream in pytree.tree_leaves(xs)}) > 1:
+        return "fused: the streams have different numbers of rows"
     if torch.autograd.forward_ad._current_level >= 0:
         return "fused: forward-mode differentiation is active"
     if engine == "fused":
@@ -229,22 +241,44 @@ def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
 
 def _has_hooks(cell: nn.Module) -> bool:
     """Whether the user has put a hook on any module of the cell; the library's own are part of the step."""
-    hooks = [hook for m in cell.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(not (getattr(h, "__module__", None) or "").startswith("multint.") for h in hooks)
+    every = nn.modules.module
+    of_all = (every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for m in cell.modules() for kind in kinds for hook in getattr(m, kind).values()]
+    return any(of_all) or any(not (getattr(hook, "__module__", None) or "").startswith("multint.") for hook in hooks)
 
 
 def _settings(cell: nn.Module) -> tuple[Any, ...]:
-    """The plain values that the cell's modules hold: a step may read them, and a trace has them as constants."""
+    """What a step may read of its modules, and a trace has as constants: kinds of weights, and attributes."""
     found: list[Any] = []
     for module in cell.modules():
+        found.append(type(module))
         for name, value in vars(module).items():
-            if isinstance(value, _PLAIN):
-                found.append((name, value))
-            elif isinstance(value, dict) and all(isinstance(entry, _PLAIN) for entry in value.values()):
-                found.append((name, *value.items()))
-            elif isinstance(value, list | tuple) and all(isinstance(entry, _PLAIN) for entry in value):
-                found.append((name, *value))
+            if name in ("_parameters", "_buffers"):
+                found += [(n, t.shape, t.dtype, t.device) for n, t in value.items() if t is not None]
+            elif not name.startswith("_"):
+                found.append((name, _mark(value)))
     return tuple(found)
+
+
+def _mark(value: Any) -> Any:
+    """What tells an attribute's value from another: the value itself where it is plain, else which object it is."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _mark(entry)) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_mark(entry) for entry in value)
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, Number):
+        return repr(value)
+    try:
+        reference = weakref.ref(value)  # equal to another while both live, so no new object passes for a dead one
+        hash(reference)
+    except TypeError:
+        return id(value)
+    return reference
 
 
 def _size(xs: Streams) -> tuple[int, int]:

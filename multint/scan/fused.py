@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from torch import Tensor, fx
 from multint.errors import EngineError, in_a_line
 from multint.products import multiplier, product, transposed_multiply
 from multint.scan.kernel import Kernel
-from multint.scan.plan import Piece, Plan, vjp
+from multint.scan.plan import Piece, Plan, has_rows, vjp
+from multint.scan.trace import TRACING, unaware
 
 
 class Call(NamedTuple):
@@ -45,7 +45,7 @@ class Program:
             self._forward(stage.piece, [place]) if stage.piece else None
             for stage, place in zip(stages, self.left, strict=True)
         ]
-        self._reverses: dict[tuple[fx.Node, ...], Reverse] = {}
+        self._reverses: dict[tuple[fx.Node, ...], Reverse | str] = {}  # or why there is none
 
     def _forward(self, piece: Piece, buffers: list[int]) -> Call:
         outputs = stand_ins(piece.outputs)
@@ -58,15 +58,18 @@ class Program:
         Raises: EngineError where the step has no derivative.
         """
         key = tuple(wanted)
-        if key not in self._reverses:
+        kept = self._reverses.get(key)
+        if isinstance(kept, str):
+            raise EngineError(kept)
+        if kept is None:
             try:
-                # A thread of its own knows nothing of the caller's modes; torch.func.vjp refuses to work under the
-                # hooks of saved tensors that checkpointing sets.
-                with ThreadPoolExecutor(1) as thread:
-                    self._reverses[key] = thread.submit(Reverse, self, key).result()
+                with TRACING:
+                    kept = unaware(Reverse, self, key)
             except Exception as error:
-                raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
-        return self._reverses[key]
+                self._reverses[key] = f"fused: the step cannot be differentiated: {in_a_line(error)}"
+                raise EngineError(self._reverses[key]) from error
+            self._reverses[key] = kept
+        return kept
 
 
 class Reverse:
@@ -82,8 +85,9 @@ class Reverse:
         states, qs = plan.trace.states, [stage.packed for stage in plan.stages]
         self.streams = [n for n in plan.streams if n in wanted]
         self.vectors = [n for n in plan.vectors if n in wanted]
+        rows = states[0].meta["val"].shape[0]
         self.apart = {
-            n for n in self.vectors if n.meta["val"].ndim == 1 and all(_is_broadcast(n, user) for user in n.users)
+            n for n in self.vectors if n.meta["val"].ndim == 1 and all(_is_broadcast(user, rows) for user in n.users)
         }
         self.wanted = [*self.vectors, *states, *self.streams, *qs]
         # First what changes at no step, as in the program; then the other gradients and the cotangents.
@@ -173,7 +177,9 @@ class Scan(torch.autograd.Function):
         if reverse:
             ctx.save_for_backward(*arguments, *states, *lefts, *qs)
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
-        return states[0][1:], *(buffer[steps].clone() for buffer in states)
+        final = [buffer[steps].clone() for buffer in states]
+        ctx.mark_non_differentiable(*(field for field in final if not field.is_floating_point()))
+        return states[0][1:], *final
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, *d_final: Tensor) -> Any:
@@ -248,6 +254,7 @@ def _run_backward(
     # A state's gradient at one step is the new state's cotangent at the step before: two buffers take turns.
     carried = []
     for node, d, new in zip(plan.trace.states, d_final, reverse.d_new_state, strict=True):
+        d = d.to(node.meta["val"].dtype)  # zeros of another dtype, where the field has no derivative
         values[gradient[node]] = d.contiguous()
         carried.append((new, gradient[node], [_buffer(d, node in reverse.given) for _ in range(2)]))
     stages = [
@@ -285,7 +292,7 @@ def _run_backward(
         *(d_streams.get(n) for n in plan.streams),
         *d_matrices,
         *(d_vectors[n].to(v.dtype) if n in d_vectors else None for n, v in zip(plan.vectors, vectors, strict=True)),
-        *(values[gradient[n]] for n in plan.trace.states),
+        *(values[gradient[n]] if n.meta["val"].is_floating_point() else None for n in plan.trace.states),
     ]
 
 
@@ -299,10 +306,10 @@ def _by_step(sequences: Iterable[Any], order: Iterable[int]) -> Iterator[list[Te
         yield [sequence[t] for sequence in sequences]
 
 
-def _is_broadcast(vector: fx.Node, user: fx.Node) -> bool:
-    """Whether the user meets the vector's entries with the columns of a matrix of rows."""
+def _is_broadcast(user: fx.Node, rows: Any) -> bool:
+    """Whether a vector's user meets its entries with the columns of a matrix of rows."""
     pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
-    return pointwise and user.meta["val"].ndim == 2
+    return pointwise and user.meta["val"].ndim == 2 and has_rows(user, rows)
 
 
 def _buffer(like: Tensor, written: bool) -> Tensor:
@@ -323,6 +330,8 @@ def _differentiable_backward(program: Program, arguments: list[Tensor], cotangen
     """The gradients as a differentiable graph, by running the plan's pieces again op by op."""
     plan = program.plan
     # The saved arguments are still tied to the caller's graph, unlike the states and products kept beside them.
+    # Views of them: where one depends on another, as a carried state on the weights, each has its own gradient here.
+    arguments = [argument.view_as(argument) for argument in arguments]
     streams, matrices, vectors, state = split(arguments, len(plan.streams), len(plan.stages), len(plan.vectors))
     values = dict(zip(plan.vectors, vectors, strict=True))
     outputs = []

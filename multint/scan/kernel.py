@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from multint.errors import in_a_line
+from multint.scan.trace import TRACING
 
 _settings = {"compile": True}
 
@@ -66,7 +67,8 @@ class Kernel:
             self._write(*arguments)
             return
         if self._compiled is None:
-            self._compiled = self._compile()
+            with TRACING:
+                self._compiled = self._compiled or self._compile()
         self._compiled(arguments)
 
     def _write(self, *arguments: Tensor) -> list[Tensor]:
@@ -111,7 +113,7 @@ _warned: list[str] = []
 def _warn_once(reason: str) -> None:
     if not _warned:
         warnings.warn(
-            f"multint: the compiler is not available, so scans run slower, piece by piece in eager mode ({reason})",
+            f"multint: a piece of a step could not be compiled, so it runs slower, in eager mode ({reason})",
             stacklevel=2,
         )
     _warned.append(reason)

@@ -113,8 +113,9 @@ def plan(trace: Trace) -> Plan:
     graph = trace.graph
     on_state, on_input = _reached(trace.states), _reached(trace.inputs)
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
-    hoisted = _products(graph, on_input - on_state, invariant)
-    stages = _products(graph, on_state, invariant)
+    rows = trace.states[0].meta["val"].shape[0]
+    hoisted = _products(graph, on_input - on_state, invariant, rows)
+    stages = _products(graph, on_state, invariant, rows)
     trace.outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
     # What is the same at every step, as far as anything else reads it.
     rights = [right for product in hoisted + stages for right in product.rights]
@@ -122,7 +123,7 @@ def plan(trace: Trace) -> Plan:
     constants = list(dict.fromkeys([*rights, *read]))
     roots = {*trace.states, *trace.inputs, *constants, *(product.packed for product in hoisted + stages)}
     for product in hoisted + stages:
-        if product.left not in roots:
+        if product.left not in trace.states and product.left not in trace.inputs:
             product.piece = extract(graph, roots, [product.left])
     final = extract(graph, roots, trace.outputs)
     used = {root for piece in [final, *(s.piece for s in stages if s.piece)] for root in piece.roots}
@@ -173,7 +174,7 @@ def vjp(
     places = [piece.roots.index(root) for root in wanted]
     outputs = piece.outputs
     # Where one value is two outputs, such as a state that a stage reads too, its cotangents add up.
-    unique = list(dict.fromkeys(outputs))
+    unique = [node for node in dict.fromkeys(outputs) if node.meta["val"].is_floating_point()]
 
     def function(*arguments: Any) -> Any:
         values, cotangents = list(arguments[: len(piece.roots)]), arguments[len(piece.roots) :]
@@ -215,15 +216,24 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node]) -> list[Product]:
+def has_rows(node: fx.Node, rows: Any) -> bool:
+    """Whether a node's value has one row for each of the batch."""
+    value = node.meta.get("val")
+    first = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
+    return isinstance(first, torch.SymInt) and first.node.expr == rows.node.expr
+
+
+def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], rows: Any) -> list[Product]:
     """The products of nodes among the given ones with invariant matrices, grouped by their left-hand side."""
     grouped: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target is aten.mm.default and node.args[0] in among and node.args[1] in invariant:
+        is_product = node.target is aten.mm.default and node.args[0] in among and node.args[1] in invariant
+        if is_product and has_rows(node, rows):
             grouped.setdefault(node.args[0], []).append(node)
+    # A product's left-hand side may be another product, by now a packed one.
     return [
-        Product(left, [node.args[1] for node in nodes], _pack(graph, nodes))  # type: ignore[misc]
-        for left, nodes in grouped.items()
+        Product(nodes[0].args[0], [node.args[1] for node in nodes], _pack(graph, nodes))  # type: ignore[arg-type, misc]
+        for nodes in grouped.values()
     ]
 
 
