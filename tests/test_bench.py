@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.bench import measure
-from experiments.bench.cases import Case, cases
+from experiments.bench.cases import BilinearCase, Case, cases
 from experiments.cli import main
 from experiments.errors import ExperimentError
 from multint import LSTM
@@ -65,6 +65,17 @@ def test_contenders_do_the_same(changes):
     assert Additive.__name__ in repr(ours(5, 6, "loop"))
 
 
+def build_bilinear(right, self, contender, device):
+    run = right(self, contender, device)
+    return (lambda: [0 * result for result in run()]) if contender == "ours" else run
+
+
+def test_an_output_folder_that_cannot_be_is_a_message(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["bench", "bilinear", f"--out={tmp_path / 'file'}"]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
+
+
 def test_nothing_is_timed_that_is_wrong(monkeypatch):
     with eager_pieces():
         measure.check(SMALL, "cpu")
@@ -75,7 +86,11 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
             return (lambda: [1.01 * result for result in run()]) if contender == "ours" else run
 
         monkeypatch.setattr(Case, "build", build)
-        with pytest.raises(ExperimentError, match=r"the output of the engine fused is off by 1\.0e-02"):
+        monkeypatch.setattr(BilinearCase, "build", lambda *a, b=BilinearCase.build: build_bilinear(b, *a))
+        (bilinear,) = (case for case in cases("cpu") if case.name == "bilinear")
+        with pytest.raises(ExperimentError, match="our output is off"):
+            measure.check(bilinear, "cpu")
+        with pytest.raises(ExperimentError, match=r"our output is off by 1\.0e-02 from the loop's"):
             measure.check(SMALL, "cpu")
 
 

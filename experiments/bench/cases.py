@@ -37,6 +37,11 @@ class Case:
         """What our layer is measured against."""
         return ["vendor", "loop", "compiled step"]
 
+    @property
+    def reference(self) -> str:
+        """The rival that computes the same, to check our layer by."""
+        return "loop"
+
     def arguments(self, device: str) -> list[Tensor]:
         """The inputs and the cotangent of the output."""
         torch.manual_seed(0)
@@ -90,17 +95,28 @@ class BilinearCase(Case):
     def rivals(self) -> list[str]:
         return ["vendor"]
 
+    @property
+    def reference(self) -> str:
+        return "vendor"
+
     def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
         _, rows, inputs, hidden = self.size
-        kind = nn.Bilinear if contender == "vendor" else Bilinear
-        module = kind(inputs, hidden, hidden).to(device)
         x, z = (torch.randn(rows, n, device=device, requires_grad=True) for n in (inputs, hidden))
         cotangent = torch.randn(rows, hidden, device=device)
+        ours = Bilinear(inputs, hidden, hidden, x_term=False, z_term=False)
+        module: nn.Module = ours
+        if contender == "vendor":
+            module = nn.Bilinear(inputs, hidden, hidden)
+            with torch.no_grad():
+                module.weight.copy_(ours.terms().W.transpose(1, 2))
+                module.bias.copy_(ours.terms().b)
+        module.to(device)
 
         def run() -> list[Tensor]:
             output = module(x, z)
-            return [output, *torch.autograd.grad(output, [x, z, *module.parameters()], cotangent)]
+            d_x, d_z, *rest = torch.autograd.grad(output, [x, z, *module.parameters()], cotangent)
+            return [output, d_x, d_z, *(d.transpose(1, 2) if d.ndim == 3 and module is ours else d for d in rest)]
 
         return run
 

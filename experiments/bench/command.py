@@ -34,16 +34,22 @@ def bench(argv: list[str]) -> None:
             f"bench: {options.rounds} rounds on {options.threads} threads, expected at least 1 of each"
         )
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExperimentError(f"bench: {options.out} cannot be a folder for results ({error.strerror})") from error
     print("\n".join(_conditions(options.device)))
     print("ratio: t(rival) / t(ours), the median over rounds and its range; higher is better")
     print(f"\n{'case':<18} {'rival':<14} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
     rows: list[Row] = []
-    for case in chosen:
-        rows += _measure(case, options.device, options.rounds, options.quick)
-        _write(rows, options.out / f"{options.device}.csv")
-    print(f"\nwritten: {options.out / options.device}.csv")
-    _plot(rows, options.out / f"{options.device}.png")
+    try:
+        for case in chosen:
+            rows += _measure(case, options.device, options.rounds, options.quick)
+            _write(rows, options.out / f"{options.device}.csv")
+    finally:
+        if rows:
+            print(f"\nwritten: {options.out / options.device}.csv")
+            _plot(rows, options.out / f"{options.device}.png")
 
 
 def _parser() -> OptionParser:
@@ -64,7 +70,7 @@ def _chosen(names: list[str], device: str) -> list[Case]:
     for name in names:
         if name not in known:
             raise ExperimentError(f"bench: there is no case '{name}' on {device}; there are {', '.join(known)}")
-    return [known[name] for name in names] or list(known.values())
+    return [known[name] for name in dict.fromkeys(names)] or list(known.values())
 
 
 def _conditions(device: str) -> list[str]:
@@ -144,6 +150,9 @@ def _plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colours = {"vendor": "C0", "loop": "C1", "compiled step": "C2"}
+    for rival, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=rival)
+    axes.legend()
     for i, row in enumerate(rows):
         spread = [[row["ratio"] - row["ratio_min"]], [row["ratio_max"] - row["ratio"]]]
         axes.errorbar(row["ratio"], -i, xerr=spread, fmt="o", capsize=3, color=colours[row["rival"]])
