@@ -499,6 +499,11 @@ REFUSED_STEPS = {
     r"see each other \(aten": lambda cell, x, h: torch.where(x > 9, x.mean(0), x) @ cell.W + h,
     "rows of a batch": lambda cell, x, h: (h @ cell.U) * (1.0 if x.shape[0] != 1 else 2.0),
     "number of rows": lambda cell, x, h: (h @ cell.U) * (1.0 if x.shape[0] != 5 else 2.0),
+    r"see each other \(aten.*batch_norm": lambda cell, x, h: (
+        nn.functional.batch_norm(x, None, None, training=True) @ cell.W
+    ),
+    "register it as a buffer": lambda cell, x, h: h * torch.tensor([0.5]),
+    "the step fails: IndexError": lambda cell, x, h: h * x[:, 100:101][0, 0],
     "nothing but NaN": lambda cell, x, h: h * float("nan"),
     "complex numbers": lambda cell, x, h: torch.view_as_real(torch.complex(h, h) * 1j).sum(-1),
 }

@@ -217,7 +217,7 @@ def _objection(cell: Any, xs: Streams, engine: str) -> str | None:
         return "fused: the cell is no nn.Module, so its parameters are unknown"
     if torch._C._are_functorch_transforms_active():
         return "fused: a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "fused: the caller itself is being traced"
     if len({stream.shape[1] for stream in pytree.tree_leaves(xs)}) > 1:
         return "fused: the streams have different numbers of rows"

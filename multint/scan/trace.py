@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multint.errors import EngineError, in_a_line
+from multint.errors import EngineError, MultintError, in_a_line
 
 aten = torch.ops.aten
 
@@ -53,8 +53,8 @@ def trace(cell: nn.Module, x: Any, state: Any) -> Trace:
     """Trace `cell.step(x, state)` for any number of rows, with the state in the dtypes that the step gives it.
 
     Raises: EngineError where the step draws random numbers, branches on values or on the number of rows, writes to its
-    inputs or to the cell, turns gradients off, or lets the rows of a batch see each other. What the step itself raises
-    is passed on.
+    inputs or to the cell, turns gradients off, or lets the rows of a batch see each other; MultintError of the step's
+    own.
     """
     cell = _copy(cell)
     unaware(_rehearse, cell, x, state)
@@ -160,6 +160,8 @@ class _Operations(TorchDispatchMode):
             self.found.append(_RANDOM.format(func))
         elif func is aten._local_scalar_dense.default:
             self.found.append(f"the step branches on a value ({func}); use torch.where")
+        elif "batch_norm" in str(func) and any(argument is True for argument in args):  # in training
+            self.found.append(f"the rows of a batch see each other ({func})")
         return func(*args, **(kwargs or {}))
 
 
@@ -190,8 +192,13 @@ def _rehearse(cell: nn.Module, x: Any, state: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         some_x, some_state = pytree.tree_map(rows, x), type(state)(*map(rows, state))
         before = _attributes(cell)
-        with _Calls(found), _Operations(found):
-            step(some_x, some_state)
+        try:
+            with _Calls(found), _Operations(found):
+                step(some_x, some_state)
+        except MultintError:
+            raise
+        except Exception as error:
+            raise EngineError(f"fused: the step fails: {in_a_line(error)}") from error
     after = _attributes(cell)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
@@ -220,6 +227,8 @@ def _stand_in(mode: FakeTensorMode, tensor: Tensor, rows: bool) -> Tensor:
 def _refuse(graph: fx.Graph, mode: FakeTensorMode) -> None:
     """Raise for what a graph cannot say, or says for one call alone."""
     for node in graph.nodes:
+        if node.op == "get_attr":
+            raise EngineError("fused: the step holds a tensor that is no parameter; register it as a buffer")
         if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_complex():
             raise EngineError(f"fused: the step computes with complex numbers ({node.target})")
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -315,9 +324,12 @@ def _check_rows(step: Callable[..., list[Tensor]], traced: Trace, weights: list[
         try:
             together, alone, tolerance = *_both(step, _double(native), _double(rows)), 1e-9
         except Exception:  # a step that insists on its dtypes
-            together, alone = _both(step, native, rows)
+            try:
+                together, alone = _both(step, native, rows)
+            except Exception as error:
+                raise EngineError(f"fused: the step cannot be tried on random numbers: {in_a_line(error)}") from error
             tolerance = 1e-3 if all(new.dtype in (torch.float32, torch.float64) for new in together) else 0.1
-        empty -= {i for i, new in enumerate(together) if not new.isnan().all()}
+        empty -= {i for i, new in enumerate(together) if not new.numel() or not new.isnan().all()}
         if not all(map(partial(_agree, tolerance=tolerance), together, alone)):
             raise EngineError(f"fused: the rows of a batch see each other{_culprit(traced.graph, native, rows)}")
     if empty:
@@ -367,6 +379,4 @@ def _values(graph: fx.Graph, arguments: list[Tensor]) -> dict[fx.Node, Any]:
         elif node.op == "call_function":
             args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
             values[node] = node.target(*args, **kwargs)
-        elif node.op == "get_attr":
-            raise EngineError(f"fused: the step holds a tensor that is no parameter or buffer ({node.target})")
     return values
