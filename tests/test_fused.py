@@ -114,6 +114,18 @@ def test_float32(name):
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["lstm-mi", "gru-mi", "lstm-projected", "rnn-additive"])
+@pytest.mark.parametrize("steps", [2, 9])  # matrices are brought into oneDNN's order for many steps only
+def test_sizes_that_onednn_multiplies(name, steps):
+    torch.manual_seed(0)
+    cell = CELLS[name](64, 256)
+    xs = (torch.randn(steps, 128, 64) / 8).requires_grad_()
+    state = random_state(cell, 128, torch.float32)
+    for actual, expected in zip(*(results(cell, xs, state, engine) for engine in ("fused", "loop")), strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", TYPICAL)
 def test_bf16_autocast(name):
     cell = built(name, torch.float32)
