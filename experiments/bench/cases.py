@@ -123,7 +123,7 @@ class BilinearCase(Case):
 
 
 def cases(device: str) -> list[Case]:
-    """The cases for a kind of device; a GPU's also have the sizes of the papers."""
+    """The cases for a kind of device; a GPU's also have the sizes of the papers, and have not been run yet."""
     lstm, gru = nn.LSTM, nn.GRU
     if device == "cpu":
         return [

@@ -27,8 +27,8 @@ ENGINES = ("auto", "fused", "loop")
 # and the backward pass computes each part again.
 MEMORY_BUDGET = 2**30
 
-# The multiply-adds of a forward pass from which `auto` compiles. There the loop takes 10 to 40 ms for both
-# passes, and the compiled scan a half of that, so that the seconds of compilation are repaid within a thousand calls.
+# The multiply-adds of a forward pass from which `auto` compiles: there the loop takes tens of milliseconds for both
+# passes, so that a scan twice as fast repays the seconds of compilation within a thousand calls or so.
 _WORTH_COMPILING = 10**8
 
 # How many other sets of attributes a cell may have been traced with.

@@ -343,10 +343,10 @@ def _differentiable_backward(program: Program, arguments: list[Tensor], cotangen
         state = plan.final(values)
         outputs.append(state[0])
     wanted = [argument for argument in arguments if argument.requires_grad]
-    found = torch.autograd.grad(
-        (torch.stack(outputs), *state), wanted, cotangents, create_graph=True, allow_unused=True
-    )
-    gradients = iter(found)
+    # A field without derivative, such as a counter, has no part in this.
+    pairs = zip((torch.stack(outputs), *state), cotangents, strict=True)
+    results, given = zip(*((result, cotangent) for result, cotangent in pairs if result.requires_grad), strict=True)
+    gradients = iter(torch.autograd.grad(results, wanted, given, create_graph=True, allow_unused=True))
     return [next(gradients) if argument.requires_grad else None for argument in arguments]
 
 
