@@ -4,6 +4,7 @@ An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a
 """
 
 from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
+from multint.engines import explain, scan
 from multint.errors import MultintError
 from multint.integrators import (
     Additive,
@@ -26,7 +27,6 @@ from multint.integrators import (
     Tucker,
 )
 from multint.recurrent import GRU, LSTM, RNN, Recurrent, from_torch
-from multint.scan import explain, scan
 
 __all__ = [
     # what an integrator is

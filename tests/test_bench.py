@@ -11,7 +11,7 @@ from experiments.bench.cases import BilinearCase, Case, cases
 from experiments.cli import main
 from experiments.errors import ExperimentError
 from multint import LSTM, from_torch
-from multint.scan.kernel import eager_pieces
+from multint.engines.kernel import eager_pieces
 
 SMALL = Case("small", (4, 3, 5, 6), LSTM, torch.nn.LSTM)
 

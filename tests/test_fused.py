@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
+from multint.engines import choice as engine_module
+from multint.engines.kernel import eager_pieces
 from multint.errors import EngineError, OptionError
 from multint.products import multiplier, product
-from multint.scan import engine as engine_module
-from multint.scan.kernel import eager_pieces
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
 # Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.

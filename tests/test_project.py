@@ -13,16 +13,16 @@ import multint
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("multint/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("experiments/**/*.py")])
 
-# What a folder may import of the project. Within multint: integrators ← cells ← recurrent → scan.
+# What a folder may import of the project. Within multint: integrators ← cells ← recurrent → engines.
 ALLOWED = {
     "multint/integrators": {"multint.errors", "multint.integrators", "multint.products"},
     "multint/cells": {"multint.errors", "multint.integrators", "multint.cells"},
-    "multint/scan": {"multint.errors", "multint.products", "multint.scan"},
+    "multint/engines": {"multint.errors", "multint.products", "multint.engines"},
     "multint/recurrent": {
         "multint.errors",
         "multint.integrators",
         "multint.cells",
-        "multint.scan",
+        "multint.engines",
         "multint.recurrent",
     },
     "multint": {"multint"},

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from multint.cells import Cell, LSTMCell
+from multint.engines.choice import ENGINES, Explanation, explain
 from multint.errors import OptionError, ShapeError
 from multint.integrators.base import positive
 from multint.recurrent.masks import Masked, locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
-from multint.scan.engine import ENGINES, Explanation, explain
 
 
 class Recurrent(nn.Module):

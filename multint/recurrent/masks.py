@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multint.cells import Cell
+from multint.engines import scan
 from multint.errors import OptionError
 from multint.integrators import outermost_integrators
-from multint.scan import scan
 
 
 class StateDropout:

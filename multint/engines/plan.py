@@ -12,7 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from multint.scan.trace import Trace
+from multint.engines.trace import Trace
 
 aten = torch.ops.aten
 

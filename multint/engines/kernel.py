@@ -13,8 +13,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from multint.engines.trace import TRACING
 from multint.errors import in_a_line
-from multint.scan.trace import TRACING
 
 _settings = {"compile": True}
 

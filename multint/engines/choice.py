@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from multint.engines.loop import loop
 from multint.errors import EngineError, OptionError, ShapeError, in_a_line
-from multint.scan.loop import loop
 
 if TYPE_CHECKING:
-    from multint.scan.fused import Program
+    from multint.engines.fused import Program
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
 Streams = Tensor | dict[str, Tensor]
@@ -153,7 +153,7 @@ def _program(cell: Any, xs: Streams, state: State) -> Program:
     key = (kinds, str(spec), state_kinds, type(state), autocast, settings)
     if key not in kept:
         # Imported here because the tracer is slow to import, and most uses never need it.
-        from multint.scan.trace import TRACING
+        from multint.engines.trace import TRACING
 
         with TRACING:
             if sum(settings != other[-1] for other in kept) > _MOST_SETTINGS:
@@ -169,9 +169,9 @@ def _program(cell: Any, xs: Streams, state: State) -> Program:
 
 
 def _build(cell: nn.Module, x: Any, state: Any) -> Program:
-    from multint.scan.fused import Program
-    from multint.scan.plan import plan
-    from multint.scan.trace import trace
+    from multint.engines.fused import Program
+    from multint.engines.plan import plan
+    from multint.engines.trace import trace
 
     traced = trace(cell, x, state)
     try:
@@ -187,8 +187,8 @@ def _chunk(program: Program, size: tuple[int, int]) -> int:
 
 
 def _fused(program: Program, cell: nn.Module, xs: Streams, state: State) -> tuple[Tensor, State]:
-    from multint.scan.fused import run
-    from multint.scan.trace import tensors
+    from multint.engines.fused import run
+    from multint.engines.trace import tensors
 
     plan, leaves, size = program.plan, pytree.tree_leaves(xs), _size(xs)
     # What follows has the casts of autocast in its graphs already.

@@ -20,6 +20,6 @@ The plan of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, has one h
 one stage (Uh of the four gates), and one piece (the integrator, the gates and the new state).
 """
 
-from multint.scan.engine import Explanation, explain, scan
+from multint.engines.choice import Explanation, explain, scan
 
 __all__ = ["Explanation", "explain", "scan"]

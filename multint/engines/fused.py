@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from multint.engines.kernel import Kernel
+from multint.engines.plan import Piece, Plan, has_rows, vjp
+from multint.engines.trace import TRACING, unaware
 from multint.errors import EngineError, in_a_line
 from multint.products import multiplier, product, transposed_multiply
-from multint.scan.kernel import Kernel
-from multint.scan.plan import Piece, Plan, has_rows, vjp
-from multint.scan.trace import TRACING, unaware
 
 
 class Call(NamedTuple):
