@@ -1,7 +1,12 @@
-"""What every test runs under."""
+"""What every test runs under, and what the tests of the engines share."""
 
 import pytest
 import torch
+from torch import Tensor
+
+from tests.both_engines import programs, worth_compiling
+
+__all__ = ["eager", "one_thread", "poisoned", "programs", "worth_compiling"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,3 +16,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that an engine takes without filling it is full of NaN."""
+
+    def poison(original):
+        def fill(*args, **kwargs):
+            made = original(*args, **kwargs)
+            if made.is_floating_point() and type(made) is Tensor:
+                made.detach().fill_(float("nan"))  # a leaf that requires a gradient cannot be filled itself
+            return made
+
+        return fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def eager():
+    """Pieces run op by op: compiling takes seconds for each."""
+    from multint.engines.kernel import eager_pieces  # the tracer beneath it is slow to import
+
+    with eager_pieces():
+        yield

@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-import shutil
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,68 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
-from multint.engines import choice as engine_module
+from multint.engines import budget
 from multint.engines.kernel import eager_pieces
 from multint.errors import EngineError, OptionError
 from multint.products import multiplier, product
+from tests.both_engines import Free, built, compare, fresh, random_state, results, weight
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
-# Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.
-COMPILED = ("lstm-mi", "gru-mi", "own-leaky")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that an engine takes without filling it is full of NaN."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def fill(*args, original=original, **kwargs):
-            made = original(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() and type(made) is Tensor else made
-
-        monkeypatch.setattr(torch, name, fill)
-    original_new = Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        made = original_new(self, *args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() and type(made) is Tensor else made
-
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
-
-
-@pytest.fixture
-def eager():
-    with eager_pieces():
-        yield
-
-
-def built(name, dtype=torch.float64):
-    torch.manual_seed(0)
-    return randomise(CELLS[name](INPUT_SIZE, HIDDEN_SIZE)).to(dtype)
-
-
-def random_state(cell, batch_size, dtype=torch.float64):
-    state = cell.initial_state(batch_size)
-    return type(state)(*(normal(*f.shape, seed=5 + i).to(dtype).requires_grad_() for i, f in enumerate(state)))
-
-
-def results(cell, xs, state, engine):
-    """Outputs, final state, and the gradients of the input, the initial state and every parameter."""
-    output, final = scan(cell, xs, state, engine=engine)
-    loss = (output * normal(*output.shape, seed=9).to(output.dtype)).sum()
-    loss = loss + sum((field * field).sum() for field in final)
-    leaves = [xs, *state, *(p for p in cell.parameters() if p.requires_grad)]
-    return [output, *final, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
-
-
-def compare(cell, steps, rows, dtype=torch.float64, tolerance=1e-10):
-    xs = normal(steps, rows, INPUT_SIZE).to(dtype).requires_grad_()
-    state = random_state(cell, rows, dtype)
-    expected = results(cell, xs, state, "loop")
-    for _ in range(2):  # the second call takes the kept program
-        actual = results(cell, xs, state, "fused")
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.usefixtures("eager")
@@ -88,19 +34,6 @@ def test_every_cell(name):
     cell = built(name)
     for steps, rows in ((4, 3), (1, 1), (1, 5)):
         compare(cell, steps, rows)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_pieces(name):
-    cell = built(name)
-    for steps, rows in ((4, 3), (1, 1), (3, 17)):
-        compare(cell, steps, rows)
-    # Kernels know nothing of strides: what they get must be contiguous.
-    xs = normal(2, 6, 2 * INPUT_SIZE)[..., ::2].transpose(0, 1).requires_grad_()
-    outputs = [scan(cell, xs, cell.initial_state(2), engine=engine)[0] for engine in ("loop", "fused")]
-    gradients = [torch.autograd.grad(output.sum(), xs) for output in outputs]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("eager")
@@ -187,10 +120,6 @@ def test_gradients_of_gradients(name):
     assert torch.autograd.gradgradcheck(run, (xs, *state))
 
 
-def weight(rows, columns):
-    return nn.Parameter(normal(rows, columns, seed=rows + columns) / 2)
-
-
 class ComposedState(NamedTuple):
     h: Tensor
     a: Tensor
@@ -242,14 +171,12 @@ def test_cells_composed_at_random(maps, gates, mixes):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_another_length_or_batch_takes_the_kept_program(monkeypatch):
-    cell, traced = built("lstm-mi"), []
-    original = engine_module._build
-    monkeypatch.setattr(engine_module, "_build", lambda *arguments: traced.append(1) or original(*arguments))
-    with eager_pieces():
-        for steps, rows in ((3, 2), (5, 2), (3, 4), (1, 1)):
-            scan(cell, normal(steps, rows, INPUT_SIZE), cell.initial_state(rows), engine="fused")
-    assert len(traced) == 1
+@pytest.mark.usefixtures("eager")
+def test_another_length_or_batch_takes_the_kept_program(programs):
+    cell = fresh(LSTMCell)(INPUT_SIZE, HIDDEN_SIZE)
+    for steps, rows in ((3, 2), (5, 2), (3, 4), (1, 1)):
+        scan(cell, torch.randn(steps, rows, INPUT_SIZE), cell.initial_state(rows), engine="fused")
+    assert len(programs) == 1
 
 
 @pytest.mark.usefixtures("eager")
@@ -396,17 +323,21 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("worth_compiling")
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_fused_cannot_take_is_refused_by_name_and_looped_under_auto(message):
     cell = Odd(REFUSED[message])
-    xs = normal(9, 200, INPUT_SIZE).float()
+    xs = torch.randn(9, 5, INPUT_SIZE)
     with pytest.raises(EngineError, match=message):
-        scan(cell, xs, cell.initial_state(200), engine="fused")
+        scan(cell, xs, cell.initial_state(5), engine="fused")
     assert explain(cell, xs, engine="fused").engine == "loop"
-    torch.manual_seed(0)
-    output, _ = scan(cell, xs, cell.initial_state(200))
-    torch.manual_seed(0)
-    torch.testing.assert_close(output, scan(cell, xs, cell.initial_state(200), engine="loop")[0], rtol=0, atol=0)
+    outputs = []
+    for engine in ("auto", "loop"):
+        torch.manual_seed(0)
+        outputs.append(scan(cell, xs, cell.initial_state(5), engine)[0])
+        if engine == "auto":
+            assert re.search(message, explain(cell).reason)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 class CountingState(NamedTuple):
@@ -425,26 +356,6 @@ class Counting(Odd):
 
 
 @pytest.mark.usefixtures("eager")
-def test_plain_attributes_and_hooks_are_seen(monkeypatch):
-    monkeypatch.setattr(engine_module, "_MOST_SETTINGS", 3)
-    cell = Odd(lambda y, h: cell.scale * y)
-    cell.scale = 1.0
-    xs = torch.randn(200, 100, INPUT_SIZE)
-    for cell.scale in (1.0, 0.5, 1.0):
-        outputs = [scan(cell, xs, cell.initial_state(100), engine)[0] for engine in ("loop", "fused")]
-        torch.testing.assert_close(*outputs)
-    for cell.scale in range(2, 10):
-        scan(cell, xs[:50, :1], cell.initial_state(1))
-        explained = explain(cell, xs, engine="fused")
-    assert "change from call to call" in explained.reason
-    rnn, seen = Recurrent(64, 128, LSTMCell), []
-    rnn.directions[0].cell.gates.register_forward_hook(lambda *_: seen.append(1))
-    rnn(torch.randn(100, 16, 64))
-    assert len(seen) == 100
-    assert "hooks" in rnn.explain()[0].reason
-
-
-@pytest.mark.usefixtures("eager")
 def test_a_state_without_derivative():
     cell = Counting(None).double()
     xs, gradients = normal(4, 2, INPUT_SIZE, requires_grad=True), []
@@ -455,23 +366,6 @@ def test_a_state_without_derivative():
         first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
         gradients.append([*first, *torch.autograd.grad(first[0].square().sum(), leaves, materialize_grads=True)])
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
-
-
-class Free(Cell):
-    """A cell whose step is a function of itself, x and h."""
-
-    def __init__(self, step):
-        super().__init__(INPUT_SIZE, HIDDEN_SIZE)
-        self.W, self.U = weight(INPUT_SIZE, HIDDEN_SIZE), weight(HIDDEN_SIZE, HIDDEN_SIZE)
-        self.a, self.k = nn.Parameter(normal(HIDDEN_SIZE)), nn.Parameter(torch.zeros(()))
-        self.register_buffer("seen", torch.zeros(()))
-        self.function = step
-
-    def step(self, x, state):
-        return HiddenState(self.function(self, x, state.h))
-
-    def initial_state(self, batch_size):
-        return HiddenState(self.zeros(batch_size, HIDDEN_SIZE))
 
 
 def stepping(cell, x, h):
@@ -516,8 +410,6 @@ REFUSED_STEPS = {
     r"see each other \(aten.*batch_norm": lambda cell, x, h: (
         nn.functional.batch_norm(x, None, None, training=True) @ cell.W
     ),
-    "register it as a buffer": lambda cell, x, h: h * torch.tensor([0.5]),
-    "the step fails: IndexError": lambda cell, x, h: h * x[:, 100:101][0, 0],
     "nothing but NaN": lambda cell, x, h: h * float("nan"),
     "complex numbers": lambda cell, x, h: torch.view_as_real(torch.complex(h, h) * 1j).sum(-1),
 }
@@ -556,7 +448,7 @@ def test_unusual_products_and_vectors(name):
 def test_gradients_of_gradients_where_arguments_depend_on_each_other(name, monkeypatch):
     cell = Free(TAKEN_STEPS["tied"]).double() if name == "tied" else built("lstm-mi")
     if name == "cut":
-        monkeypatch.setattr(engine_module, "MEMORY_BUDGET", 1)
+        monkeypatch.setattr(budget, "MEMORY_BUDGET", 1)
     xs, outcomes = normal(4, 2, INPUT_SIZE, requires_grad=True), []
     for engine in ("loop", "fused"):
         output, state = scan(cell, xs, random_state(cell, 2), engine)
@@ -646,28 +538,6 @@ def test_auto_compiles_what_is_worth_it_and_tells_afterwards():
         assert reason in told.reason
     rnn.double()(torch.randn(100, 16, 64).double())
     assert "this is torch.float64 on cpu" in rnn.explain()[0].reason
-
-
-@pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("name", ["lstm-bilinear", "gru-mi", "own-leaky"])
-def test_a_memory_budget_cuts_a_scan_in_time(name, monkeypatch):
-    cell = built(name)
-    xs = normal(7, 3, INPUT_SIZE, requires_grad=True)
-    whole = explain(cell, xs, engine="fused").plan
-    per_row = engine_module._program(cell, xs, cell.initial_state(3)).plan.bytes_per_row()
-    monkeypatch.setattr(engine_module, "MEMORY_BUDGET", 3 * 3 * per_row)
-    assert "parts" not in whole
-    assert "3 parts of 3 steps" in explain(cell, xs, engine="fused").plan
-    compare(cell, 7, 3)
-    # The weights of the call, and not those of the module at the time of the backward pass.
-    layer = Recurrent(INPUT_SIZE, HIDDEN_SIZE, lambda *_: cell, weight_drop=0.5, engine="fused")
-    outcomes = []
-    for engine in ("loop", "fused"):
-        layer.engine = engine
-        torch.manual_seed(0)
-        (gradient,) = torch.autograd.grad(layer(xs)[0].square().sum(), xs)
-        outcomes.append(gradient)
-    torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
 
 
 def test_large_products_agree_with_mm():

@@ -9,22 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from multint.engines.trace import TRACING
+from multint.engines import private
+from multint.engines.private import StandIns
 from multint.errors import in_a_line
 
 _settings = {"compile": True}
-
-_OPTIONS = {
-    # 2 / (1 + exp(−2x)) − 1: near 0 of the same absolute and not the same relative error, and faster.
-    "cpp.use_decompose_tanh": True,
-    # They would be checked at every step. The engine gives contiguous tensors of the right sizes.
-    "size_asserts": False,
-    "alignment_asserts": False,
-}
 
 
 @contextlib.contextmanager
@@ -44,6 +34,7 @@ class Kernel:
         module: the function, (inputs) → results.
         inputs, results: stand-ins for them; the tensors themselves are contiguous.
         adds: for each result, whether it is added to what the buffer holds, and not written over it.
+        world: that of the stand-ins.
     """
 
     def __init__(
@@ -52,13 +43,13 @@ class Kernel:
         inputs: list[Tensor],
         results: list[Tensor],
         adds: list[bool],
-        mode: FakeTensorMode,
+        world: StandIns,
     ) -> None:
         self.module = module
         self.adds = adds
         self._stand_ins = [*inputs, *results]
         self._count = len(inputs)
-        self._mode = mode
+        self._world = world
         self._compiled: Callable[[list[Tensor]], Any] | None = None
 
     def __call__(self, arguments: list[Tensor]) -> None:
@@ -67,9 +58,12 @@ class Kernel:
             self._write(*arguments)
             return
         if self._compiled is None:
-            with TRACING:
-                self._compiled = self._compiled or self._compile()
+            self._compiled = self._compile()
         self._compiled(arguments)
+
+    def operations(self) -> int:
+        """How many operations it has."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
     def _write(self, *arguments: Tensor) -> list[Tensor]:
         results = self.module(*arguments[: self._count])
@@ -81,30 +75,41 @@ class Kernel:
         return []
 
     def _compile(self) -> Callable[[list[Tensor]], Any]:
-        # Inductor's inner entry: torch.compile would check guards at every call, which costs as much as a small piece.
-        from torch._guards import TracingContext, tracing
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.decomposition import select_decomp_table
+        from multint.engines.capture import TRACING
 
-        try:
-            with self._mode, enable_python_dispatcher(), torch.no_grad():
-                # Stand-ins of their own: a tensor that is two arguments would be traced as one.
-                fakes = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in self._stand_ins]
-                graph = make_fx(
-                    torch.func.functionalize(self._write),
-                    decomposition_table=select_decomp_table(),
-                    _allow_non_fake_inputs=True,
-                )(*fakes)
-            with tracing(TracingContext(self._mode)), self._mode, torch.no_grad(), config.patch(_OPTIONS):
-                compiled: Any = compile_fx_inner(graph, fakes)
-        except Exception as error:
-            # Many things can be missing: a C++ compiler, its headers, Inductor's support of an operation.
-            _warn_once(in_a_line(error))
-            return lambda arguments: self._write(*arguments)
-        # Beneath `compiled` itself, which looks for a profiler at every call.
-        run: Callable[[list[Tensor]], Any] = compiled.current_callable
-        return run
+        reason = ""
+        with TRACING:
+            if self._compiled is not None:  # by another thread meanwhile
+                return self._compiled
+            for size_asserts in (False, True):
+                try:
+                    run = private.compiled(self._write, self._stand_ins, self._world, size_asserts)
+                    self._prove(run)
+                except Exception as error:
+                    # Many things can be missing: a C++ compiler, its headers, Inductor's support of an operation.
+                    reason = reason or in_a_line(error)
+                else:
+                    return run
+        _warn_once(reason)
+        return lambda arguments: self._write(*arguments)
+
+    def _prove(self, run: Callable[[list[Tensor]], Any]) -> None:
+        """Raise unless the compiled code gives what the operations give, on random numbers in three rows."""
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(stand_in: Tensor) -> Tensor:
+            shape = [3 if isinstance(size, torch.SymInt) else size for size in stand_in.shape]
+            numbers = torch.randn(shape, generator=generator, device="cpu")
+            return (numbers if stand_in.is_floating_point() else numbers * 0).to(stand_in.device, stand_in.dtype)
+
+        some = [drawn(stand_in) for stand_in in self._stand_ins]
+        plain, compiled = ([tensor.clone() for tensor in some] for _ in range(2))
+        with torch.no_grad():
+            self._write(*plain)
+            run(list(compiled))
+        for actual, expected in zip(compiled[self._count :], plain[self._count :], strict=True):
+            tolerance = {torch.float64: 1e-7, torch.float32: 1e-3}.get(expected.dtype, 0.1)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 _warned: list[str] = []

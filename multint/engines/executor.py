@@ -1,0 +1,294 @@
+"""Running a schedule: its loops in Python, what is before them by autograd, and the loops as one autograd function.
+
+Another executor, such as a native loop or a captured graph, takes the place of `execute` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multint.engines.capture import TRACING, unaware
+from multint.engines.lowering import OUTPUT_GRADIENT, Kernels, lower
+from multint.engines.plan import Plan
+from multint.engines.report import report
+from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
+from multint.errors import EngineError, in_a_line
+from multint.products import multiplier, product, transposed_multiply
+
+_BY_STEP = (Extent.EACH, Extent.STATES, Extent.TURNS)
+
+# What a buffer's name stands for in a run: a value or, where there is one for each step, a sequence of them.
+Memory = dict[str, Any]
+
+
+class Program:
+    """A plan made ready to run: its schedules, by which gradients are wanted, and its kernels, which they share."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.failure = ""  # why it must not be run again
+        self._kernels = Kernels(plan.world)
+        self.forward = lower(plan, self._kernels, None)
+        nodes = [*plan.streams, *(stage.matrix for stage in plan.stages), *plan.vectors]
+        named = zip(nodes, self.forward.arguments, strict=False)
+        self.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
+        self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none
+
+    def schedule(self, wanted: frozenset[str] | None) -> Schedule:
+        """The schedule that gives gradients to the wanted arguments; forward only where that is None.
+
+        Raises: EngineError where the step has no derivative.
+        """
+        if wanted is None:
+            return self.forward
+        kept = self._kept.get(wanted)
+        if kept is None:
+            with TRACING:
+                try:
+                    kept = unaware(lower, self.plan, self._kernels, wanted)
+                except EngineError as error:
+                    kept = str(error)
+                self._kept[wanted] = kept
+        if isinstance(kept, str):
+            raise EngineError(kept)
+        return kept
+
+    def whole(self) -> Schedule:
+        """The schedule that gives all gradients, or the forward pass alone for a step without a derivative."""
+        try:
+            return self.schedule(self.may_learn)
+        except EngineError:
+            return self.forward
+
+
+def execute(
+    instructions: Sequence[Instruction], buffers: dict[str, Buffer], memory: Memory, order: range, rows: int
+) -> None:
+    """Run a section of a schedule for each step, in the order given. What products return is put into the memory."""
+    slots = {at: slot for slot, at in enumerate(dict.fromkeys(a for i in instructions for a in (*i.reads, *i.writes)))}
+    by_step = [at for at in slots if buffers[at.buffer].extent in _BY_STEP]
+    returned = {i.result for i in instructions if isinstance(i, Product) and not i.adds}
+    values = [memory.get(at.buffer) for at in slots]
+    moving = [(slots[at], memory[at.buffer], at.later or 0) for at in by_step if at not in returned]
+    calls = [_ready(i, slots, buffers, memory, len(order), rows) for i in instructions]
+    # The views are made as they are needed: thousands of them alive at once set off Python's garbage collector, which
+    # costs more than they do.
+    for t in order:
+        for slot, sequence, later in moving:
+            values[slot] = sequence[t + later]
+        for call in calls:
+            call(values, t)
+
+
+def _ready(
+    instruction: Instruction, slots: dict[At, int], buffers: dict[str, Buffer], memory: Memory, steps: int, rows: int
+) -> Callable[[list[Any], int], None]:
+    """An instruction as a function of the values of one step."""
+    if isinstance(instruction, Call):
+        kernel, places = instruction.kernel, [slots[at] for at in (*instruction.reads, *instruction.writes)]
+
+        def call(values: list[Any], t: int) -> None:
+            kernel([values[place] for place in places])
+
+        return call
+    assert isinstance(instruction, Product)
+    result, left, adds = slots[instruction.result], slots[instruction.left], instruction.adds
+    matrix: Tensor = memory[instruction.matrix.buffer]
+    times = multiplier(matrix.t() if instruction.transposed else matrix, rows, steps)
+    name = instruction.result.buffer
+    store = memory[name] if buffers[name].extent in _BY_STEP and not adds else None
+
+    def multiply(values: list[Any], t: int) -> None:
+        made = times(values[left])
+        if adds:
+            values[result].add_(made)
+            return
+        values[result] = made
+        if store is not None:
+            store[t] = made
+
+    return multiply
+
+
+class Turns:
+    """A value for each step of which two are there: this step's and the next one's."""
+
+    def __init__(self, pair: list[Tensor]) -> None:
+        self.pair = pair
+
+    def __getitem__(self, t: int) -> Tensor:
+        return self.pair[t % 2]
+
+    def __setitem__(self, t: int, value: Tensor) -> None:
+        self.pair[t % 2] = value
+
+
+def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
+    """Run instructions once, operation by operation, so that autograd sees each."""
+    for instruction in instructions:
+        if isinstance(instruction, Call):
+            results = instruction.kernel.module(*(values[at] for at in instruction.reads))
+            values.update(zip(instruction.writes, results, strict=True))
+        elif isinstance(instruction, Product):
+            values[instruction.result] = product(values[instruction.left], values[instruction.matrix])
+
+
+def constants(program: Program, tensors: Sequence[Tensor]) -> dict[At, Tensor]:
+    """What is computed of the cell's tensors, once a call, and what the step makes of numbers in its code."""
+    plan, schedule = program.plan, program.forward
+    names = [name for name, buffer in schedule.buffers.items() if buffer.given and buffer.extent is Extent.ONE]
+    values = dict(zip(map(At, names), [*tensors, *plan.literals.values()], strict=True))
+    interpret(schedule.prelude, values)
+    return values
+
+
+def run(
+    program: Program, known: dict[At, Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], asked: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a program: the products of the inputs (T, B, ...) first, then the loop.
+
+    Args:
+        known: the `constants`.
+        asked: whether a failure of the backward pass is to be raised; else the gradients come by autograd.
+    """
+    plan, schedule = program.plan, program.forward
+    steps, rows = inputs[0].shape[:2]
+    values = known | {At(name, None): x.flatten(0, 1) for name, x in zip(schedule.inputs, inputs, strict=True)}
+    interpret(schedule.prologue, values)
+    changing = [values[At(name, None)] for name in schedule.arguments[: len(plan.streams)]]
+    same = [values[At(name)].contiguous() for name in schedule.arguments[len(plan.streams) : -len(state)]]
+    arguments = [*(value.unflatten(0, (steps, rows)).contiguous() for value in changing), *same, *state]
+    wanted = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
+        named = zip(schedule.arguments, arguments, strict=True)
+        wanted = frozenset(name for name, tensor in named if tensor.requires_grad and name not in schedule.states)
+    output, *final = Scan.apply(program, wanted, asked, steps, *arguments)  # type: ignore[no-untyped-call]
+    return output, final
+
+
+class Scan(torch.autograd.Function):
+    """(arguments of the schedule) → (output, final state), as one operation of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, program: Program, wanted: frozenset[str] | None, asked: bool, steps: int, *arguments: Tensor
+    ) -> Any:
+        schedule = program.schedule(wanted)
+        buffers, rows = schedule.buffers, len(arguments[-1])
+        memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
+        for name in dict.fromkeys(write.buffer for instruction in schedule.forward for write in instruction.writes):
+            memory[name] = _memory(buffers[name], steps, rows)
+        for name, first in zip(schedule.states, arguments[-len(schedule.states) :], strict=True):
+            memory[name][0] = first
+        execute(schedule.forward, buffers, memory, range(steps), rows)
+        ctx.program, ctx.schedule, ctx.asked = program, schedule, asked
+        if schedule.reverse:
+            kept = [memory[name] if isinstance(memory[name], list) else [memory[name]] for name in schedule.kept]
+            ctx.counts = [len(some) for some in kept]
+            ctx.save_for_backward(*arguments, *(tensor for some in kept for tensor in some))
+        # The last state stands in the buffer that the output is a view of, so it is given as a copy.
+        final = [memory[name][steps].clone() for name in schedule.states]
+        ctx.mark_non_differentiable(*(field for field in final if not field.is_floating_point()))
+        return memory[schedule.states[0]][1:], *final
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, *d_final: Tensor) -> Any:
+        schedule: Schedule = ctx.schedule
+        saved = list(ctx.saved_tensors)
+        arguments, saved = saved[: len(schedule.arguments)], saved[len(schedule.arguments) :]
+        if torch.is_grad_enabled():
+            return (
+                None,
+                None,
+                None,
+                None,
+                *_differentiably(schedule, arguments, (d_output, *d_final), create_graph=True),
+            )
+        memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
+        for name, count in zip(schedule.kept, ctx.counts, strict=True):
+            by_product = schedule.buffers[name].by_product
+            memory[name], saved = (saved[:count] if by_product else saved[0]), saved[count:]
+        try:
+            with torch.autocast(d_output.device.type, enabled=False):
+                gradients = _backward(schedule, memory, d_output, d_final)
+        except Exception as error:
+            ctx.program.failure = f"fused: its backward pass failed by {in_a_line(error)}"
+            if ctx.asked:
+                raise EngineError(ctx.program.failure) from error
+            report(f"its backward pass failed by {in_a_line(error)}")
+            gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph=False)
+        return None, None, None, None, *gradients
+
+
+def _memory(buffer: Buffer, steps: int, rows: int, zeros: bool = False) -> Any:
+    """Memory for what is made of a buffer: nothing yet where a product returns it."""
+    if buffer.by_product and not zeros:
+        return [None] * steps
+    if buffer.extent is Extent.TURNS:
+        return [buffer.empty(rows).zero_()] * (steps + 1) if zeros else Turns([buffer.empty(rows) for _ in range(2)])
+    count = {Extent.EACH: steps, Extent.STATES: steps + 1}.get(buffer.extent)
+    made = buffer.empty(rows, count)
+    return made.zero_() if zeros else made
+
+
+def _backward(schedule: Schedule, memory: Memory, d_output: Tensor, d_final: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """The reverse loop and the epilogue: the gradients of the schedule's arguments."""
+    buffers, (steps, rows) = schedule.buffers, d_output.shape[:2]
+    made = [write.buffer for instruction in schedule.reverse for write in instruction.writes]
+    for name in dict.fromkeys([*made, *schedule.cleared]):
+        memory[name] = _memory(buffers[name], steps, rows, name in schedule.cleared)
+    memory[OUTPUT_GRADIENT] = d_output.contiguous()
+    for d_state, given in zip(schedule.gradients[-len(schedule.states) :], d_final, strict=True):
+        if d_state is not None:
+            # A copy, since it is written over; in its dtype, for where it has no derivative autograd gives others.
+            memory[d_state][steps] = given.to(buffers[d_state].dtype, copy=True, memory_format=torch.contiguous_format)
+    execute(schedule.reverse, buffers, memory, range(steps - 1, -1, -1), rows)
+    for instruction in schedule.epilogue:
+        if isinstance(instruction, Sum):
+            memory[instruction.result.buffer] = memory[instruction.source.buffer].sum(0)
+        elif isinstance(instruction, Contraction):
+            left, right = (memory[at.buffer] for at in instruction.reads)
+            left = torch.stack(left) if isinstance(left, list) else left[:steps]
+            memory[instruction.result.buffer] = transposed_multiply(left.flatten(0, 1), right.flatten(0, 1))
+    found = []
+    for argument, gradient in zip(schedule.arguments, schedule.gradients, strict=True):
+        value = None if gradient is None else memory[gradient]
+        value = value[0] if gradient and schedule.buffers[gradient].extent is Extent.TURNS else value
+        found.append(value if value is None else value.to(buffers[argument].dtype))
+    return found
+
+
+def _differentiably(
+    schedule: Schedule, arguments: list[Tensor], cotangents: tuple[Tensor, ...], create_graph: bool
+) -> list[Tensor | None]:
+    """The same by autograd, through the forward section operation by operation; differentiable in its turn."""
+    # The saved arguments are still tied to the caller's graph. Views of them: where one depends on another, as a
+    # carried state on the weights, each has its own gradient here. A name that stands twice has one view.
+    with torch.enable_grad(), torch.autocast(cotangents[0].device.type, enabled=False):
+        of = {
+            name: a.view_as(a) if create_graph else a.detach().requires_grad_(a.requires_grad)
+            for name, a in zip(schedule.arguments, arguments, strict=True)
+        }
+        state = [of[name] for name in schedule.states]
+        fixed = {At(n): v for n, v in of.items() if schedule.buffers[n].extent is Extent.ONE}
+        streams = {n: v for n, v in of.items() if schedule.buffers[n].extent is Extent.EACH}
+        outputs = []
+        for t in range(len(cotangents[0])):
+            values = fixed | {At(name): stream[t] for name, stream in streams.items()}
+            values |= {At(name): value for name, value in zip(schedule.states, state, strict=True)}
+            interpret(schedule.forward, values)
+            state = [values[At(name, 1)] for name in schedule.states]
+            outputs.append(state[0])
+        wanted = {name: value for name, value in of.items() if value.requires_grad}
+        # A field without derivative, such as a counter, has no part in this.
+        pairs = zip((torch.stack(outputs), *state), cotangents, strict=True)
+        results, given = zip(*((result, cotangent) for result, cotangent in pairs if result.requires_grad), strict=True)
+        gradients = torch.autograd.grad(
+            results, list(wanted.values()), given, create_graph=create_graph, allow_unused=True
+        )
+    found = dict(zip(wanted, gradients, strict=True))
+    return [found.pop(name, None) for name in schedule.arguments]

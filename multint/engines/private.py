@@ -1,0 +1,214 @@
+"""The parts of torch without a promise that the engines use: to trace a step, to compile a graph, to see who calls.
+
+Everything else in this package keeps to torch's public names. A version of torch that lacks one of these parts raises
+an ImportError or an AttributeError here: then pieces run op by op (`compiled`), or the scan loops (the others).
+
+What is slow to import is imported where it is used: most programs never trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# The number of rows is open, but the compiler decides by this one where threads are worth it. It is not the first
+# call's, so that the cached kernel does not depend on the first call's batch size.
+_TYPICAL_ROWS = 64
+
+
+class StandIns:
+    """A world of tensors without numbers, in which steps are traced; the number of rows is one open symbol."""
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self._shapes = ShapeEnv()
+        self.mode: Any = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A stand-in for a tensor whose every size is fixed."""
+        return self._stand_in(tensor.detach(), open_rows=False)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A stand-in for a tensor (B, ...) of an open number of rows, the same for all such tensors."""
+        return self._stand_in(tensor.new_empty(_TYPICAL_ROWS, *tensor.shape[1:]), open_rows=True)
+
+    def like(self, stand_in: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Another, contiguous one of the same shape: a tensor that is two arguments would be traced as one."""
+        with self.mode:
+            return torch.empty_like(stand_in, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def _stand_in(self, tensor: Tensor, open_rows: bool) -> Tensor:
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+        # DUCK: sizes that are equal here, and only the numbers of rows are open, are one symbol.
+        sizes = [DimDynamic.DUCK if open_rows and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
+        made: Tensor = self.mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+        return made
+
+    def trace(
+        self, function: Callable[..., Any], stand_ins: list[Tensor], decompositions: Any = None
+    ) -> fx.GraphModule:
+        """The function as a graph of ATen operations that writes to none of its values."""
+        from torch._dispatch.python import enable_python_dispatcher
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with self.mode, enable_python_dispatcher():
+            module: fx.GraphModule = make_fx(
+                torch.func.functionalize(function),
+                decomposition_table=decompositions,
+                _allow_non_fake_inputs=True,
+            )(*stand_ins)
+        return module
+
+    def fixed_rows(self) -> str:
+        """The condition on the number of rows that the traced code has tested, where not every number meets it."""
+        for guard in self._shapes.guards:
+            symbols = guard.expr.free_symbols
+            if not all(guard.expr.subs(dict.fromkeys(symbols, n)) for n in (*range(2, 130), 1000, 10**6)):
+                return str(guard.expr)
+        return ""
+
+
+def row_dimensions(stand_in: Any) -> list[int]:
+    """The dimensions of a stand-in whose size has to do with the number of rows."""
+    return [i for i, size in enumerate(stand_in.shape) if isinstance(size, torch.SymInt)]
+
+
+def has_rows(stand_in: Any, rows: Any) -> bool:
+    """Whether a stand-in has one row for each of the batch, where `rows` is a size of that symbol."""
+    first = stand_in.shape[0] if isinstance(stand_in, Tensor) and stand_in.ndim else None
+    return isinstance(first, torch.SymInt) and first.node.expr == rows.node.expr
+
+
+# What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1: near 0 it is accurate in absolute terms only, and faster. The
+# asserts would run at every step, and the engine gives contiguous tensors of the right sizes.
+_OPTIONS = {"cpp.use_decompose_tanh": True, "alignment_asserts": False}
+
+
+def compiled(
+    function: Callable[..., Any], stand_ins: list[Tensor], world: StandIns, size_asserts: bool
+) -> Callable[[list[Tensor]], Any]:
+    """The function as one that Inductor has compiled for any number of rows; it takes its arguments in a list.
+
+    This is Inductor's inner entry: torch.compile would check guards at every call, which costs as much as a small
+    piece. `size_asserts` is for versions whose generated code lacks a size without them (torch 2.15).
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    with torch.no_grad():
+        fakes = [world.like(stand_in) for stand_in in stand_ins]
+        graph = world.trace(function, fakes, select_decomp_table())
+        with tracing(TracingContext(world.mode)), world.mode, config.patch(_OPTIONS | {"size_asserts": size_asserts}):
+            made: Any = compile_fx_inner(graph, fakes)
+    # Beneath `made` itself, which looks for a profiler at every call.
+    run: Callable[[list[Tensor]], Any] = getattr(made, "current_callable", None) or made
+    return run
+
+
+def surroundings() -> str:
+    """What is active around the caller that its own operations would meet and a kept program would not, if anything."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return "the caller itself is being traced"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    count = torch._C._len_torch_function_stack()
+    modes = {type(torch._C._get_function_stack_at(i)).__name__ for i in range(count)}
+    if modes - {"DeviceContext"}:  # which `torch.set_default_device` sets, and a trace knows of
+        return f"a torch function mode is active ({', '.join(sorted(modes))})"
+    return ""
+
+
+# What a module keeps of its hooks that run in a forward or backward pass, its own and those of all modules.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip  # noqa: E501
+_ALWAYS_THERE = frozenset(vars(nn.Module()))
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """The hooks that a call of the module runs, other than those of all modules."""
+    return [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks that calls of all modules run."""
+    return any(getattr(nn.modules.module, kind) for kind in _GLOBAL_HOOKS)
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's attributes beside what every module has: its parameters, buffers, parts and hooks."""
+    return ((name, value) for name, value in vars(module).items() if name not in _ALWAYS_THERE)
+
+
+# Where a module holds its tensors. Assigning to its attributes would check and register them.
+PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "parameter": lambda module: module._parameters,
+    "buffer": lambda module: module._buffers,
+}
+
+
+def held(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
+    """A module's parameters and buffers: in which of the `PLACES`, the name there, and what it is."""
+    for how, place in PLACES.items():
+        yield from ((how, name, value) for name, value in place(module).items())
+
+
+@contextlib.contextmanager
+def python_function_calls(seen: Callable[[Any], None]) -> Iterator[None]:
+    """Within it, every function of torch that Python code calls on tensors is shown to `seen` first."""
+    from torch.overrides import TorchFunctionMode
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen(func)
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        yield
+
+
+@contextlib.contextmanager
+def operations(seen: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Within it, every ATen operation is shown to `seen` with its arguments first."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    with Operations():  # type: ignore[no-untyped-call]
+        yield
+
+
+@contextlib.contextmanager
+def linear_apart() -> Iterator[None]:
+    """Within it, `linear` of a 3-D value adds its bias apart: torch's own code would fix the number of rows."""
+    from torch.overrides import TorchFunctionMode
+
+    def apart(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = nn.functional.linear(x, weight)
+        return y if bias is None else y + bias.to(y.dtype)  # under autocast y has the products' dtype
+
+    class Linear(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.linear and args and args[0].ndim > 2:
+                with torch._C.DisableTorchFunction():
+                    return apart(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with Linear():
+        yield
+
+
+SETS_GRADIENTS = torch._C._set_grad_enabled

@@ -1,0 +1,370 @@
+"""What a step may read of its cell and beyond: one walk that gives the key of a trace and the tensors it takes.
+
+Tracing freezes everything that a step reads, except the tensors. So all that it can read is followed: attributes of
+modules, private ones too, containers, partial functions, plain objects, the code of the cell's classes and of the
+functions it names, with their closures, defaults and the globals that they name. Two cells have equal keys where all of
+that is equal by value, whoever they are: then one trace serves both. Which tensors are one and the same is part of the
+key, so that a weight tied to another one makes another key.
+
+What cannot be followed, such as a lock, a logger or a trainer, is replaced by a tripwire in the copy of the cell that
+is traced: a step that uses it is refused by name. What stays unseen is what no walk of Python's objects shows: files,
+the clock, the environment, and the inside of another library's object that a global or a closure holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import enum
+import functools
+import sys
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from multint.engines import private
+from multint.errors import EngineError
+
+# A step that reaches more than this is refused: following it would cost more than the scan, at every call.
+_MOST = 5000
+
+_PLAIN = (type(None), bool, int, bytes, type(Ellipsis), type(NotImplemented))
+_NUMBERS_AND_TEXT = (int, float, complex, str, bytes, range, slice)
+_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONTAINERS = (tuple, list, dict, set, frozenset)
+_CACHED = type(functools.lru_cache(len))
+# What wraps functions, and where they are in it.
+_WRAPPERS: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    functools.partial: ("func", "args", "keywords"),
+    functools.partialmethod: ("func", "args", "keywords"),
+    functools.cached_property: ("func",),
+    _CACHED: ("__wrapped__",),
+    property: ("fget",),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+}
+
+# Libraries whose functions and classes are what their names say: they are told apart by identity and not followed.
+_LIBRARIES = sys.stdlib_module_names | {"torch", "multint", "numpy", "einops", "opt_einsum"}
+
+
+class _Same:
+    """A key that is equal to itself alone, for as long as what it stands for lives."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Walk:
+    """One walk over a cell: `key`, by value, and `tensors`, each once, in the order in which they were met.
+
+    Args:
+        named: whether to note `entries`, the mark of everything that has a name, to tell what has changed.
+
+    Raises: EngineError where the step reaches too much to be followed.
+    """
+
+    def __init__(self, cell: nn.Module, named: bool = False) -> None:
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []  # of the tensors: where they were met first
+        self.slots: list[list[tuple[Any, str, Any]]] = []  # for each tensor: what holds it, how, and under what name
+        self.unfollowed: dict[int, tuple[Any, str]] = {}  # by identity: what the copy has a tripwire for, and its name
+        self.python_modules: dict[int, types.ModuleType] = {}  # by identity: they are shared with the copy
+        self.entries: dict[str, Any] | None = {} if named else None
+        self._index: dict[int, int] = {}  # of the tensors, by identity
+        self._met: dict[int, int] = {}
+        self._path: list[str] = []
+        self._beyond = 0  # above 0 beneath functions and classes, which the cell shares with its copy
+        # First, so that no tensor of a module passes for one that only a closure holds.
+        for prefix, module in cell.named_modules():
+            for how, name, tensor in private.held(module):
+                self._hold(f"{prefix}.{name}".lstrip("."), tensor, (module, how, name))
+        try:
+            self.key: Hashable = self._mark(cell)
+        except RecursionError:
+            raise EngineError("fused: the step reaches something too deep to be followed") from None
+
+    def _hold(self, name: str, tensor: Any, slot: tuple[Any, str, Any]) -> None:
+        """Take a tensor that can be replaced where it is."""
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
+            if id(tensor) not in self._index:
+                self._index[id(tensor)] = len(self.tensors)
+                self.tensors.append(tensor)
+                self.names.append(name)
+                self.slots.append([])
+            self.slots[self._index[id(tensor)]].append(slot)
+
+    def _child(self, name: Any, value: Any, slot: tuple[Any, str, Any] | None = None) -> Hashable:
+        self._path.append(str(name))
+        if slot is not None and not self._beyond and isinstance(value, Tensor):
+            self._hold(".".join(self._path), value, slot)
+        mark = self._mark(value)
+        if self.entries is not None:
+            version = (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else None
+            self.entries[".".join(self._path)] = (mark, version)
+        self._path.pop()
+        return mark
+
+    def _mark(self, value: Any) -> Hashable:
+        """What tells a value from another one: equal marks, equal behaviour of the step."""
+        kind = type(value)
+        if kind is str:
+            return str(value)
+        if kind in _PLAIN:
+            return kind, value
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, _OF_TORCH):
+            return value
+        if isinstance(value, enum.Enum):
+            return kind, value.name
+        if isinstance(value, _NUMBERS_AND_TEXT):  # not by ==, by which 0.0 is -0.0 and NaN is not itself
+            return kind, repr(value)
+        if isinstance(value, type):
+            return self._class(value)
+        met = self._met.get(id(value))
+        if met is not None:
+            return "met", met
+        self._met[id(value)] = len(self._met)
+        if len(self._met) > _MOST:
+            raise EngineError(f"fused: the step reaches too much to be followed, by way of {'.'.join(self._path)}")
+        return self._followed(kind, value)
+
+    def _followed(self, kind: type, value: Any) -> Hashable:
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, _CONTAINERS):
+            return self._container(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if kind in _WRAPPERS:
+            return kind, *(self._child(name, getattr(value, name)) for name in _WRAPPERS[kind])
+        if isinstance(value, types.ModuleType):
+            self.python_modules[id(value)] = value
+            return _Same(value)
+        library = _library(kind)
+        if library == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
+            return kind, str(value.dtype), value.shape, value.tobytes()
+        if callable(value) and library is not None and library != "multint":  # a built-in function, an operation
+            return _Same(value)
+        if library in (None, "multint") or kind in (types.SimpleNamespace, argparse.Namespace):
+            return self._object(value)
+        if not self._beyond:
+            self.unfollowed[id(value)] = value, ".".join(self._path)
+            return "not followed", kind
+        return _Same(value)
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        index = self._index.get(id(tensor))
+        if index is None and type(tensor) not in (Tensor, nn.Parameter) and not self._beyond:
+            self.unfollowed[id(tensor)] = tensor, ".".join(self._path)
+        # Without an index it cannot be replaced, and a trace would freeze its numbers: capturing looks for those.
+        return index, type(tensor) is Tensor, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+    def _module(self, module: nn.Module) -> Hashable:
+        marks: list[Hashable] = [self._class(type(module)), module.training]
+        for _, name, value in private.held(module):
+            marks += [name, self._child(name, value)]
+        for name, part in module._modules.items():
+            marks += [name, self._child(name, part)]
+        for name, value in private.attributes(module):
+            marks += [name, self._child(name, value, (module, "attribute", name))]
+        return (*marks, *(self._child("hook", hook) for hook in private.hooks(module)))
+
+    def _object(self, value: Any) -> Hashable:
+        marks: list[Hashable] = [self._class(type(value))]
+        for name, attribute in _attributes(value):
+            marks += [name, self._child(name, attribute, (value, "attribute", name))]
+        return tuple(marks)
+
+    def _container(self, value: Any) -> Hashable:
+        marks: Hashable
+        if isinstance(value, set | frozenset):
+            marks = frozenset(self._mark(entry) for entry in value)
+        elif isinstance(value, dict):
+            # Keys are marked too: 1 and True are one key of a dictionary, and not one value in a step.
+            marks = tuple((self._mark(k), self._child(k, v, (value, "entry", k))) for k, v in value.items())
+        else:
+            can_change = isinstance(value, list)
+            marks = tuple(self._child(i, v, (value, "entry", i) if can_change else None) for i, v in enumerate(value))
+        own = () if type(value) in _CONTAINERS or hasattr(value, "_fields") else _attributes(value)
+        return type(value), marks, *((name, self._child(name, attribute)) for name, attribute in own)
+
+    def _class(self, kind: type) -> Hashable:
+        """A class by identity, with what is in it now: methods can be replaced, and attributes set."""
+        met = self._met.get(id(kind))
+        if met is not None:
+            return "met", met
+        self._met[id(kind)] = len(self._met)
+        followed, known = _parts(kind.__mro__)
+        marks: list[Hashable] = [_Same(kind), *(_contents(part) for part in known)]
+        self._beyond += 1
+        for part in followed:
+            for name, value in vars(part).items():
+                if isinstance(value, types.FunctionType) or not name.startswith(("__", "_abc_")):
+                    marks += [name, self._child(name, value)]
+        self._beyond -= 1
+        return tuple(marks)
+
+    def _function(self, function: types.FunctionType) -> Hashable:
+        if _library(function) is not None:
+            return _Same(function)
+        marks: list[Hashable] = [function.__code__]
+        self._beyond += 1
+        marks += [self._child("defaults", function.__defaults__), self._child("defaults", function.__kwdefaults__)]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                marks.append(self._child(name, cell.cell_contents))
+            except ValueError:  # a variable that is not set yet
+                marks.append(None)
+        marks += self._globals(function)
+        marks += [(name, self._child(name, value)) for name, value in function.__dict__.items()]
+        self._beyond -= 1
+        return tuple(marks)
+
+    def _globals(self, function: types.FunctionType) -> Iterator[Hashable]:
+        """The globals that a function's code names, and of a user's module what the code names of it."""
+        names = _named(function.__code__)
+        for name in names:
+            value = function.__globals__.get(name, _MISSING)
+            if isinstance(value, types.ModuleType) and _library(value) is None:
+                yield from (self._child(inner, vars(value)[inner]) for inner in names if inner in vars(value))
+            elif value is not _MISSING:
+                yield name
+                yield self._child(name, value)
+
+
+_MISSING = object()
+
+
+@functools.lru_cache(maxsize=4096)
+def _named(code: types.CodeType) -> tuple[str, ...]:
+    """The names of globals and attributes in a function's code, and in that of the functions within it."""
+    inner = [name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _named(constant)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(order: tuple[type, ...]) -> tuple[list[type], list[type]]:
+    """Of the classes in a method resolution order, the user's, which are followed, and the libraries' that matter."""
+    own = [part for part in order if _library(part) is None]
+    known = [part for part in order if _library(part) == "multint" or issubclass(part, nn.Module)]
+    return own, [part for part in known if part is not nn.Module and part not in own]
+
+
+_kept_contents: WeakKeyDictionary[type, tuple[list[int], list[Any], int]] = WeakKeyDictionary()
+
+
+def _contents(kind: type) -> Hashable:
+    """A number that changes when something in a library's class is replaced.
+
+    What was there is kept, so that no identity comes twice.
+    """
+    ids = list(map(id, vars(kind).values()))
+    kept = _kept_contents.get(kind)
+    if kept is None or kept[0] != ids:
+        before = kept[1] if kept else []
+        kept = ids, before + list(vars(kind).values()), len(before)
+        _kept_contents[kind] = kept
+    return kept[2]
+
+
+def _library(thing: Any) -> str | None:
+    """The library that a function, a class or a module is from, if it is one of those that are not followed."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
+    top = (name if isinstance(name, str) else "").partition(".")[0]
+    return top if top in _LIBRARIES else None
+
+
+def _attributes(value: Any) -> Iterable[tuple[str, Any]]:
+    """An object's attributes, in its dictionary or its slots."""
+    slots = [name for part in type(value).__mro__ for name in _slots(part)]
+    yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
+    yield from getattr(value, "__dict__", {}).items()
+
+
+def _slots(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [name for name in ([slots] if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
+
+
+class Copy:
+    """A cell's copy, to be tried and traced: its tensors can be replaced, and what it may not use are tripwires.
+
+    Raises: EngineError where the cell cannot be copied.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        walk = Walk(cell)
+        self.tensors, self.names = walk.tensors, walk.names
+        # Its tensors stay the cell's own: they are replaced, and never written to.
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in walk.tensors}
+        memo |= {i: _Tripwire(name, type(value).__name__) for i, (value, name) in walk.unfollowed.items()}
+        memo |= walk.python_modules
+        try:
+            self.cell: Any = copy.deepcopy(cell, memo)
+        except Exception as error:
+            raise EngineError(f"fused: the cell cannot be copied, to be traced: {error}") from error
+        self._slots = [
+            [(memo[id(holder)], how, name) for holder, how, name in slots if id(holder) in memo] for slots in walk.slots
+        ]
+
+    def __call__(self, tensors: Iterable[Tensor], x: Any, state: Any) -> Any:
+        """The step, with the given tensors in the place of the cell's own."""
+        try:
+            self._put(tensors)
+            return self.cell.step(x, state)
+        finally:
+            self._put(self.tensors)
+
+    def _put(self, tensors: Iterable[Tensor]) -> None:
+        for tensor, slots in zip(tensors, self._slots, strict=True):
+            for holder, how, name in slots:
+                _PLACES[how](holder)[name] = tensor
+
+    def entries(self) -> dict[str, Any]:
+        """What everything in the copy is, by name."""
+        found = Walk(self.cell, named=True).entries
+        assert found is not None
+        return found
+
+
+# Assigning to an attribute of a module would register a parameter: the dictionaries are written to instead.
+_PLACES: dict[str, Callable[[Any], Any]] = {
+    **private.PLACES,
+    "attribute": vars,
+    "entry": lambda container: container,
+}
+
+
+def as_state(kind: type, fields: list[Tensor]) -> Any:
+    """A state of that type, a named tuple or a plain one."""
+    return kind._make(fields) if hasattr(kind, "_make") else kind(fields)
+
+
+class _Tripwire:
+    """Stands in a copy for what cannot be followed; any use of it is an error that names it."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        object.__setattr__(self, "_described", f"{name} ({kind})")
+
+
+def _trip(self: _Tripwire, *_: Any, **__: Any) -> Any:
+    described = object.__getattribute__(self, "_described")
+    raise EngineError(f"fused: the step uses the cell's {described}, whose inside a trace cannot follow")
+
+
+_TRIPS = "getattribute setattr call iter next len bool contains getitem setitem eq lt gt le ge hash enter exit int float index add radd sub rsub mul rmul matmul rmatmul truediv rtruediv pow rpow neg abs"  # noqa: E501
+for _name in _TRIPS.split():
+    setattr(_Tripwire, f"__{_name}__", _trip)

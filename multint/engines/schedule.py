@@ -1,0 +1,267 @@
+"""What is run of a step, as named buffers and a few kinds of instructions: to be printed, checked, and executed.
+
+A schedule has five sections. The *prelude* computes what depends on the parameters alone, and the *prologue* what the
+inputs of all steps give at once; both run by autograd. The *forward* section is one step, run for t = 0 … T−1. The
+*reverse* section is one step of the backward pass, run for t = T−1 … 0. The *epilogue* runs once after that.
+Instructions name what they read and write, so an executor needs no other agreement with the planner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from multint.engines.kernel import Kernel
+
+
+class Extent(Enum):
+    """How many values a buffer holds, over the steps."""
+
+    ONE = "one for all steps"
+    EACH = "one for each step"
+    STATES = "one before each step, and one after the last"
+    TURNS = "two, this step's and the next one's, in turn"
+    NOW = "one, of the present step"
+
+
+class Rows(Enum):
+    """Whether a buffer's value has a row for each of the batch."""
+
+    YES = "(B, ...)"
+    NO = "(...)"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A value by name. Its shape is that of one step; where `rows` is YES, without the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    extent: Extent
+    rows: Rows = Rows.YES
+    given: bool = False  # before the section that first reads it; else an instruction of the schedule makes it
+    by_product: bool = False  # a product returns it, so no memory is taken for it beforehand
+
+    def numel(self, batch_size: int) -> int:
+        """The numbers of one step."""
+        return math.prod(self.shape) * (batch_size if self.rows is Rows.YES else 1)
+
+    def empty(self, batch_size: int, steps: int | None = None) -> Tensor:
+        """Memory for one step, or for that many."""
+        shape = (batch_size, *self.shape) if self.rows is Rows.YES else self.shape
+        return torch.empty(shape if steps is None else (steps, *shape), dtype=self.dtype, device=self.device)
+
+    def show(self, steps: int, batch_size: int) -> str:
+        """Its shape over all steps, its dtype, and its size."""
+        times = {Extent.EACH: [steps], Extent.STATES: [steps + 1], Extent.TURNS: [2]}.get(self.extent, [])
+        shape = (*times, *([batch_size] if self.rows is Rows.YES else []), *self.shape)
+        size = math.prod(shape) * self.dtype.itemsize
+        return f"{shape} {str(self.dtype).removeprefix('torch.')}, {size / 2**20:.1f} MiB"
+
+
+class At(NamedTuple):
+    """A buffer's value at a step: this one's, or that many steps later; all of them where `later` is None."""
+
+    buffer: str
+    later: int | None = 0
+
+    def show(self, buffers: dict[str, Buffer]) -> str:
+        """As it is written: h[t+1], W."""
+        if buffers[self.buffer].extent is Extent.ONE:
+            return self.buffer
+        return f"{self.buffer}[{':' if self.later is None else f't+{self.later}' if self.later else 't'}]"
+
+
+@dataclass(frozen=True)
+class Product:
+    """result = left @ matrix, or left @ matrixᵀ, for all rows; or added to what the result's buffer holds."""
+
+    result: At
+    left: At
+    matrix: At
+    transposed: bool = False
+    adds: bool = False
+
+    @property
+    def reads(self) -> tuple[At, ...]:
+        return self.left, self.matrix
+
+    @property
+    def writes(self) -> dict[At, bool]:
+        return {self.result: self.adds}
+
+    def show(self, buffers: dict[str, Buffer]) -> str:
+        left, matrix = buffers[self.left.buffer], buffers[self.matrix.buffer]
+        shape = matrix.shape[::-1] if self.transposed else matrix.shape
+        sign, suffix = "+=" if self.adds else "=", "ᵀ" if self.transposed else ""
+        line = f"{self.result.show(buffers)} {sign} {self.left.show(buffers)} @ {matrix.name}{suffix}"
+        rows = "T·B" if self.left.later is None else "B"
+        return f"{line:<44}  ({rows} × {left.shape[-1]}) @ ({shape[0]} × {shape[1]})"
+
+
+@dataclass(frozen=True)
+class Call:
+    """results = kernel(arguments): one piece of the step, row-wise code; or its vector-Jacobian product."""
+
+    kernel: Kernel
+    reads: tuple[At, ...]
+    writes: dict[At, bool]  # and whether it adds to what is there
+
+    def show(self, buffers: dict[str, Buffer]) -> str:
+        names = [read.show(buffers) for read in self.reads]
+        results = ", ".join(f"{write.show(buffers)}{' (+)' if adds else ''}" for write, adds in self.writes.items())
+        count = self.kernel.operations()
+        return f"{results} = kernel({', '.join(names)})  {count} operation{'s' if count > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """result = Σ over all steps and rows of leftᵀ right: the gradient of a recurrent matrix."""
+
+    result: At
+    left: At
+    right: At
+
+    @property
+    def reads(self) -> tuple[At, ...]:
+        return self.left, self.right
+
+    @property
+    def writes(self) -> dict[At, bool]:
+        return {self.result: False}
+
+    def show(self, buffers: dict[str, Buffer]) -> str:
+        left, right = buffers[self.left.buffer], buffers[self.right.buffer]
+        line = f"{self.result.show(buffers)} = {self.left.show(buffers)}ᵀ @ {self.right.show(buffers)}"
+        return f"{line:<44}  ({left.shape[-1]} × T·B) @ (T·B × {right.shape[-1]})"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """result = the sum of a buffer's rows."""
+
+    result: At
+    source: At
+
+    @property
+    def reads(self) -> tuple[At, ...]:
+        return (self.source,)
+
+    @property
+    def writes(self) -> dict[At, bool]:
+        return {self.result: False}
+
+    def show(self, buffers: dict[str, Buffer]) -> str:
+        return f"{self.result.show(buffers)} = Σ {self.source.show(buffers)}"
+
+
+Instruction: TypeAlias = Product | Call | Contraction | Sum
+
+
+@dataclass
+class Schedule:
+    """A step's instructions and their buffers.
+
+    Attributes:
+        arguments: what autograd differentiates the loop by: streams, matrices, vectors and the first state. What is
+            both a matrix and a vector, or the matrix of two products, stands there twice.
+        inputs: the streams that the caller gives.
+        states: the state's buffers, the output's first.
+        cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
+        gradients: the buffer of each argument's gradient, or None.
+        kept: the buffers that the forward section makes and the reverse section and the epilogue read.
+    """
+
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    prelude: list[Instruction] = field(default_factory=list)
+    prologue: list[Instruction] = field(default_factory=list)
+    forward: list[Instruction] = field(default_factory=list)
+    reverse: list[Instruction] = field(default_factory=list)
+    epilogue: list[Instruction] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    cleared: list[str] = field(default_factory=list)
+    gradients: list[str | None] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[str]:
+        made = {write.buffer for instruction in self.forward for write in instruction.writes}
+        read = [at.buffer for instruction in [*self.reverse, *self.epilogue] for at in instruction.reads]
+        return [name for name in dict.fromkeys(read) if name in made]
+
+    def bytes_per_row(self) -> int:
+        """What one row of one step takes in memory until the backward pass, the caller's inputs aside."""
+        held = {*self.kept, *self.states[:1], *(write.buffer for i in self.prologue for write in i.writes)}
+        buffers = [self.buffers[name] for name in held]
+        return sum(b.numel(1) * b.dtype.itemsize for b in buffers if b.extent is not Extent.ONE)
+
+    def show(self, steps: int, batch_size: int) -> str:
+        """The instructions, then the buffers that are there for all steps."""
+        lines = []
+        titles = {
+            "once, of the parameters": self.prelude,
+            "once, for all steps": self.prologue,
+            "each step t": self.forward,
+            "each step t backward": self.reverse,
+            "once, after the last": self.epilogue,
+        }
+        for title, instructions in titles.items():
+            if instructions:
+                lines += [f"{title}:", *(f"  {instruction.show(self.buffers)}" for instruction in instructions)]
+        long = [b for b in self.buffers.values() if b.extent in (Extent.EACH, Extent.STATES)]
+        lines += ["buffers:", *(f"  {b.name:<12} {b.show(steps, batch_size)}" for b in long)]
+        return "\n".join(lines)
+
+
+def check(schedule: Schedule) -> None:
+    """Assert what executors rely on.
+
+    Everything is written before it is read. No instruction reads what it writes over, and no value has two writers,
+    except that gradients are added to: the first writer of each, or its clearing, does not add.
+    """
+    buffers = schedule.buffers
+    assert all(name == buffer.name for name, buffer in buffers.items())
+    once = {At(name, None) for name, b in buffers.items() if b.given} | {
+        At(name, 0) for name, b in buffers.items() if b.given and b.extent is Extent.ONE
+    }
+    before = [*schedule.prelude, *schedule.prologue]
+    _check_section(before, once, set())
+    made = {write.buffer for instruction in before for write in instruction.writes}
+    made |= {name for name, b in buffers.items() if b.given}
+    fixed = {At(name) for name in made if buffers[name].extent in (Extent.ONE, Extent.EACH)}
+    first = {At(name) for name in schedule.states}
+    after = _check_section(schedule.forward, fixed | first, set())
+    assert {At(name, 1) for name in schedule.states} <= after, "a state is not written"
+    if not schedule.reverse:
+        return
+    there = fixed | first | {at for at in after if at.buffer in schedule.kept}
+    carried = {name for name in schedule.gradients if name and buffers[name].extent is Extent.TURNS}
+    cleared = {At(name) for name in schedule.cleared}
+    after = _check_section(schedule.reverse, there | {At(name, 1) for name in carried} | cleared, cleared)
+    assert {At(name) for name in carried} <= after, "a state's gradient is not written"
+    over_all = {At(at.buffer, None) for at in after if buffers[at.buffer].extent is not Extent.NOW} | after
+    after = _check_section(schedule.epilogue, over_all, set())
+    assert {name for name in schedule.gradients if name} <= {at.buffer for at in after}, "a gradient is not written"
+
+
+def _check_section(instructions: list[Instruction], there: set[At], cleared: set[At]) -> set[At]:
+    """What is there after the instructions, given what is there before them and what may be added to."""
+    there, written = set(there), set(cleared)
+    for instruction in instructions:
+        for read in instruction.reads:
+            assert read in there, f"{read} is read before it is written"
+        for write, adds in instruction.writes.items():
+            assert write not in instruction.reads, f"{write} is read and written by one instruction"
+            assert adds == (write in written), f"{write} has two first writers, or none"
+            assert adds or write not in there, f"{write} is written over"
+        written.update(instruction.writes)
+        there.update(instruction.writes)
+    return there

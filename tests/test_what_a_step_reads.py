@@ -1,0 +1,899 @@
+"""What a step reads and what its program is kept by are the same: no change between two calls goes unseen.
+
+After each change `fused` gives what the loop gives, or refuses by name; `auto` gives what the loop gives.
+"""
+
+import enum
+import functools
+import gc
+import weakref
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from multint import GRU, Additive, GRUCell, LSTMCell, MultiplicativeIntegration, explain, scan
+from multint.cells import HiddenState
+from multint.errors import EngineError
+from tests.both_engines import (
+    DTYPES,
+    Free,
+    agree,
+    close,
+    compare,
+    fresh,
+    inputs,
+    results,
+    right_or_refused,
+    stack,
+)
+from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal, randomise
+
+pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
+
+every_engine = pytest.mark.parametrize("engine", ["fused", "auto"])
+
+
+class Scaled(Free):
+    """A step with a factor, which is a function of the cell."""
+
+    def __init__(self, factor=lambda cell: 1.0, input_size=INPUT_SIZE):
+        super().__init__(None, input_size)
+        self.factor = factor
+
+    def step(self, x, state):
+        return HiddenState(self.factor(self) * (x @ self.W + state.h @ self.U).tanh())
+
+
+# Each row makes a cell, and gives it again after each change of what its step reads. The names are what a refusal says.
+TAKEN, SEEN = {}, {}
+
+
+def taken(function):
+    """What `fused` must take after every change: what the README says may change between calls."""
+    TAKEN[function.__name__] = function
+    return function
+
+
+def seen(names):
+    """What `fused` must take or refuse, by a message that the pattern matches."""
+
+    def add(function):
+        SEEN[function.__name__] = function, names
+        return function
+
+    return add
+
+
+@taken
+def a_number():
+    cell = Scaled(lambda cell: cell.scale)
+    for cell.scale in (1.0, 0.5, -2.0, 1.0):
+        yield cell
+
+
+@taken
+def a_private_number():
+    cell = Scaled(lambda cell: cell._k)
+    for cell._k in (1.0, 0.5, -2.0, 1.0):
+        yield cell
+
+
+class ByProperty(Scaled):
+    """A property over a private attribute."""
+
+    @property
+    def gain(self):
+        return 2 * self._gain
+
+
+@taken
+def a_property_over_a_private_attribute():
+    cell = ByProperty(lambda cell: cell.gain)
+    for cell._gain in (1.0, 0.5):
+        yield cell
+
+
+@taken
+def the_sign_of_zero():
+    cell = Scaled(lambda cell: 1.5 if str(cell.k_) == "0.0" else 0.5)
+    for cell.k_ in (0.0, -0.0):
+        yield cell
+
+
+@taken
+def the_type_of_a_number():
+    cell = Scaled(lambda cell: {bool: 0.5, int: 1.0, float: 2.0}[type(cell.flag)])
+    for cell.flag in (1, True, 1.0):
+        yield cell
+
+
+@taken
+def a_string_in_a_submodule():
+    cell = Scaled(lambda cell: 0.5 if cell.inner._mode == "half" else 2.0)
+    cell.inner = nn.Identity()
+    for cell.inner._mode in ("half", "double"):
+        yield cell
+
+
+class Mode(enum.Enum):
+    HALF = 0.5
+    DOUBLE = 2.0
+
+
+@taken
+def a_member_of_an_enumeration():
+    cell = Scaled(lambda cell: cell.mode.value)
+    for cell.mode in Mode:
+        yield cell
+
+
+@taken
+def a_list_changed_in_place():
+    cell = Scaled(lambda cell: cell._ws[1])
+    cell._ws = [1.0, 1.0]
+    for cell._ws[1] in (1.0, 0.5):
+        yield cell
+
+
+@taken
+def a_dict_of_lists_changed_in_place():
+    cell = Scaled(lambda cell: cell._table["a"][0][1])
+    cell._table = {"a": [(0, 1.0)]}
+    yield cell
+    cell._table["a"][0] = (0, 0.5)
+    yield cell
+
+
+@taken
+def the_order_of_a_dict():
+    cell = Scaled(lambda cell: next(iter(cell.table.values())))
+    for cell.table in ({"a": 1.0, "b": 0.5}, {"b": 0.5, "a": 1.0}):
+        yield cell
+
+
+@taken
+def training_and_evaluation():
+    cell = Scaled(lambda cell: 2.0 if cell.training else 0.5)
+    for mode in (True, False, True):
+        yield cell.train(mode)
+
+
+@taken
+def a_buffer_in_place_and_replaced():
+    cell = Scaled(lambda cell: cell.seen)
+    for number in (1.0, 0.5):
+        cell.seen.fill_(number)
+        yield cell
+    cell.seen = torch.full((HIDDEN_SIZE,), 2.0).to(cell.U)
+    yield cell
+
+
+@taken
+def a_parameter_in_place_and_replaced():
+    cell = Scaled()
+    yield cell
+    with torch.no_grad():
+        cell.U.mul_(0.5)
+    yield cell
+    cell.U = nn.Parameter(cell.U.detach() * 3)
+    yield cell
+    cell.U.data = cell.U.detach() * 0.1
+    yield cell
+    cell.load_state_dict({name: value * 2 for name, value in cell.state_dict().items()})
+    yield cell
+
+
+@taken
+def an_activation_replaced():
+    cell = Scaled(lambda cell: cell.act(cell.a))
+    for cell.act in (torch.tanh, torch.sigmoid, nn.ReLU(), nn.Softplus(), nn.Softplus(beta=3)):
+        yield cell
+
+
+@taken
+def a_submodules_setting():
+    cell = Scaled(lambda cell: cell.act(cell.a))
+    cell.act = nn.LeakyReLU()
+    for cell.act.negative_slope in (0.01, 0.9):
+        yield cell
+
+
+class Tied(Free):
+    """Three maps of the state."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.maps = nn.ModuleList(nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE) for _ in range(3))
+        randomise(self)
+
+    def step(self, x, state):
+        first, second, third = self.maps
+        return HiddenState((x @ self.W + first(state.h) - second(state.h) + third(state.h).tanh()).tanh())
+
+
+@taken
+def a_tie_that_moves():
+    cell = Tied()
+    a, b, c = cell.maps
+    b.weight = a.weight
+    yield cell
+    b.weight = c.weight
+    yield cell
+    a.weight, b.weight = c.weight, nn.Parameter(a.weight.detach())
+    yield cell
+
+
+@taken
+def a_tie_that_moves_and_leaves_the_number_of_tensors():
+    """Nothing that is counted or listed tells the two apart."""
+    cell = Free(lambda cell, x, h: (x @ cell.W + h @ cell.A - (h @ cell.B).tanh() + (h @ cell.C).sin()).tanh())
+    cell.A, cell.B, cell.C = (nn.Parameter(cell.U.detach() * k) for k in (1.0, 2.0, -0.5))
+    for name in ("A", "C", "A"):
+        cell.B = getattr(cell, name)
+        yield cell
+
+
+@taken
+def a_tie_that_is_added_and_removed():
+    cell = Tied()
+    a, b, c = cell.maps
+    yield cell
+    b.weight, c.bias = a.weight, a.bias
+    yield cell
+    c.weight = a.weight
+    yield cell
+    b.weight = nn.Parameter(a.weight.detach() * 0.5)
+    yield cell
+    c.weight, c.bias = nn.Parameter(a.weight.detach() * 2), nn.Parameter(a.bias.detach() * 2)
+    yield cell
+
+
+@taken
+def a_tie_of_a_weight_with_its_neighbour():
+    """The matrices are told apart by what they are and not by where they stand."""
+    cell = Free(lambda cell, x, h: (x @ cell.W + (h @ cell.U) @ cell.V).tanh())
+    cell.V = nn.Parameter(cell.U.detach() * 2)
+    yield cell
+    cell.V = cell.U
+    yield cell
+    cell.V = nn.Parameter(cell.U.detach() * 0.5)
+    yield cell
+
+
+@taken
+def ties_of_a_gru():
+    cell = randomise(GRUCell(HIDDEN_SIZE, HIDDEN_SIZE, integrator=Additive))
+    f = cell.candidate
+    yield cell
+    f.x_projection.weight = f.z_projection.weight
+    yield cell
+    f.x_projection.weight = nn.Parameter(f.z_projection.weight.detach() * 0.5)
+    yield cell
+
+
+@taken
+def ties_of_vectors():
+    cell = randomise(GRUCell(INPUT_SIZE, HIDDEN_SIZE, integrator=MultiplicativeIntegration))
+    f = cell.gates
+    yield cell
+    f.beta1 = f.alpha
+    yield cell
+    f.beta2, f.beta1 = f.alpha, nn.Parameter(f.alpha.detach() * 0.5)
+    yield cell
+
+
+@taken
+def one_module_under_two_names():
+    cell = Tied()
+    yield cell
+    cell.maps = nn.ModuleList([cell.maps[0], cell.maps[0], cell.maps[2]])
+    yield cell
+    cell.other = cell.maps[2]
+    yield cell
+    cell.maps = nn.ModuleList([cell.maps[2]] * 3)
+    yield cell
+
+
+@taken
+def a_frozen_weight():
+    cell = Scaled(lambda cell: cell.a)
+    for wanted in (True, False, True):
+        cell.U.requires_grad_(wanted)
+        cell.a.requires_grad_(not wanted)
+        yield cell
+
+
+@seen("_names")
+def a_set_changed_in_place():
+    cell = Scaled(lambda cell: 0.5 if "half" in cell._names else 1.0)
+    cell._names = {"other"}
+    yield cell
+    cell._names.add("half")
+    yield cell
+
+
+@seen("_table")
+def an_array_changed_in_place():
+    cell = Scaled(lambda cell: float(cell._table[1]))
+    cell._table = np.ones(3)
+    yield cell
+    cell._table[1] = 0.5
+    yield cell
+
+
+@seen("_table|buffer")
+def an_array_as_a_constant():
+    cell = Scaled(lambda cell: torch.as_tensor(cell._table).to(cell.U))
+    cell._table = np.ones(HIDDEN_SIZE)
+    yield cell
+    cell._table[1] = 0.5
+    yield cell
+
+
+@dataclass
+class Settings:
+    scale: float = 1.0
+    inner: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FrozenSettings:
+    scale: float = 1.0
+
+
+class Plain:
+    """An object of no special kind."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def read(self, cell):
+        return self.scale
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+
+@seen("settings")
+def a_field_of_a_dataclass():
+    cell = Scaled(lambda cell: cell.settings.scale)
+    cell.settings = Settings()
+    for cell.settings.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("settings")
+def deep_within_a_dataclass():
+    cell = Scaled(lambda cell: cell.settings.inner["a"][0])
+    cell.settings = Settings(inner={"a": [1.0]})
+    for cell.settings.inner["a"][0] in (1.0, 0.5):
+        yield cell
+
+
+@seen("settings")
+def a_dataclass_replaced():
+    cell = Scaled(lambda cell: cell.settings.scale)
+    for scale in (1.0, 0.5, 1.0):
+        cell.settings = replace(FrozenSettings(), scale=scale)
+        yield cell
+
+
+@seen("_object")
+def an_attribute_of_an_object():
+    cell = Scaled(lambda cell: cell._object.scale)
+    cell._object = Plain(1.0)
+    for cell._object.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("_object")
+def an_attribute_of_an_object_with_slots():
+    cell = Scaled(lambda cell: cell._object.scale)
+    cell._object = Slotted()
+    for cell._object.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("objects")
+def an_object_in_a_list():
+    cell = Scaled(lambda cell: cell.objects[0].scale)
+    cell.objects = [Plain(1.0)]
+    for cell.objects[0].scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("factor|scale")
+def the_object_of_a_bound_method():
+    plain = Plain(1.0)
+    cell = Scaled(plain.read)
+    for plain.scale in (1.0, 0.5):
+        yield cell
+
+
+def times(scale, cell):
+    """A factor that depends on its first argument alone."""
+    return scale["k"] if isinstance(scale, dict) else scale
+
+
+@seen("factor|scale")
+def a_partial_replaced():
+    cell = Scaled()
+    for scale in (1.0, 0.5):
+        cell.factor = functools.partial(times, scale)
+        yield cell
+
+
+@seen("factor|scale")
+def an_argument_within_a_partial():
+    scale = {"k": 1.0}
+    cell = Scaled(functools.partial(times, scale))
+    for scale["k"] in (1.0, 0.5):
+        yield cell
+
+
+@seen("factor|scale")
+def a_keyword_of_a_partial():
+    cell = Scaled(functools.partial(lambda cell, scale: scale, scale=1.0))
+    yield cell
+    cell.factor.keywords["scale"] = 0.5
+    yield cell
+
+
+@seen("factor|scale")
+def what_a_closure_holds():
+    scale = 1.0
+    cell = Scaled(lambda cell: scale)
+    for scale in (1.0, 0.5):  # noqa: B007
+        yield cell
+
+
+@seen("factor|scale")
+def what_a_list_in_a_closure_holds():
+    scales = [1.0]
+    cell = Scaled(lambda cell: scales[0])
+    for scales[0] in (1.0, 0.5):
+        yield cell
+
+
+@seen("factor|scale")
+def a_default_argument():
+    cell = Scaled(lambda cell, scale=1.0: scale)
+    yield cell
+    cell.factor.__defaults__ = (0.5,)
+    yield cell
+
+
+SCALE = 1.0
+SCALES = {"k": 1.0}
+
+
+class ReadsAGlobal(Scaled):
+    def step(self, x, state):
+        return HiddenState(SCALE * super().step(x, state).h)
+
+
+class ReadsWithinAGlobal(Scaled):
+    def step(self, x, state):
+        return HiddenState(SCALES["k"] * super().step(x, state).h)
+
+
+@seen("SCALE")
+def a_global():
+    global SCALE
+    cell = ReadsAGlobal()
+    for SCALE in (1.0, 0.5, 1.0):  # noqa: B007
+        yield cell
+
+
+@seen("SCALES")
+def within_a_global():
+    cell = ReadsWithinAGlobal()
+    for SCALES["k"] in (1.0, 0.5, 1.0):
+        yield cell
+
+
+def global_scale(cell):
+    """A helper that reads a global."""
+    return SCALE
+
+
+@seen("SCALE|factor")
+def a_global_of_a_helper():
+    global SCALE
+    cell = Scaled(lambda cell: global_scale(cell))
+    for SCALE in (1.0, 0.5, 1.0):  # noqa: B007
+        yield cell
+
+
+@seen("scale")
+def a_class_attribute():
+    class Own(Scaled):
+        scale = 1.0
+
+    cell = Own(lambda cell: cell.scale)
+    for Own.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("scale")
+def a_base_classs_attribute():
+    class Base(Scaled):
+        scale = 1.0
+
+    class Own(Base):
+        pass
+
+    cell = Own(lambda cell: cell.scale)
+    for Base.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("scale")
+def an_attribute_that_hides_its_classs():
+    class Own(Scaled):
+        scale = 1.0
+
+    cell = Own(lambda cell: cell.scale)
+    yield cell
+    cell.scale = 0.5
+    yield cell
+    del cell.scale
+    yield cell
+
+
+@seen("scale")
+def a_submodules_class_attribute():
+    class Inner(nn.Module):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * x
+
+    cell = Scaled(lambda cell: cell.inner(cell.a))
+    cell.inner = Inner()
+    for Inner.scale in (1.0, 0.5):
+        yield cell
+
+
+@seen("step")
+def a_step_replaced_on_the_class():
+    class Own(Scaled):
+        pass
+
+    cell = Own()
+    yield cell
+    Own.step = lambda self, x, state: HiddenState(0.5 * Scaled.step(self, x, state).h)
+    yield cell
+    del Own.step
+    yield cell
+
+
+@seen("step")
+def a_step_replaced_on_the_instance():
+    cell = Scaled()
+    yield cell
+    cell.step = lambda x, state: HiddenState(0.5 * Scaled.step(cell, x, state).h)
+    yield cell
+    cell.step = lambda x, state: HiddenState(0.1 * Scaled.step(cell, x, state).h)
+    yield cell
+
+
+@seen("forward")
+def a_forward_replaced():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x
+
+    cell = Scaled(lambda cell: cell.inner(cell.a))
+    cell.inner = Inner()
+    yield cell
+    cell.inner.forward = lambda x: 0.5 * x
+    yield cell
+    del cell.inner.forward
+    yield cell
+    Inner.forward = lambda self, x: 2 * x
+    yield cell
+
+
+@seen("method|gain")
+def a_method_replaced_on_the_class():
+    class Own(Scaled):
+        def gain(self):
+            return 1.0
+
+    cell = Own(lambda cell: cell.gain())
+    yield cell
+    Own.gain = lambda self: 0.5
+    yield cell
+
+
+@seen("_tables|buffer")
+def a_list_of_tensors():
+    cell = Scaled(lambda cell: cell._tables[0].to(cell.U))
+    cell._tables = [torch.ones(HIDDEN_SIZE)]
+    yield cell
+    cell._tables[0].fill_(0.5)
+    yield cell
+    cell._tables[0] = torch.full((HIDDEN_SIZE,), 2.0)
+    yield cell
+
+
+@seen("_tables|buffer")
+def a_list_of_tensors_that_want_gradients():
+    cell = Scaled(lambda cell: cell._tables["a"].to(cell.U))
+    cell._tables = {"a": torch.ones(HIDDEN_SIZE, requires_grad=True)}
+    yield cell
+    cell._tables["a"].data.fill_(0.5)
+    yield cell
+
+
+@seen("table|buffer")
+def a_tensor_that_is_no_buffer():
+    cell = Scaled(lambda cell: cell.table.to(cell.U))
+    cell.table = torch.ones(HIDDEN_SIZE)
+    yield cell
+    cell.table.fill_(0.5)
+    yield cell
+    cell.table = torch.full((HIDDEN_SIZE,), 2.0)
+    yield cell
+
+
+@seen("hidden|buffer")
+def a_module_that_is_not_registered():
+    cell = Scaled(lambda cell: cell.hidden[0](cell.a))
+    cell.hidden = [nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)]
+    yield cell
+    cell.hidden[0].weight.data.mul_(0.5)
+    yield cell
+    cell.hidden[0].weight = nn.Parameter(cell.hidden[0].weight.detach() * 3)
+    yield cell
+    cell.hidden[0] = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE).to(cell.U)
+    yield cell
+
+
+@seen("dtype")
+def the_default_dtype():
+    cell = Scaled(lambda cell: 2.0 if torch.get_default_dtype() == torch.float64 else 0.5)
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        yield cell
+
+
+@seen("parametri")
+def a_parametrization_of_a_weight():
+    cell = Tied()
+    yield cell
+    nn.utils.parametrizations.weight_norm(cell.maps[0], dim=None)
+    with torch.no_grad():
+        cell.maps[0].parametrizations.weight.original0.mul_(2.0)
+    yield cell
+
+
+@pytest.fixture(autouse=True)
+def globals_restored(monkeypatch):
+    """What a row changes of the world stays changed for no other, also where it fails midway."""
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    monkeypatch.setitem(SCALES, "k", 1.0)
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+ROWS = {**{name: (row, None) for name, row in TAKEN.items()}, **SEEN}
+
+
+@every_engine
+@pytest.mark.parametrize("name", ROWS)
+def test_a_change_between_calls_is_seen(name, engine):
+    row, names = ROWS[name]
+    dtype, previous = DTYPES[engine], None
+    for cell in row():
+        cell.to(dtype)
+        for value in (v for v in vars(cell).values() if isinstance(v, list)):  # modules that are not registered
+            for module in (entry for entry in value if isinstance(entry, nn.Module)):
+                module.to(dtype)
+        xs, state = inputs(cell, dtype=dtype)
+        if names is None and engine == "fused":
+            expected = results(cell, xs, state, "loop")
+            close(results(cell, xs, state, "fused"), expected, dtype)
+        else:
+            expected = right_or_refused(cell, xs, state, engine, names or "")
+        # A change that changes nothing would test nothing.
+        if previous is not None and name not in ("a_frozen_weight", "one_module_under_two_names"):
+            with pytest.raises(AssertionError):
+                close(expected, previous, dtype)
+        previous = expected
+
+
+def doubled(module, args, output):
+    return 2 * output
+
+
+def halved_input(module, args):
+    return (args[0] / 2,)
+
+
+def halved_gradient(module, inputs, outputs):
+    return tuple(None if gradient is None else gradient / 2 for gradient in inputs)
+
+
+def halved_output_gradient(module, outputs):
+    return tuple(gradient / 2 for gradient in outputs)
+
+
+every_module = nn.modules.module
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(doubled),
+    "forward-pre": lambda m: m.register_forward_pre_hook(halved_input),
+    "backward": lambda m: m.register_full_backward_hook(halved_gradient),
+    "backward-pre": lambda m: m.register_full_backward_pre_hook(halved_output_gradient),
+    "global-forward": lambda m: every_module.register_module_forward_hook(doubled),
+    "global-forward-pre": lambda m: every_module.register_module_forward_pre_hook(halved_input),
+    "global-backward": lambda m: every_module.register_module_full_backward_hook(halved_gradient),
+    "global-backward-pre": lambda m: every_module.register_module_full_backward_pre_hook(halved_output_gradient),
+}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after-a-call", "before-all-calls"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_refused_by_name_and_heeded_by_auto(kind, before):
+    """Whenever they come, and no longer than they stay."""
+    for engine, dtype in DTYPES.items():
+        cell = Tied().to(dtype)
+        xs, state = inputs(cell, dtype=dtype)
+        without = results(cell, xs, state, "loop" if before else engine)
+        handle = HOOKS[kind](cell.maps[0])
+        try:
+            if engine == "fused":
+                with pytest.raises(EngineError, match="hook"):
+                    scan(cell, xs, state, engine="fused")
+            else:
+                outcomes = [results(cell, xs, state, which) for which in ("auto", "loop")]
+                close(*outcomes, dtype)
+                assert "hook" in explain(cell).reason
+                with pytest.raises(AssertionError):
+                    close(without, outcomes[1], dtype)
+        finally:
+            handle.remove()
+        close(results(cell, xs, state, engine), without, dtype)
+        assert explain(cell).engine == "fused"
+
+
+def test_a_hook_of_a_weight_is_heeded():
+    """It belongs to the weight and not to the step: it gets the whole gradient, once."""
+    cell = Tied().double()
+    compare(cell, 4, 3)
+    calls = []
+    cell.maps[0].weight.register_hook(lambda gradient: calls.append(1) or gradient / 2)
+    compare(cell, 4, 3)
+    assert len(calls) == 3
+
+
+class Counter(Scaled):
+    """A step that reads an attribute that others change."""
+
+    def __init__(self, input_size=INPUT_SIZE):
+        super().__init__(lambda cell: 1 / (1 + cell.count), input_size)
+        self.count = 0
+
+
+@every_engine
+def test_an_attribute_that_changes_at_every_call_is_not_traced_for_ever(engine, programs):
+    """Under `auto`, which owes nobody a program; and once it stays, the cell is fused again, by name too."""
+    dtype = DTYPES[engine]
+    cell = fresh(Counter)().to(dtype)
+    xs, state = inputs(cell, dtype=dtype)
+    for cell.count in range(30):
+        right_or_refused(cell, xs, state, engine, "change")
+    assert engine == "fused" or len(programs) <= 10
+    before = len(programs)
+    for _ in range(5):
+        right_or_refused(cell, xs, state, engine, "change")
+    assert explain(cell, xs, state, engine="fused").engine == "fused"
+    close(results(cell, xs, state, engine), results(cell, xs, state, "loop"), dtype)
+    assert explain(cell).engine == "fused"
+    assert len(programs) <= before + 2
+
+
+@every_engine
+def test_attributes_that_take_turns_have_a_program_each(engine, programs):
+    dtype = DTYPES[engine]
+    cell = fresh(Counter)().to(dtype)
+    xs, state = inputs(cell, dtype=dtype)
+    for cell.count in (0, 1, 2) * 4:
+        close(results(cell, xs, state, engine), results(cell, xs, state, "loop"), dtype)
+        assert explain(cell).engine == "fused"
+    assert len(programs) <= 3
+
+
+def test_an_attribute_that_does_not_equal_itself_is_one_setting(programs):
+    cell = fresh(Scaled)(lambda cell: 0.5 if cell.limit != cell.limit else 1.0).double()
+    for _ in range(3):
+        cell.limit = float("nan")
+        compare(cell, 4, 3)
+    assert len(programs) == 1
+
+
+@every_engine
+@pytest.mark.parametrize("kind", [LSTMCell, GRUCell])
+def test_equal_layers_share_one_program(kind, engine, programs):
+    """Each with weights of its own, and with masks one more."""
+    rnn = stack(fresh(kind), engine).train()
+    xs = normal(4, 3, 2 * HIDDEN_SIZE).to(DTYPES[engine]).requires_grad_()
+    agree(rnn, xs)
+    assert len(programs) == 1
+    other = stack(type(rnn.directions[0].cell), engine)
+    randomise(other, seed=1)
+    agree(other, xs)
+    assert len(programs) == 1, "another stack of the same structure"
+
+
+def test_layers_that_are_not_equal_have_programs_of_their_own():
+    """By a weight, which needs none, an attribute, a function, a tie."""
+    kind, xs, state = fresh(Counter), normal(3, 2, HIDDEN_SIZE), HiddenState(normal(2, HIDDEN_SIZE))
+    cells = [kind(HIDDEN_SIZE).double() for _ in range(5)]
+    cells[1].W = nn.Parameter(cells[1].W.detach() * 2)
+    cells[2].count = 1
+    cells[3].factor = lambda cell: 2.0
+    cells[4].W = cells[4].U
+    for cell in cells * 2:
+        close(scan(cell, xs, state, "fused"), scan(cell, xs, state, "loop"), torch.float64)
+
+
+def test_training_and_evaluation_differ_where_they_do():
+    rnn = GRU(INPUT_SIZE, HIDDEN_SIZE, zoneout=0.5, engine="fused").double()
+    xs = normal(4, 3, INPUT_SIZE)
+    outcomes = {}
+    for training in (True, False, True):
+        rnn.train(training)
+        for rnn.engine in ("fused", "loop"):
+            torch.manual_seed(0)
+            outcomes[rnn.engine] = rnn(xs)
+        close(outcomes["fused"], outcomes["loop"], torch.float64)
+
+
+def test_kept_programs_are_bounded(monkeypatch, programs):
+    """Also while all the cells live; and a cell whose program was dropped is traced again."""
+    from multint.engines import cache
+
+    monkeypatch.setattr(cache, "MOST_PROGRAMS", 3)
+    cells = [Free(lambda cell, x, h: (x @ cell.W + h @ cell.U).tanh(), INPUT_SIZE, 3 + i).double() for i in range(6)]
+    for _ in range(2):
+        for cell in cells:
+            xs, state = inputs(cell)
+            close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float64)
+    watched = [weakref.ref(program) for program in programs]
+    programs.clear()
+    gc.collect()
+    assert sum(reference() is not None for reference in watched) <= 3
+
+
+def test_a_kept_program_keeps_no_cell():
+    """Neither the one it was traced with, nor its weights, nor what it was given."""
+    cell = fresh(LSTMCell)(INPUT_SIZE, HIDDEN_SIZE).double()
+    other = type(cell)(INPUT_SIZE, HIDDEN_SIZE).double()
+    xs, state = inputs(cell)
+    results(cell, xs, state, "fused")
+    watched = [weakref.ref(thing) for thing in (cell, *cell.parameters(), xs, *state)]
+    del cell, xs, state
+    gc.collect()
+    assert [reference() for reference in watched] == [None] * len(watched)
+    compare(other, 4, 3)
+
+
+def test_the_kinds_of_inputs_are_a_part_of_what_a_program_is_kept_by():
+    """Their dtypes and features, and the names of streams."""
+    cell = Free(lambda cell, x, h: (F.pad(x, (0, HIDDEN_SIZE - x.shape[-1])).to(h) + h @ cell.U).tanh()).double()
+    state = HiddenState(normal(3, HIDDEN_SIZE))
+    for xs in (normal(4, 3, 5), normal(4, 3, 6), normal(4, 3, 5).float(), normal(4, 3, 5) > 0):
+        close(scan(cell, xs, state, "fused"), scan(cell, xs, state, "loop"), torch.float64)
+    named = Free(lambda cell, x, h: (sum(k * v for k, v in zip((1, 2), x.values(), strict=True)) + h).tanh()).double()
+    a, b = normal(4, 3, HIDDEN_SIZE), normal(4, 3, HIDDEN_SIZE, seed=2)
+    for streams in ({"a": a, "b": b}, {"b": b, "a": a}, {"a": b, "b": a}):
+        close(scan(named, streams, state, "fused"), scan(named, streams, state, "loop"), torch.float64)
