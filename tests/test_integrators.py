@@ -111,6 +111,36 @@ def test_a_stream_enters_through_its_named_weights_alone(name, stream):
     torch.testing.assert_close(f(x, z), f(*other), rtol=0, atol=0)
 
 
+class Mixture(Integrator):
+    """A user's own: parts in a list, and a matrix that no class of ours knows."""
+
+    def __init__(self, x, z, o):
+        super().__init__(x, z, o)
+        self.experts = nn.ModuleList([Additive(x, z, o), Swapped(LowRank(z, x, o, rank=2, x_term=False))])
+        self.inner = nn.Linear(x, o, bias=False)
+
+    @property
+    def x_weights(self):
+        return ("inner.weight", *super().x_weights)
+
+    def integrate(self, x, z):
+        return self.inner(x) + sum(expert(x, z) for expert in self.experts)
+
+
+def test_the_weights_of_a_users_integrator_are_those_of_its_parts():
+    f = Mixture(7, 5, 3)
+    lower, swapped = "experts.0", "experts.1.integrator"
+    assert f.x_weights == (
+        "inner.weight",
+        f"{lower}.x_projection.weight",
+        f"{swapped}.z_factor.weight",
+        f"{swapped}.lower.z_projection.weight",
+    )
+    assert f.z_weights == (f"{lower}.z_projection.weight", f"{swapped}.x_factor.weight")
+    with pytest.raises(MultintError, match="Mixture: x has 8 features"):
+        f(torch.ones(2, 8), torch.ones(2, 5))
+
+
 @every_integrator
 def test_gradcheck(name):
     f = build(name)
@@ -179,7 +209,10 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
         (lambda: Pairwise((7,), 3), "got 1 streams"),
-        (lambda: Hypernetwork(7, 5, 3, 4, head=lambda x, z, o: Additive(x, z, 5)), r"head has the sizes \(7, 4, 5\)"),
+        (
+            lambda: Hypernetwork(7, 5, 3, 4, head=lambda x, z, o: Additive(x, z, 5)),
+            r"Hypernetwork: head gives a Additive of the sizes \(X, Z, O\) = \(7, 4, 5\), expected \(7, 4, 3\)",
+        ),
         (lambda: Sum(Additive(7, 5, 3), nn.Linear(7, 3)), "Sum: got a Linear, expected an Integrator"),
         (lambda: Swapped(nn.Linear(7, 3)), "Swapped: got a Linear"),
         (lambda: float("nan") * Additive(7, 5, 3), "scale is nan, expected a number"),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
 from multint.cells import LSTMState
-from tests.catalogue import CELLS, initial_state, layer, normal
+from tests.catalogue import CELLS, INTEGRATORS, Sizes, initial_state, layer, normal
 
 every_cell = pytest.mark.parametrize("cell", CELLS)
 KINDS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
@@ -142,6 +143,16 @@ def test_frozen_parameters_get_no_gradient():
     rnn(torch.randn(4, 2, 5))[0].sum().backward()
     assert frozen.grad is None
     assert all(p.grad is not None for p in rnn.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["mi", "bilinear", "hypernetwork", "sum", "through-krause", "swapped"])
+def test_integrators_are_traced_and_compiled_whole(name):
+    f = INTEGRATORS[name](Sizes(7, 5, 3)).double()
+    torch.compiler.reset()  # all integrators share one `forward`, and recompilations of one function are limited
+    whole = torch.compile(f, backend="eager", fullgraph=True)
+    for x, z in ((normal(4, 7), normal(4, 5, seed=2)), (normal(2, 1, 7), normal(4, 5, seed=2))):
+        torch.testing.assert_close(whole(x, z), f(x, z), rtol=0, atol=0)
+        torch.testing.assert_close(make_fx(f)(x, z)(x, z), f(x, z), rtol=0, atol=0)
 
 
 # Dynamo warns of what it does itself: it looks at a result's .grad.

@@ -9,7 +9,7 @@ from torch import Tensor
 from multint.cells.base import Cell, HiddenState
 from multint.cells.normalisation import built
 from multint.integrators import Integrator, MultiplicativeIntegration
-from multint.integrators.init import vector
+from multint.integrators.vectors import vector
 
 
 class GRUCell(Cell):

@@ -24,8 +24,6 @@ class Normalised(Integrator):
     def __init__(self, integrator: Integrator) -> None:
         super().__init__(integrator.x_features, integrator.z_features, integrator.out_features)
         self.integrator = integrator
-        self.x_weights = tuple(f"integrator.{name}" for name in integrator.x_weights)
-        self.z_weights = tuple(f"integrator.{name}" for name in integrator.z_weights)
         products = [module for module in integrator.modules() if isinstance(module, nn.Linear | TensorProduct)]
         widths = [product.out_features for product in products]
         if not widths or min(widths) == 1:
@@ -36,7 +34,7 @@ class Normalised(Integrator):
             product.norm = nn.LayerNorm(product.out_features, bias=False)
             product.register_forward_hook(_normalise)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from multint.cells import Cell, LSTMCell
 from multint.engines.choice import ENGINES, Explanation, explain
 from multint.errors import OptionError, ShapeError
-from multint.integrators.base import positive
+from multint.integrators.checks import positive
 from multint.recurrent.masks import Masked, locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
 
