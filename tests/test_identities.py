@@ -23,7 +23,7 @@ from multint import (
     scan,
 )
 from multint.cells import HiddenState, LSTMState
-from multint.integrators import Krause
+from multint.integrators import Krause, Normalised
 from tests.catalogue import normal, randomise
 
 X, Z, OUT = 7, 5, 3
@@ -91,6 +91,18 @@ def test_pairwise_of_three_streams():
         f(x, z)
     with pytest.raises(MultintError, match=r"stream 2 has 5 features, expected 4 \(features\[2\]\)"):
         f(x, z, z)
+
+
+def test_a_normalised_additive_block_is_layer_normalisation_of_each_projection():
+    """Ba et al. 2016: LN(Wx; γ1) + LN(Uz; γ2) + b."""
+    f = randomise(Normalised(X, Z, OUT, integrator=Additive).double())
+    wx, uz = f.integrator.x_projection, f.integrator.z_projection
+    expected = f.integrator.bias
+    for stream, part in ((x, wx), (z, uz)):
+        p = stream @ part.weight.T
+        centred = p - p.mean(-1, keepdim=True)
+        expected = expected + part.norm.weight * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    exact(f(x, z), expected)
 
 
 def test_diagonal_starts_at_the_identity():

@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
 from multint.cells import LSTMState
+from multint.integrators import Normalised
 from tests.catalogue import CELLS, INTEGRATORS, Sizes, initial_state, layer, normal
 
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -82,7 +83,8 @@ def test_bf16_autocast_keeps_the_products_dtype(cell):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_regularised_layers_keep_their_dtypes_under_autocast(kind):
-    rnn = KINDS[kind](5, 7, 2, zoneout=0.2, state_dropout=0.2, input_dropout=0.2, weight_drop=0.2, layer_norm=True)
+    noise = dict.fromkeys(("zoneout", "state_dropout", "input_dropout", "weight_drop"), 0.2)
+    rnn = KINDS[kind](5, 7, 2, integrator=Normalised, **noise)
     for training in (True, False):
         rnn.train(training)
         with torch.autocast("cpu", torch.bfloat16):

@@ -16,6 +16,7 @@ from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
 from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
+from multint.integrators.normalised import Normalised
 from multint.integrators.pairwise import Pairwise
 from multint.integrators.terms import Terms
 
@@ -33,6 +34,7 @@ __all__ = [
     "LowRank",
     "MultilinearRank",
     "MultiplicativeIntegration",
+    "Normalised",
     "Pairwise",
     "Scaled",
     "Sum",
