@@ -355,6 +355,49 @@ def test_a_layer_prints_what_differs_from_the_default():
     )
 
 
+def test_the_explanation_of_a_layer_prints_its_directions():
+    rnn = LSTM(5, 7, 2, bidirectional=True)
+    with pytest.raises(MultintError, match="has not run"):
+        rnn.explain()
+    rnn(torch.ones(3, 2, 5))
+    explained = rnn.explain()
+    assert len(explained) == 4
+    assert [one.engine for one in explained] == ["loop"] * 4
+    assert str(explained[0].reason) in str(explained)
+    names = [line for line in str(explained).splitlines() if not line.startswith(" ")]
+    assert names == ["layer 0", "layer 0, backward", "layer 1", "layer 1, backward"]
+    assert "object at" not in f"{explained} {explained!r}"
+
+
+def test_a_layer_that_loops_by_name_says_so_at_any_time():
+    rnn = LSTM(5, 7, engine="loop")
+    assert str(rnn.explain()).splitlines() == ["layer 0", "  engine: loop", "  asked for"]
+    rnn = LSTM(5, 7)
+    rnn(torch.ones(3, 2, 5))
+    rnn.engine = "loop"
+    assert rnn.explain()[0].reason == "asked for"
+
+
+def test_what_a_direction_does_depends_on_its_streams_alone():
+    """Without a mask zoneout takes the mean, in training too, so that a trace of the step holds for both."""
+    rnn = LSTM(5, 7, zoneout=0.3).double()
+    direction = rnn.directions[0]
+    x, state = normal(B, 5), LSTMState(normal(B, 7, seed=2), normal(B, 7, seed=3))
+    new = direction.step({"x": x}, state)
+    exact(new, direction.eval().step({"x": x}, state))
+    exact(new.c, 0.3 * state.c + 0.7 * direction.cell.step(x, state).c)
+
+
+def test_a_matrix_in_two_places_is_dropped_once():
+    def twice(x, z, o):
+        f = Additive(x, z, o)
+        return f @ Additive(x, z, z) + f
+
+    rnn = RNN(5, 7, integrator=twice, weight_drop=0.5)
+    assert len(rnn.directions[0].dropped_weights) == 2
+    rnn(torch.ones(T, B, 5))
+
+
 def test_dropout_without_effect_warns():
     with pytest.warns(UserWarning, match="no effect with num_layers=1"):
         LSTM(5, 7, dropout=0.5)
