@@ -77,6 +77,21 @@ def test_pairwise_of_two_streams_is_mi():
     g.alphas[0].data, g.betas[0].data, g.betas[1].data = f.alpha.data, f.beta2.data, f.beta1.data
     g.bias.data = f.bias.data
     exact(g(x, z), f(x, z))
+    dense, W = f.terms(), g.terms().W[0, 1]
+    exact((W.transpose(1, 2), g.terms().U[1], g.terms().U[0], g.terms().b), tuple(dense))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("bias", [0.5, None])
+def test_pairwise_equals_its_dense_form_for_any_number_of_streams(k, bias):
+    sizes = (X, Z, 4, 6)[:k]
+    f = randomise(Pairwise(sizes, OUT, bias=bias).double())
+    streams = [normal(6, n, seed=n) for n in sizes]
+    terms = f.terms()
+    assert [tuple(W.shape) for W in terms.W.values()] == [(OUT, m, n) for m, n in itertools.combinations(sizes, 2)]
+    exact(terms(*streams), f(*streams))
+    ours = torch.autograd.grad(terms(*streams).square().sum(), list(f.parameters()))
+    exact(ours, torch.autograd.grad(f(*streams).square().sum(), list(f.parameters())))
 
 
 def test_pairwise_of_three_streams():

@@ -237,7 +237,19 @@ def test_wrong_settings_say_what_was_expected(make, message):
         make()
 
 
-@pytest.mark.parametrize("operate", [lambda f: f + 1, lambda f: f * "a", lambda f: f @ 2, lambda f: f * f])
+@pytest.mark.parametrize(
+    "operate",
+    [
+        lambda f: f + 1,
+        lambda f: f - 1,
+        lambda f: 1 - f,
+        lambda f: f * "a",
+        lambda f: f @ 2,
+        lambda f: f * f,
+        lambda f: f / f,
+        lambda f: 1 / f,
+    ],
+)
 def test_the_algebra_refuses_what_is_not_an_integrator(operate):
     with pytest.raises(TypeError):
         operate(Additive(7, 5, 3))
@@ -261,6 +273,10 @@ def test_the_operators_build_the_named_compositions():
     assert isinstance(f @ g, Through)
     torch.testing.assert_close((f + g)(x, z), f(x, z) + g(x, z))
     torch.testing.assert_close((0.3 * f)(x, z), 0.3 * f(x, z))
+    torch.testing.assert_close((f - g)(x, z), f(x, z) - g(x, z))
+    torch.testing.assert_close((-f)(x, z), -f(x, z))
+    torch.testing.assert_close((f / 2)(x, z), f(x, z) / 2)
+    torch.testing.assert_close((f - g / 4).terms()(x, z), f(x, z) - g(x, z) / 4)
     torch.testing.assert_close((f @ g)(x, z), f(x, g(x, z)))
     torch.testing.assert_close(Swapped(f)(z, x), f(x, z))
 

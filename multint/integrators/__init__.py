@@ -17,7 +17,7 @@ from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
 from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
 from multint.integrators.normalised import Normalised
-from multint.integrators.pairwise import Pairwise
+from multint.integrators.pairwise import Pairwise, PairwiseTerms
 from multint.integrators.terms import Terms
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "MultiplicativeIntegration",
     "Normalised",
     "Pairwise",
+    "PairwiseTerms",
     "Scaled",
     "Sum",
     "Swapped",

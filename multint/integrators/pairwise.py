@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from multint.errors import OptionError, ShapeError
 from multint.integrators.checks import check_features, check_leading, positive
 from multint.integrators.init import Projection, quadratic_root
+from multint.integrators.terms import bias_term
 from multint.integrators.vectors import add_bias, required, vector
+
+
+class PairwiseTerms(NamedTuple):
+    """The dense form of a map of k streams that is affine in each: the linear maps of single streams, U, and the
+    bilinear ones of pairs, W:
+
+    f(s_1 … s_k)_o = Σ_{i<j} Σ_pq s_i[p] W_ij[o,p,q] s_j[q] + Σ_i Σ_p U_i[o,p] s_i[p] + b_o.
+
+    For the two streams (z, x) they are the W, U and V of `Terms`.
+    """
+
+    W: dict[tuple[int, int], Tensor]  # (O, F_i, F_j) for every pair i < j, counted from 0
+    U: tuple[Tensor, ...]  # (O, F_i) for every stream
+    b: Tensor  # (O,)
+
+    def __call__(
+        self,
+        *streams: Tensor,  # (..., F_i)
+    ) -> Tensor:  # (..., O)
+        """Evaluate the dense form; the oracle of a test, not a fast path."""
+        pairs = (torch.einsum("...p,opq,...q->...o", streams[i], W, streams[j]) for (i, j), W in self.W.items())
+        return sum(pairs, self.b) + sum(s @ U.T for s, U in zip(streams, self.U, strict=True))
 
 
 class Pairwise(nn.Module):
@@ -68,6 +93,18 @@ class Pairwise(nn.Module):
         for term in singles[1:] + products:
             y = y + term
         return add_bias(y, self.bias)
+
+    def terms(self) -> PairwiseTerms:
+        """The dense form, differentiable with respect to the parameters: for study, not for speed."""
+        matrices: list[Tensor] = [part.weight for part in self.projections]  # type: ignore[misc]
+        return PairwiseTerms(
+            W={
+                (i, j): torch.einsum("o,op,oq->opq", alpha, matrices[i], matrices[j])
+                for alpha, (i, j) in zip(self.alphas, self.pairs, strict=True)
+            },
+            U=tuple(beta[:, None] * matrix for beta, matrix in zip(self.betas, matrices, strict=True)),
+            b=bias_term(self.bias, matrices[0]),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.features}, {self.out_features}"
