@@ -29,7 +29,7 @@ from multint import (
     Tucker,
 )
 from multint.cells import HiddenState
-from multint.integrators import Krause
+from multint.integrators import Krause, Normalised
 
 Factory = Callable[[int, int, int], Integrator]
 
@@ -60,7 +60,7 @@ def through_x_free(x: int, z: int, o: int) -> Integrator:
     """Bi-affine although the outer map multiplies: the inner one does not depend on x."""
     inner = Additive(x, z, 6)
     inner.x_projection.weight.requires_grad_(False).zero_()
-    return MultiplicativeIntegration(x, 6, o) @ inner
+    return MultiplicativeIntegration(x, 6, o) @ (2**0.5 * inner)  # half of its variance was x's
 
 
 def mixed_sum(x: int, z: int, o: int) -> Integrator:
@@ -91,6 +91,8 @@ INTEGRATORS: dict[str, Case] = {
     "hypernetwork-low-rank": Case(partial(Hypernetwork, features=6, head=low_rank)),
     "hypernetwork-diagonal": Case(partial(Hypernetwork, features=6, head=Diagonal), square=True),
     "hypernetwork-linear": Case(partial(Hypernetwork, features=6, network=nn.Linear)),
+    "normalised": Case(Normalised),
+    "normalised-bilinear": Case(Normalised.of(Bilinear, norm=partial(nn.LayerNorm, elementwise_affine=False))),
     "sum": Case(mixed_sum),
     "sum-gated": Case(gated_sum),
     "through-krause": Case(Krause),
@@ -110,8 +112,6 @@ class LeakyState(NamedTuple):
 class LeakyCell(Cell):
     """A user's own cell, with two states of different widths and weights outside any integrator."""
 
-    State = LeakyState
-
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size)
         self.meet = MultiplicativeIntegration(input_size, hidden_size, hidden_size + 2)
@@ -128,8 +128,6 @@ class LeakyCell(Cell):
 class DecayCell(Cell):
     """h' = a(x) ⊙ h + b(x): a diagonal integrator with the streams swapped, the whole step linear in the state."""
 
-    State = HiddenState
-
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size)
         self.decay = Swapped(Diagonal(hidden_size, input_size, hidden_size))
@@ -144,19 +142,19 @@ class DecayCell(Cell):
 CELLS: dict[str, Callable[[int, int], Cell]] = {
     **{f"rnn-{name}": partial(RNNCell, integrator=f) for name, f in IN_CELLS.items()},
     "rnn-linear": partial(RNNCell, activation=nn.Identity()),
-    "rnn-relu-norm": partial(RNNCell, activation=torch.relu, layer_norm=True),
+    "rnn-relu-norm": partial(RNNCell, integrator=Normalised, activation=torch.relu),
     **{
         f"lstm-{name}": partial(LSTMCell, integrator=IN_CELLS[name])
         for name in ("additive", "mi", "bilinear", "concat")
     },
     "lstm-peepholes": partial(LSTMCell, peepholes=True, forget_bias=1.0),
     "lstm-projected": partial(LSTMCell, proj_size=3),
-    "lstm-norm": partial(LSTMCell, layer_norm=True, peepholes=True),
+    "lstm-norm": partial(LSTMCell, integrator=Normalised, peepholes=True, memory_norm=nn.LayerNorm),
     "lstm-krause": partial(LSTMCell, integrator=Krause),
     **{f"gru-{name}": partial(GRUCell, integrator=IN_CELLS[name]) for name in ("additive", "mi", "low-rank", "gated")},
     "gru-after": partial(GRUCell, reset_after=True),
     "gru-after-additive": partial(GRUCell, integrator=Additive, reset_after=True),
-    "gru-norm": partial(GRUCell, layer_norm=True, reset_after=True),
+    "gru-norm": partial(GRUCell, integrator=Normalised, reset_after=True),
     "own-leaky": LeakyCell,
     "own-decay": DecayCell,
 }

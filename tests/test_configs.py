@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import multint
 from experiments.cli import CONFIGS, main
 from experiments.tasks import LanguageModelling
 from experiments.training import TrainingCommands
@@ -65,6 +66,55 @@ def test_one_option_swaps_the_integrator_whatever_the_config_named():
     with torch.device("meta"):
         cell = commands.model._build_network(27).recurrent.directions[0].cell
     assert type(cell.gates).__name__ == "LowRank"
+
+
+def recurrent(*options):
+    commands = built(CONFIGS / "quickstart.yaml", *options)
+    with torch.device("meta"):
+        return commands.model._build_network(97).recurrent
+
+
+def test_a_config_normalises_any_integrator_by_a_class():
+    option = "--model.network.recurrent.cell.integrator"
+    gates = recurrent(f"{option}=Normalised", f"{option}.integrator=LowRank", f"{option}.integrator.rank=16")
+    gates = gates.directions[0].cell.gates
+    assert [type(f).__name__ for f in (gates, gates.integrator)] == ["Normalised", "LowRank"]
+    assert gates.integrator.rank == 16
+    assert isinstance(gates.integrator.x_factor.norm, torch.nn.LayerNorm)
+    cell = "--model.network.recurrent.cell"
+    norms = f"{option}=Normalised", f"{option}.norm=torch.nn.RMSNorm", f"{cell}.memory_norm=torch.nn.LayerNorm"
+    cell = recurrent(*norms).directions[0].cell
+    assert isinstance(cell.gates.integrator.x_projection.norm, torch.nn.RMSNorm)
+    assert isinstance(cell.memory_norm, torch.nn.LayerNorm)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_a_config_names_a_drop_in_with_its_options(kind, tmp_path):
+    """The layer itself in the hole of the whole recurrent stack."""
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"""
+        model:
+          network:
+            recurrent:
+              class_path: multint.{kind}
+              init_args:
+                hidden_size: 32
+                num_layers: 2
+                integrator: Additive
+                zoneout: 0.1
+                input_dropout: 0.2
+                state_dropout: 0.3
+                weight_drop: 0.4
+                engine: loop
+        """
+    )
+    layer = recurrent("--config", str(config))
+    assert type(layer) is getattr(multint, kind)
+    assert (layer.hidden_size, layer.num_layers, layer.input_dropout, layer.engine) == (32, 2, 0.2, "loop")
+    direction = layer.directions[0]
+    assert direction.zoneout["h"] == 0.1
+    assert (direction.state_dropout, direction.weight_drop) == (0.3, 0.4)
 
 
 def test_the_overview_shows_the_commands_and_the_configs(capsys):

@@ -23,7 +23,7 @@ from multint import (
     scan,
 )
 from multint.cells import HiddenState, LSTMState
-from multint.integrators import Krause
+from multint.integrators import Krause, Normalised
 from tests.catalogue import normal, randomise
 
 X, Z, OUT = 7, 5, 3
@@ -77,6 +77,21 @@ def test_pairwise_of_two_streams_is_mi():
     g.alphas[0].data, g.betas[0].data, g.betas[1].data = f.alpha.data, f.beta2.data, f.beta1.data
     g.bias.data = f.bias.data
     exact(g(x, z), f(x, z))
+    dense, W = f.terms(), g.terms().W[0, 1]
+    exact((W.transpose(1, 2), g.terms().U[1], g.terms().U[0], g.terms().b), tuple(dense))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("bias", [0.5, None])
+def test_pairwise_equals_its_dense_form_for_any_number_of_streams(k, bias):
+    sizes = (X, Z, 4, 6)[:k]
+    f = randomise(Pairwise(sizes, OUT, bias=bias).double())
+    streams = [normal(6, n, seed=n) for n in sizes]
+    terms = f.terms()
+    assert [tuple(W.shape) for W in terms.W.values()] == [(OUT, m, n) for m, n in itertools.combinations(sizes, 2)]
+    exact(terms(*streams), f(*streams))
+    ours = torch.autograd.grad(terms(*streams).square().sum(), list(f.parameters()))
+    exact(ours, torch.autograd.grad(f(*streams).square().sum(), list(f.parameters())))
 
 
 def test_pairwise_of_three_streams():
@@ -91,6 +106,18 @@ def test_pairwise_of_three_streams():
         f(x, z)
     with pytest.raises(MultintError, match=r"stream 2 has 5 features, expected 4 \(features\[2\]\)"):
         f(x, z, z)
+
+
+def test_a_normalised_additive_block_is_layer_normalisation_of_each_projection():
+    """Ba et al. 2016: LN(Wx; γ1) + LN(Uz; γ2) + b."""
+    f = randomise(Normalised(X, Z, OUT, integrator=Additive).double())
+    wx, uz = f.integrator.x_projection, f.integrator.z_projection
+    expected = f.integrator.bias
+    for stream, part in ((x, wx), (z, uz)):
+        p = stream @ part.weight.T
+        centred = p - p.mean(-1, keepdim=True)
+        expected = expected + part.norm.weight * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    exact(f(x, z), expected)
 
 
 def test_diagonal_starts_at_the_identity():

@@ -25,6 +25,7 @@ from multint import (
     scan,
 )
 from multint.cells import HiddenState, LSTMState
+from multint.integrators import Normalised
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, LAYERS, TYPICAL, initial_state, layer, normal, randomise
 
 T, B = 5, 3
@@ -191,7 +192,7 @@ def test_state_dict_pickle_and_deepcopy_keep_the_function(cell):
 
 
 def test_a_layer_with_all_its_regularisation_pickles():
-    rnn = LSTM(5, 7, integrator=Additive, state_dropout=0.3, weight_drop=0.2, zoneout=0.1, layer_norm=True)
+    rnn = LSTM(5, 7, integrator=Normalised.of(Additive), state_dropout=0.3, weight_drop=0.2, zoneout=0.1)
     for other in (pickle.loads(pickle.dumps(rnn)), copy.deepcopy(rnn)):
         torch.manual_seed(0)
         expected = rnn(normal(T, B, 5).float())[0]
@@ -300,8 +301,11 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
         (lambda: LSTM(5, 7, bias=False, integrator=lambda x, z, o: Additive(x, z, o)), "cannot be told"),
         (lambda: LSTM(5, 7, integrator=lambda x, z, o: Additive(x, z, z)), r"of the sizes \(X, Z, O\) = \(5, 7, 7\)"),
         (lambda: LSTM(5, 7, integrator=torch.nn.Bilinear), "gives a Bilinear, expected a multint.Integrator"),
-        (lambda: LSTM(5, 1, layer_norm=True), "layer_norm of a memory of one feature"),
-        (lambda: RNN(5, 7, integrator=partial(LowRank, rank=1), layer_norm=True), "a product of width 1"),
+        (lambda: LSTM(5, 1, memory_norm=torch.nn.LayerNorm), "LSTMCell: memory_norm is the layer normalisation of one"),
+        (
+            lambda: RNN(5, 7, integrator=Normalised.of(LowRank, rank=1)),
+            "Normalised: norm is the layer normalisation of one",
+        ),
         (lambda: Recurrent(5, 7, torch.nn.LSTMCell), "cell gives a LSTMCell, expected a multint.Cell"),
         (lambda: Recurrent(5, 7, LSTMCell(5, 7)), "expected a factory"),
         (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
@@ -351,6 +355,49 @@ def test_a_layer_prints_what_differs_from_the_default():
     )
 
 
+def test_the_explanation_of_a_layer_prints_its_directions():
+    rnn = LSTM(5, 7, 2, bidirectional=True)
+    with pytest.raises(MultintError, match="has not run"):
+        rnn.explain()
+    rnn(torch.ones(3, 2, 5))
+    explained = rnn.explain()
+    assert len(explained) == 4
+    assert [one.engine for one in explained] == ["loop"] * 4
+    assert str(explained[0].reason) in str(explained)
+    names = [line for line in str(explained).splitlines() if not line.startswith(" ")]
+    assert names == ["layer 0", "layer 0, backward", "layer 1", "layer 1, backward"]
+    assert "object at" not in f"{explained} {explained!r}"
+
+
+def test_a_layer_that_loops_by_name_says_so_at_any_time():
+    rnn = LSTM(5, 7, engine="loop")
+    assert str(rnn.explain()).splitlines() == ["layer 0", "  engine: loop", "  asked for"]
+    rnn = LSTM(5, 7)
+    rnn(torch.ones(3, 2, 5))
+    rnn.engine = "loop"
+    assert rnn.explain()[0].reason == "asked for"
+
+
+def test_what_a_direction_does_depends_on_its_streams_alone():
+    """Without a mask zoneout takes the mean, in training too, so that a trace of the step holds for both."""
+    rnn = LSTM(5, 7, zoneout=0.3).double()
+    direction = rnn.directions[0]
+    x, state = normal(B, 5), LSTMState(normal(B, 7, seed=2), normal(B, 7, seed=3))
+    new = direction.step({"x": x}, state)
+    exact(new, direction.eval().step({"x": x}, state))
+    exact(new.c, 0.3 * state.c + 0.7 * direction.cell.step(x, state).c)
+
+
+def test_a_matrix_in_two_places_is_dropped_once():
+    def twice(x, z, o):
+        f = Additive(x, z, o)
+        return f @ Additive(x, z, z) + f
+
+    rnn = RNN(5, 7, integrator=twice, weight_drop=0.5)
+    assert len(rnn.directions[0].dropped_weights) == 2
+    rnn(torch.ones(T, B, 5))
+
+
 def test_dropout_without_effect_warns():
     with pytest.warns(UserWarning, match="no effect with num_layers=1"):
         LSTM(5, 7, dropout=0.5)
@@ -397,8 +444,9 @@ def test_a_cell_without_step_or_initial_state_cannot_be_built():
 @pytest.mark.parametrize("kind", [RNNCell, LSTMCell, GRUCell])
 def test_a_cells_factory_settings_reach_it(kind):
     """A cell is configured by a partial, as it would be from a file."""
-    rnn = Recurrent(5, 7, partial(kind, integrator=Additive, layer_norm=True))
+    rnn = Recurrent(5, 7, partial(kind, integrator=Normalised.of(Additive, bias=1.0)))
     assert any(isinstance(module, torch.nn.LayerNorm) for module in rnn.modules())
+    assert all(p.eq(1).all() for name, p in rnn.named_parameters() if name.endswith("integrator.bias"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rnn(torch.ones(2, 3, 5))

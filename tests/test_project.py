@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_imports_follow_the_arrows(path):
             assert any(module == name or module.startswith(f"{name}.") for name in allowed), module
         elif folder.startswith("multint"):
             assert top in LIBRARIES or top in sys.stdlib_module_names, module
+
+
+@pytest.mark.parametrize("folder", ["integrators", "cells", "recurrent"])
+def test_imports_within_a_folder_run_in_no_circle(folder):
+    """Wherever in a file they stand: in a function and for the type checker alone too."""
+    paths = [path for path in MODULES if path.parent == ROOT / "multint" / folder]
+    dotted = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    graph = {name: dotted.keys() & set(imports(path)) for name, path in dotted.items()}
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 def test_the_public_names_are_few_exist_and_say_what_they_are():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
 from multint.cells import LSTMState
-from tests.catalogue import CELLS, initial_state, layer, normal
+from multint.integrators import Normalised
+from tests.catalogue import CELLS, INTEGRATORS, Sizes, initial_state, layer, normal
 
 every_cell = pytest.mark.parametrize("cell", CELLS)
 KINDS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
@@ -81,7 +83,8 @@ def test_bf16_autocast_keeps_the_products_dtype(cell):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_regularised_layers_keep_their_dtypes_under_autocast(kind):
-    rnn = KINDS[kind](5, 7, 2, zoneout=0.2, state_dropout=0.2, input_dropout=0.2, weight_drop=0.2, layer_norm=True)
+    noise = dict.fromkeys(("zoneout", "state_dropout", "input_dropout", "weight_drop"), 0.2)
+    rnn = KINDS[kind](5, 7, 2, integrator=Normalised, **noise)
     for training in (True, False):
         rnn.train(training)
         with torch.autocast("cpu", torch.bfloat16):
@@ -142,6 +145,16 @@ def test_frozen_parameters_get_no_gradient():
     rnn(torch.randn(4, 2, 5))[0].sum().backward()
     assert frozen.grad is None
     assert all(p.grad is not None for p in rnn.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["mi", "bilinear", "hypernetwork", "sum", "through-krause", "swapped"])
+def test_integrators_are_traced_and_compiled_whole(name):
+    f = INTEGRATORS[name](Sizes(7, 5, 3)).double()
+    torch.compiler.reset()  # all integrators share one `forward`, and recompilations of one function are limited
+    whole = torch.compile(f, backend="eager", fullgraph=True)
+    for x, z in ((normal(4, 7), normal(4, 5, seed=2)), (normal(2, 1, 7), normal(4, 5, seed=2))):
+        torch.testing.assert_close(whole(x, z), f(x, z), rtol=0, atol=0)
+        torch.testing.assert_close(make_fx(f)(x, z)(x, z), f(x, z), rtol=0, atol=0)
 
 
 # Dynamo warns of what it does itself: it looks at a result's .grad.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multint.integrators.base import positive
+from multint.integrators.checks import positive
 
 
 class HiddenState(NamedTuple):

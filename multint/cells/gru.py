@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from multint.cells.base import Cell, HiddenState
-from multint.cells.normalisation import built
 from multint.integrators import Integrator, MultiplicativeIntegration
-from multint.integrators.init import vector
+from multint.integrators.base import build
+from multint.integrators.vectors import vector
 
 
 class GRUCell(Cell):
@@ -24,12 +24,10 @@ class GRUCell(Cell):
         integrator: factory `(X, H, O) -> Integrator`, used for the gates (O = 2H) and for the candidate f (O = H).
         reset_after: apply the reset after the product.
         recurrent_bias: what b_r starts at; None leaves it out. Only the reset after the product has it.
-        layer_norm: normalise each projection in the gates and in the candidate (Ba et al. 2016).
 
     Source: Wu et al. 2016, A.2 (before); Cho et al. 2014 as in `nn.GRU` (after).
     """
 
-    State = HiddenState
     gate_names = ("r", "z")
 
     def __init__(
@@ -39,11 +37,10 @@ class GRUCell(Cell):
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
         reset_after: bool = False,
         recurrent_bias: float | None = 0.0,
-        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        self.gates = built(integrator, input_size, hidden_size, len(self.gate_names) * hidden_size, layer_norm)
-        self.candidate = built(integrator, input_size, hidden_size, hidden_size, layer_norm)
+        self.gates = build(self, "integrator", integrator, input_size, hidden_size, len(self.gate_names) * hidden_size)
+        self.candidate = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
         self.reset_after = reset_after
         self.recurrent_bias = vector(self, "recurrent_bias", recurrent_bias, hidden_size) if reset_after else None
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from multint.cells.base import Cell
-from multint.cells.normalisation import built
 from multint.errors import OptionError
 from multint.integrators import Integrator, MultiplicativeIntegration
+from multint.integrators.base import build
+from multint.integrators.normalised import normalisation
 
 
 class LSTMState(NamedTuple):
@@ -31,13 +32,13 @@ class LSTMCell(Cell):
         peepholes: add p_i ⊙ c to i, p_f ⊙ c to f and p_o ⊙ c' to o, with learnt vectors that start at 0.
         forget_bias: a constant added to f.
         proj_size: P > 0 makes h' = R(σ(o) ⊙ tanh(c')) with a learnt R (P, H), as `nn.LSTM` does.
-        layer_norm: normalise each projection in the gates, and c' where h' reads it (Ba et al. 2016).
+        memory_norm: factory `(H) -> module` of a norm of c' where h' reads it, such as `torch.nn.LayerNorm`; None for
+            none. The gates are normalised by their integrator, `Normalised` (Ba et al. 2016 do both).
 
     Raises: OptionError for a proj_size that is not in 0 … H−1.
     Source: Wu et al. 2016, A.1; Gers and Schmidhuber 2000 for the peepholes; Sak et al. 2014 for the projection.
     """
 
-    State = LSTMState
     gate_names = ("i", "f", "g", "o")
 
     def __init__(
@@ -48,22 +49,20 @@ class LSTMCell(Cell):
         peepholes: bool = False,
         forget_bias: float = 0.0,
         proj_size: int = 0,
-        layer_norm: bool = False,
+        memory_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size)
         if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
             raise OptionError(f"LSTMCell: proj_size is {proj_size}, expected 0 (none) to {hidden_size - 1}")
-        if layer_norm and hidden_size == 1:
-            raise OptionError(
-                "LSTMCell: layer_norm of a memory of one feature is always 0; expected hidden_size above 1"
-            )
         self.output_size = proj_size or hidden_size
         self.forget_bias = forget_bias
         width = len(self.gate_names) * hidden_size
-        self.gates = built(integrator, input_size, self.output_size, width, layer_norm)
+        self.gates = build(self, "integrator", integrator, input_size, self.output_size, width)
         self.peepholes = nn.Parameter(torch.zeros(3, hidden_size)) if peepholes else None  # to i, f and o
         self.projection = nn.Linear(hidden_size, proj_size, bias=False) if proj_size else None
-        self.memory_norm = nn.LayerNorm(hidden_size) if layer_norm else None
+        self.memory_norm: nn.Module | None = None
+        if memory_norm is not None:
+            self.memory_norm = normalisation(self, "memory_norm", memory_norm, hidden_size)
 
     def step(
         self,

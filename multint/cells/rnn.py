@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from multint.cells.base import Cell, HiddenState
-from multint.cells.normalisation import built
 from multint.integrators import Integrator, MultiplicativeIntegration
+from multint.integrators.base import build
 
 
 class RNNCell(Cell):
@@ -22,12 +22,9 @@ class RNNCell(Cell):
     Args:
         integrator: factory `(X, H, H) -> Integrator` of f.
         activation: φ, elementwise.
-        layer_norm: normalise each projection in f (Ba et al. 2016).
 
     Source: Wu et al. 2016, section 2.2.
     """
-
-    State = HiddenState
 
     def __init__(
         self,
@@ -35,10 +32,9 @@ class RNNCell(Cell):
         hidden_size: int,
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
         activation: Callable[[Tensor], Any] = torch.tanh,  # -> Any: jsonargparse takes -> Tensor for a class to build
-        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        self.integrator = built(integrator, input_size, hidden_size, hidden_size, layer_norm)
+        self.integrator = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
         self.activation = activation
 
     def step(

@@ -8,14 +8,17 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 """
 
 from multint.integrators.additive import Additive, Concat
-from multint.integrators.base import BiAffine, Integrator, Terms, outermost_integrators
+from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, outermost_integrators
 from multint.integrators.bilinear import Bilinear
-from multint.integrators.compose import Krause, Scaled, Sum, Swapped, Through
+from multint.integrators.compose import Krause, Swapped
 from multint.integrators.diagonal import Diagonal, Gated
 from multint.integrators.factored import LowRank, Tucker
-from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration, Pairwise
+from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
 from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
+from multint.integrators.normalised import Normalised
+from multint.integrators.pairwise import Pairwise, PairwiseTerms
+from multint.integrators.terms import Terms
 
 __all__ = [
     "Additive",
@@ -31,7 +34,9 @@ __all__ = [
     "LowRank",
     "MultilinearRank",
     "MultiplicativeIntegration",
+    "Normalised",
     "Pairwise",
+    "PairwiseTerms",
     "Scaled",
     "Sum",
     "Swapped",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multint.integrators.base import BiAffine, Terms
-from multint.integrators.init import fill, projection, share, vector
+from multint.integrators.base import BiAffine
+from multint.integrators.init import Projection, fill, share
+from multint.integrators.terms import Terms, bias_term
+from multint.integrators.vectors import add_bias, vector
 
 
 class Additive(BiAffine):
@@ -20,9 +22,6 @@ class Additive(BiAffine):
     Source: Wu et al. 2016, eq. 1.
     """
 
-    x_weights = ("x_projection.weight",)
-    z_weights = ("z_projection.weight",)
-
     def __init__(
         self,
         x_features: int,
@@ -31,16 +30,15 @@ class Additive(BiAffine):
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        self.x_projection = projection(x_features, out_features, variance=0.5)
-        self.z_projection = projection(z_features, out_features, variance=0.5)
+        self.x_projection = Projection("x", x_features, out_features, variance=0.5)
+        self.z_projection = Projection("z", z_features, out_features, variance=0.5)
         self.bias = vector(self, "bias", bias, out_features)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         return add_bias(self.x_projection(x) + self.z_projection(z), self.bias)
 
     def terms(self) -> Terms:
@@ -57,9 +55,6 @@ class Concat(BiAffine):
     Source: Jayakumar et al. 2020, the standard practice.
     """
 
-    x_weights = ("projection.weight",)
-    z_weights = ("projection.weight",)
-
     def __init__(
         self,
         x_features: int,
@@ -68,19 +63,18 @@ class Concat(BiAffine):
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        self.projection = projection(x_features + z_features, out_features)
+        self.projection = Projection("xz", x_features + z_features, out_features)
         # As in Additive, the two streams have an equal share of the output's variance, whatever their sizes.
         x_part, z_part = self.projection.weight.split([x_features, z_features], dim=1)
         fill(x_part, share(True, True) / x_features)
         fill(z_part, share(True, True) / z_features)
         self.bias = vector(self, "bias", bias, out_features)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         leading = torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
         both = torch.cat([x.expand(*leading, -1), z.expand(*leading, -1)], dim=-1)
         return add_bias(self.projection(both), self.bias)
@@ -88,13 +82,3 @@ class Concat(BiAffine):
     def terms(self) -> Terms:
         V, U = self.projection.weight.split([self.x_features, self.z_features], dim=1)
         return Terms(U.new_zeros(self.out_features, self.z_features, self.x_features), U, V, bias_term(self.bias, U))
-
-
-def add_bias(y: Tensor, bias: nn.Parameter | None) -> Tensor:
-    """y + b in y's dtype: under autocast a float32 vector must not promote what the products computed."""
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def bias_term(bias: nn.Parameter | None, like: Tensor) -> Tensor:
-    """The dense form's b: the bias, or zeros (O,) where there is none."""
-    return like.new_zeros(like.shape[0]) if bias is None else bias

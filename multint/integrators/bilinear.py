@@ -9,23 +9,27 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from multint.integrators.additive import add_bias, bias_term
-from multint.integrators.base import BiAffine, Terms
-from multint.integrators.init import fill, projection, share, vector
+from multint.integrators.base import BiAffine
+from multint.integrators.init import Projection, fill, share
+from multint.integrators.terms import Terms, bias_term
+from multint.integrators.vectors import add_bias, vector
 from multint.products import product
 
 
 class TensorProduct(nn.Module):
     """y_o = Σ_ij z_i W[o,i,j] x_j: the bilinear part alone, with one weight (O, Z, X).
 
-    Shapes: x (..., X), z (..., Z) → (..., O). It is to an integrator's interaction what `nn.Linear` is to a projection.
+    Shapes: x (..., X), z (..., Z) → (..., O). It is to an integrator's interaction what `Projection` is to a
+    stream, and `stream` and `variance` are as there.
     """
 
-    def __init__(self, x_features: int, z_features: int, out_features: int, variance: float = 1.0) -> None:
+    def __init__(self, stream: str, x_features: int, z_features: int, out_features: int, variance: float = 1.0) -> None:
         super().__init__()
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, z_features, x_features))
         fill(self.weight, variance / (x_features * z_features))
+        self.x_weights = ("weight",) if "x" in stream else ()
+        self.z_weights = ("weight",) if "z" in stream else ()
 
     def forward(
         self,
@@ -37,16 +41,12 @@ class TensorProduct(nn.Module):
         x_rows, z_rows = x.numel() // x_features, z.numel() // z_features
         # Every order has one product with W; they differ in the intermediate that stands beside it. The smallest is
         # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
-        sizes = {
-            "both": math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features,
-            "x": x_rows * out_features * z_features,
-            "z": z_rows * out_features * x_features,
-        }
-        first = min(sizes, key=sizes.__getitem__)
-        if first == "both":
+        by_outer = math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features
+        by_x, by_z = x_rows * out_features * z_features, z_rows * out_features * x_features
+        if by_outer <= min(by_x, by_z):
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
             return _linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
-        if first == "x":
+        if by_x <= by_z:
             matrix = _linear(x, rearrange(W, "o z x -> (o z) x"))
             matrix = rearrange(matrix, "... (o z) -> ... o z", o=out_features)
             return torch.matmul(matrix, z.unsqueeze(-1)).squeeze(-1)
@@ -89,17 +89,14 @@ class Bilinear(BiAffine):
     ) -> None:
         super().__init__(x_features, z_features, out_features)
         variance = share(True, z_term, x_term)
-        self.interaction = TensorProduct(x_features, z_features, out_features, variance)
+        self.interaction = TensorProduct("xz", x_features, z_features, out_features, variance)
         self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
-        self.x_weights = ("interaction.weight", *(f"lower.{name}" for name in self.lower.x_weights))
-        self.z_weights = ("interaction.weight", *(f"lower.{name}" for name in self.lower.z_weights))
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         return self.lower(self.interaction(x, z), x, z)
 
     def terms(self) -> Terms:
@@ -120,11 +117,9 @@ class LowerOrder(nn.Module):
         variance: float,
     ) -> None:
         super().__init__()
-        self.z_projection = projection(z_features, out_features, variance) if z_term else None
-        self.x_projection = projection(x_features, out_features, variance) if x_term else None
+        self.z_projection = Projection("z", z_features, out_features, variance) if z_term else None
+        self.x_projection = Projection("x", x_features, out_features, variance) if x_term else None
         self.bias = vector(self, "bias", bias, out_features)
-        self.x_weights = ("x_projection.weight",) if x_term else ()
-        self.z_weights = ("z_projection.weight",) if z_term else ()
 
     def forward(
         self,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from multint.errors import OptionError
-from multint.integrators.additive import add_bias
-from multint.integrators.base import BiAffine, Integrator, Terms
-from multint.integrators.init import projection, vector
+from multint.integrators.base import BiAffine, Integrator
+from multint.integrators.init import Projection
+from multint.integrators.terms import Terms
+from multint.integrators.vectors import add_bias, vector
 
 
 class Diagonal(BiAffine):
@@ -19,8 +20,6 @@ class Diagonal(BiAffine):
     Raises: OptionError where out_features differs from x_features.
     Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, the diagonal form.
     """
-
-    z_weights = ("scale_projection.weight", "shift_projection.weight")
 
     def __init__(
         self,
@@ -33,19 +32,16 @@ class Diagonal(BiAffine):
             raise OptionError(
                 f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x"
             )
-        self.scale_projection = nn.Linear(z_features, out_features, bias=False)
-        self.shift_projection = nn.Linear(z_features, out_features, bias=False)
-        nn.init.zeros_(self.scale_projection.weight)
-        nn.init.zeros_(self.shift_projection.weight)
+        self.scale_projection = Projection("z", z_features, out_features, variance=0.0)
+        self.shift_projection = Projection("z", z_features, out_features, variance=0.0)
         self.scale_bias = nn.Parameter(torch.ones(out_features))
         self.shift_bias = nn.Parameter(torch.zeros(out_features))
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         scale = add_bias(self.scale_projection(z), self.scale_bias)
         return torch.addcmul(add_bias(self.shift_projection(z), self.shift_bias), scale, x.to(scale.dtype))
 
@@ -68,9 +64,6 @@ class Gated(Integrator):
     Source: Dauphin et al. 2017.
     """
 
-    x_weights = ("x_projection.weight",)
-    z_weights = ("z_projection.weight",)
-
     def __init__(
         self,
         x_features: int,
@@ -84,15 +77,14 @@ class Gated(Integrator):
         # Var y = (v + c²)·E[σ²] − c²·E[σ]², where v is the variance of Vx.
         c, (mean, second) = bias or 0.0, _sigmoid_moments(bias or 0.0)
         variance = max(1.0 - c**2 * (second - mean**2), 0.0) / second
-        self.x_projection = projection(x_features, out_features, variance)
-        self.z_projection = projection(z_features, out_features)
+        self.x_projection = Projection("x", x_features, out_features, variance)
+        self.z_projection = Projection("z", z_features, out_features)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         return add_bias(self.x_projection(x), self.x_bias) * add_bias(self.z_projection(z), self.z_bias).sigmoid()
 
 

@@ -6,9 +6,11 @@ from opt_einsum import contract
 from torch import Tensor
 
 from multint.errors import OptionError
-from multint.integrators.base import BiAffine, Terms, positive
+from multint.integrators.base import BiAffine
 from multint.integrators.bilinear import LowerOrder, TensorProduct
-from multint.integrators.init import projection, share
+from multint.integrators.checks import positive
+from multint.integrators.init import Projection, share
+from multint.integrators.terms import Terms
 
 
 class LowRank(BiAffine):
@@ -39,19 +41,16 @@ class LowRank(BiAffine):
         super().__init__(x_features, z_features, out_features)
         self.rank = positive(self, "rank", rank)
         variance = share(True, z_term, x_term)
-        self.x_factor = projection(x_features, rank)
-        self.z_factor = projection(z_features, rank)
-        self.out_factor = projection(rank, out_features, variance)
+        self.x_factor = Projection("x", x_features, rank)
+        self.z_factor = Projection("z", z_features, rank)
+        self.out_factor = Projection("", rank, out_features, variance)
         self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
-        self.x_weights = ("x_factor.weight", *(f"lower.{name}" for name in self.lower.x_weights))
-        self.z_weights = ("z_factor.weight", *(f"lower.{name}" for name in self.lower.z_weights))
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         return self.lower(self.out_factor(self.x_factor(x) * self.z_factor(z)), x, z)
 
     def terms(self) -> Terms:
@@ -93,19 +92,16 @@ class Tucker(BiAffine):
             if rank > features:
                 raise OptionError(f"Tucker: {name} is {rank}, expected at most the stream's {features} features")
         variance = share(True, z_term, x_term)
-        self.x_factor = projection(x_features, x_rank)
-        self.z_factor = projection(z_features, z_rank)
-        self.core = TensorProduct(x_rank, z_rank, out_features, variance)
+        self.x_factor = Projection("x", x_features, x_rank)
+        self.z_factor = Projection("z", z_features, z_rank)
+        self.core = TensorProduct("", x_rank, z_rank, out_features, variance)
         self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
-        self.x_weights = ("x_factor.weight", *(f"lower.{name}" for name in self.lower.x_weights))
-        self.z_weights = ("z_factor.weight", *(f"lower.{name}" for name in self.lower.z_weights))
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         return self.lower(self.core(self.x_factor(x), self.z_factor(z)), x, z)
 
     def terms(self) -> Terms:

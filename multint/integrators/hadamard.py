@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multint.errors import OptionError, ShapeError
-from multint.integrators.additive import add_bias, bias_term
-from multint.integrators.base import BiAffine, Terms, check_features, check_leading, positive
-from multint.integrators.init import projection, quadratic_root, vector
+from multint.integrators.base import BiAffine
+from multint.integrators.init import Projection, quadratic_root
+from multint.integrators.terms import Terms, bias_term
+from multint.integrators.vectors import add_bias, required, vector
 
 
 class Hadamard(BiAffine):
@@ -24,9 +21,6 @@ class Hadamard(BiAffine):
 
     Source: Wu et al. 2016, eqs. 2 and 3. β1 multiplies Uz, and β2 multiplies Wx.
     """
-
-    x_weights = ("x_projection.weight",)
-    z_weights = ("z_projection.weight",)
 
     def __init__(
         self,
@@ -43,15 +37,14 @@ class Hadamard(BiAffine):
         self.bias = vector(self, "bias", bias, out_features)
         # The product of the sums has the variance v² + (β1² + β2²)·v when each projection has v.
         variance = quadratic_root(1.0, (x_bias or 0.0) ** 2 + (z_bias or 0.0) ** 2)
-        self.x_projection = projection(x_features, out_features, variance)
-        self.z_projection = projection(z_features, out_features, variance)
+        self.x_projection = Projection("x", x_features, out_features, variance)
+        self.z_projection = Projection("z", z_features, out_features, variance)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         wx = add_bias(self.x_projection(x), self.x_bias)
         uz = add_bias(self.z_projection(z), self.z_bias)
         return add_bias(wx * uz, self.bias)
@@ -79,9 +72,6 @@ class MultiplicativeIntegration(BiAffine):
     Source: Wu et al. 2016, eq. 4.
     """
 
-    x_weights = ("x_projection.weight",)
-    z_weights = ("z_projection.weight",)
-
     def __init__(
         self,
         x_features: int,
@@ -98,15 +88,14 @@ class MultiplicativeIntegration(BiAffine):
         self.beta2 = required(self, "beta2", beta2, out_features)
         self.bias = vector(self, "bias", bias, out_features)
         variance = quadratic_root(alpha**2, beta1**2 + beta2**2)
-        self.x_projection = projection(x_features, out_features, variance)
-        self.z_projection = projection(z_features, out_features, variance)
+        self.x_projection = Projection("x", x_features, out_features, variance)
+        self.z_projection = Projection("z", z_features, out_features, variance)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         wx, uz = self.x_projection(x), self.z_projection(z)
         # Under autocast the float32 vectors must not promote what the products computed. What depends on x alone is
         # kept apart, so that in a scan only one multiply-add per step remains between the product and the gates.
@@ -121,71 +110,3 @@ class MultiplicativeIntegration(BiAffine):
             V=self.beta2[:, None] * V,
             b=bias_term(self.bias, U),
         )
-
-
-class Pairwise(nn.Module):
-    """y = Σ_{i<j} α_ij ⊙ W_i s_i ⊙ W_j s_j + Σ_i β_i ⊙ W_i s_i + b, for k ≥ 2 streams s_1 … s_k.
-
-    Each stream has one projection, shared by its k−1 pairs. For k = 2 it is `MultiplicativeIntegration`, with β in the
-    order of the streams: `betas[0]` multiplies W_1 s_1 and so is that class's β2.
-
-    Shapes: `f(*streams)`, stream i (..., features[i]) → (..., O); the leading shapes broadcast.
-
-    Args:
-        features: the streams' features, at least two.
-        alpha, beta, bias: what the learnt vectors (O,) start at, the same for every pair and every stream.
-
-    Raises: OptionError for fewer than two streams; ShapeError for streams that do not fit.
-    Source: Wu et al. 2016, section 2.1, on k information flows.
-    """
-
-    def __init__(
-        self,
-        features: Sequence[int],
-        out_features: int,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        bias: float | None = 0.0,
-    ) -> None:
-        super().__init__()
-        if len(features) < 2:
-            raise OptionError(f"Pairwise: got {len(features)} streams (features), expected at least 2")
-        self.features = tuple(positive(self, f"features[{i}]", n) for i, n in enumerate(features))
-        self.out_features = positive(self, "out_features", out_features)
-        self.pairs = tuple(combinations(range(len(self.features)), 2))
-        self.alphas = nn.ParameterList(required(self, "alpha", alpha, out_features) for _ in self.pairs)
-        self.betas = nn.ParameterList(required(self, "beta", beta, out_features) for _ in self.features)
-        self.bias = vector(self, "bias", bias, out_features)
-        variance = quadratic_root(alpha**2 * len(self.pairs), beta**2 * len(self.features))
-        self.projections = nn.ModuleList(projection(n, out_features, variance) for n in self.features)
-
-    def forward(
-        self,
-        *streams: Tensor,  # (..., features[i])
-    ) -> Tensor:  # (..., O)
-        if len(streams) != len(self.features):
-            raise ShapeError(f"Pairwise: got {len(streams)} streams, expected {len(self.features)} (features)")
-        for i, (stream, features) in enumerate(zip(streams, self.features, strict=True)):
-            check_features(self, f"stream {i}", stream, features, f"features[{i}]")
-        check_leading(self, *streams)
-        projected = [project(stream) for project, stream in zip(self.projections, streams, strict=True)]
-        singles = [beta.to(p.dtype) * p for beta, p in zip(self.betas, projected, strict=True)]
-        products = [
-            alpha.to(projected[i].dtype) * projected[i] * projected[j]
-            for alpha, (i, j) in zip(self.alphas, self.pairs, strict=True)
-        ]
-        y = singles[0]
-        for term in singles[1:] + products:
-            y = y + term
-        return add_bias(y, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, {self.out_features}"
-
-
-def required(owner: nn.Module, name: str, initial: float, features: int) -> nn.Parameter:
-    """A learnt vector that cannot be left out."""
-    parameter = vector(owner, name, initial, features)
-    if parameter is None:
-        raise OptionError(f"{type(owner).__name__}: {name} is None, expected the number that the vector starts at")
-    return parameter

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from multint.errors import ShapeError
-from multint.integrators.base import Integrator, positive
+from multint.integrators.base import Integrator, build
 from multint.integrators.bilinear import Bilinear
+from multint.integrators.checks import positive
 
 
 def tanh_layer(in_features: int, out_features: int) -> nn.Module:
@@ -28,7 +29,8 @@ class Hypernetwork(Integrator):
         head: factory `(X, G, O) -> Integrator` of the map applied to x.
         network: factory `(Z, G) -> module` of g, (..., Z) → (..., G).
 
-    Raises: OptionError for features below 1; ShapeError where the network does not give G features.
+    Raises: OptionError for features below 1; ShapeError where the network does not give G features, or the head is of
+    other sizes.
     Source: Ha et al. 2017; Jayakumar et al. 2020.
     """
 
@@ -44,24 +46,15 @@ class Hypernetwork(Integrator):
         super().__init__(x_features, z_features, out_features)
         self.features = positive(self, "features", features)
         self.network = network(z_features, features)
-        self.head = head(x_features, features, out_features)
-        sizes = (self.head.x_features, self.head.z_features, self.head.out_features)
-        if sizes != (x_features, features, out_features):
-            raise ShapeError(
-                f"Hypernetwork: head has the sizes {sizes}, expected {(x_features, features, out_features)}: "
-                "x_features, features, out_features"
-            )
+        self.head = build(self, "head", head, x_features, features, out_features)
         self.scale: Tensor
         self.register_buffer("scale", self._unit_variance_scale())
-        self.x_weights = tuple(f"head.{name}" for name in self.head.x_weights)
-        self.z_weights = tuple(f"head.{name}" for name in self.head.z_weights)
 
-    def forward(
+    def integrate(
         self,
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        self.check(x, z)
         context = self.network(z)
         return self.head(x, context * self.scale.to(context.dtype))
 

@@ -7,9 +7,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multint.errors import OptionError
-
 LARGEST_VARIANCE = 1e4  # where a term is told to start almost at 0, its matrices need not make up for it
+
+
+class Projection(nn.Linear):
+    """A product with a matrix (O, I) and no bias, so that the bias joins the pointwise code that follows.
+
+    Args:
+        stream: which of an integrator's streams enters by the matrix: "x", "z", "xz", or "" for something between.
+        variance: that of the outputs on a unit-variance input.
+    """
+
+    def __init__(self, stream: str, in_features: int, out_features: int, variance: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        fill(self.weight, variance / in_features)
+        self.x_weights = ("weight",) if "x" in stream else ()
+        self.z_weights = ("weight",) if "z" in stream else ()
 
 
 def fill(weight: Tensor, variance: float) -> None:
@@ -17,31 +30,6 @@ def fill(weight: Tensor, variance: float) -> None:
     bound = math.sqrt(3.0 * variance)
     with torch.no_grad():
         weight.uniform_(-bound, bound)
-
-
-def projection(in_features: int, out_features: int, variance: float = 1.0) -> nn.Linear:
-    """A product with a matrix (O, X) and no bias, whose outputs have the given variance on a unit-variance stream.
-
-    Matrices are `nn.Linear` without a bias so that the bias joins the pointwise code that follows.
-    """
-    linear = nn.Linear(in_features, out_features, bias=False)
-    fill(linear.weight, variance / in_features)
-    return linear
-
-
-def vector(owner: nn.Module, name: str, initial: float | None, features: int) -> nn.Parameter | None:
-    """A learnt vector that starts at `initial` everywhere, or None where the term is left out.
-
-    Raises: OptionError where `initial` is not a number; a bool is refused, since True would quietly mean 1.0.
-    """
-    if initial is None:
-        return None
-    if isinstance(initial, bool) or not isinstance(initial, int | float) or not math.isfinite(initial):
-        raise OptionError(
-            f"{type(owner).__name__}: {name} is {initial!r}, expected the number that the vector starts at, "
-            "or None to leave it out"
-        )
-    return nn.Parameter(torch.full((features,), float(initial)))
 
 
 def share(*present: bool) -> float:

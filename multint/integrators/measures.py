@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multint.errors import FormError
 from multint.integrators.base import BiAffine, Integrator
-from multint.integrators.hadamard import Pairwise
+from multint.integrators.pairwise import Pairwise
 
 
 class MultilinearRank(NamedTuple):

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
 from multint.errors import OptionError
@@ -27,23 +27,11 @@ class _DropIn(Recurrent):
         cell: Callable[[int, int], Cell],
         num_layers: int,
         bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        regularisation: dict[str, Any],
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            cell,
-            num_layers,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            **regularisation,
-        )
+        super().__init__(input_size, hidden_size, cell, num_layers, **settings)
         self.bias = bias
         self.to(device=device, dtype=dtype)
 
@@ -58,8 +46,8 @@ class RNN(_DropIn):
         nonlinearity: φ, "tanh" or "relu" as in `nn.RNN`, or any elementwise callable.
         bias: whether the integrator has its b.
         integrator: factory `(X, H, O) -> Integrator`.
-        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
-            other arguments are those of `nn.RNN`.
+        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
+            `nn.RNN`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -78,16 +66,20 @@ class RNN(_DropIn):
         dtype: torch.dtype | None = None,
         *,
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
-        layer_norm: bool = False,
-        **regularisation: Any,
+        zoneout: float | dict[str, float] = 0.0,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        engine: str = "auto",
     ) -> None:
         if isinstance(nonlinearity, str) and nonlinearity not in ACTIVATIONS:
             raise OptionError(f"RNN: nonlinearity is {nonlinearity!r}, expected 'tanh', 'relu', or a callable")
         activation = ACTIVATIONS[nonlinearity] if isinstance(nonlinearity, str) else nonlinearity
-        cell = partial(RNNCell, integrator=_biased(integrator, bias), activation=activation, layer_norm=layer_norm)
+        cell = partial(RNNCell, integrator=_biased(integrator, bias), activation=activation)
         super().__init__(
-            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            regularisation,
+            input_size, hidden_size, cell, num_layers, bias, device, dtype,
+            batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -99,9 +91,9 @@ class LSTM(_DropIn):
         bias: whether the integrator has its b.
         proj_size: features P of the output where it is projected, 0 for no projection.
         integrator: factory `(X, H, O) -> Integrator`.
-        peepholes, forget_bias, layer_norm: as in `LSTMCell`.
-        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
-            other arguments are those of `nn.LSTM`.
+        peepholes, forget_bias, memory_norm: as in `LSTMCell`.
+        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
+            `nn.LSTM`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -122,8 +114,12 @@ class LSTM(_DropIn):
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
         peepholes: bool = False,
         forget_bias: float = 0.0,
-        layer_norm: bool = False,
-        **regularisation: Any,
+        memory_norm: Callable[[int], nn.Module] | None = None,
+        zoneout: float | dict[str, float] = 0.0,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        engine: str = "auto",
     ) -> None:
         cell = partial(
             LSTMCell,
@@ -131,11 +127,12 @@ class LSTM(_DropIn):
             peepholes=peepholes,
             forget_bias=forget_bias,
             proj_size=proj_size,
-            layer_norm=layer_norm,
+            memory_norm=memory_norm,
         )
         super().__init__(
-            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            regularisation,
+            input_size, hidden_size, cell, num_layers, bias, device, dtype,
+            batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
         )  # fmt: skip
         self.proj_size = proj_size
 
@@ -147,9 +144,8 @@ class GRU(_DropIn):
         bias: whether the integrators have their b, and the candidate its b_r.
         integrator: factory `(X, H, O) -> Integrator`.
         reset_after: apply the reset after the product, as `nn.GRU` does; False applies it before (Wu et al. 2016, A.2).
-        layer_norm: as in `GRUCell`.
-        regularisation: `zoneout`, `input_dropout`, `state_dropout`, `weight_drop` and `engine` as in `Recurrent`; the
-            other arguments are those of `nn.GRU`.
+        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
+            `nn.GRU`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -168,19 +164,22 @@ class GRU(_DropIn):
         *,
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
         reset_after: bool = True,
-        layer_norm: bool = False,
-        **regularisation: Any,
+        zoneout: float | dict[str, float] = 0.0,
+        input_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        engine: str = "auto",
     ) -> None:
         cell = partial(
             GRUCell,
             integrator=_biased(integrator, bias),
             reset_after=reset_after,
             recurrent_bias=0.0 if bias else None,
-            layer_norm=layer_norm,
         )
         super().__init__(
-            input_size, hidden_size, cell, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            regularisation,
+            input_size, hidden_size, cell, num_layers, bias, device, dtype,
+            batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
         )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from multint.cells import Cell, LSTMCell
 from multint.engines.choice import ENGINES, Explanation, explain
 from multint.errors import OptionError, ShapeError
-from multint.integrators.base import positive
-from multint.recurrent.masks import Masked, locked_mask
+from multint.integrators.checks import positive
+from multint.recurrent.direction import Direction
+from multint.recurrent.masks import locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
 
 
@@ -75,7 +77,7 @@ class Recurrent(nn.Module):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
                 built = _built(cell, size, hidden_size)
-                self.directions.append(Masked(built, _zoneout(built, zoneout), state_dropout, weight_drop))
+                self.directions.append(Direction(built, _zoneout(built, zoneout), state_dropout, weight_drop))
 
     @property
     def output_size(self) -> int:
@@ -123,7 +125,7 @@ class Recurrent(nn.Module):
         return restore(xs, sequences, self.batch_first), final
 
     def _run(
-        self, direction: Masked, xs: Tensor, sequences: Sequences, state: Any, backward: bool
+        self, direction: Direction, xs: Tensor, sequences: Sequences, state: Any, backward: bool
     ) -> tuple[Tensor, Any]:
         """One direction of one layer. Padding comes first when reading backwards, and leaves the state as it was."""
         streams = {"x": xs}
@@ -160,12 +162,14 @@ class Recurrent(nn.Module):
         for one, *values in zip(initial, *fields, strict=True):
             yield type(one)(*values)
 
-    def explain(self) -> list[Explanation]:
-        """How the last call by "auto" or "fused" ran, for each direction of each layer: the engine, why, the plan.
+    def explain(self) -> Explanations:
+        """How the last call ran, for each direction of each layer: the engine, why, the plan. To be printed.
 
-        Raises: OptionError where there was none.
+        Raises: OptionError where there was none by "auto" or "fused".
         """
-        return [explain(direction) for direction in self.directions]  # type: ignore[arg-type]
+        if self.engine == "loop":
+            return Explanations([Explanation("loop", "asked for") for _ in self.directions], self.bidirectional)
+        return Explanations(map(explain, self.directions), self.bidirectional)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         named = ("num_layers", "batch_first", "bidirectional", "dropout", "input_dropout", "engine")
@@ -173,6 +177,23 @@ class Recurrent(nn.Module):
         settings = {name: getattr(self, name) for name in named}
         shown = [f"{name}={value!r}" for name, value in settings.items() if value != defaults.get(name, 0)]
         return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+
+class Explanations(list[Explanation]):
+    """One explanation for each direction of each layer, forward before backward; printed with their names."""
+
+    def __init__(self, explanations: Iterable[Explanation], bidirectional: bool) -> None:
+        super().__init__(explanations)
+        self.bidirectional = bidirectional
+
+    def __str__(self) -> str:
+        parts = []
+        for i, explanation in enumerate(self):
+            layer, backward = divmod(i, 2) if self.bidirectional else (i, 0)
+            parts.append(f"layer {layer}{', backward' if backward else ''}\n{indent(str(explanation), '  ')}")
+        return "\n".join(parts)
+
+    __repr__ = __str__
 
 
 def _probability(name: str, value: float, up_to_one: bool = False) -> float:

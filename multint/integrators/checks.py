@@ -1,0 +1,44 @@
+"""Checks of arguments: each raises an error that names the owner, the argument, what it got and what it expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from multint.errors import OptionError, ShapeError
+
+
+def positive(owner: nn.Module, name: str, value: int) -> int:
+    """The value, if it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{type(owner).__name__}: {name} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def number(owner: nn.Module, name: str, value: float, expected: str = "a number") -> float:
+    """The value, if it is a finite number; a bool is refused, since True would quietly mean 1.0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise OptionError(f"{type(owner).__name__}: {name} is {value!r}, expected {expected}")
+    return value
+
+
+def check_features(owner: nn.Module, stream: str, tensor: Tensor, features: int, name: str) -> None:
+    """Raise a ShapeError unless the tensor's last dimension is `features`."""
+    if tensor.ndim == 0 or tensor.shape[-1] != features:
+        got = "no dimensions" if tensor.ndim == 0 else f"{tensor.shape[-1]} features"
+        raise ShapeError(f"{type(owner).__name__}: {stream} has {got}, expected {features} ({name})")
+
+
+def check_leading(owner: nn.Module, *streams: Tensor) -> None:
+    """Raise a ShapeError unless the streams' leading shapes broadcast."""
+    leading = [tuple(stream.shape[:-1]) for stream in streams]
+    try:
+        torch.broadcast_shapes(*leading)
+    except RuntimeError:
+        shown = " and ".join(map(str, leading))
+        raise ShapeError(
+            f"{type(owner).__name__}: the streams' leading shapes {shown} do not broadcast; "
+            "expected equal sizes, or 1 where one stream is shared"
+        ) from None

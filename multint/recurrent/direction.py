@@ -1,0 +1,110 @@
+"""One direction of one layer: a cell, and what enters its step beside the input."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multint.cells import Cell
+from multint.engines import scan
+from multint.errors import OptionError
+from multint.integrators import outermost_integrators
+from multint.recurrent.masks import StateDropout, locked_mask, select
+
+
+class Direction(nn.Module):
+    """One direction of one layer: a cell whose step also heeds lengths, resets, zoneout and locked dropout.
+
+    They come as streams (T, B, ...) beside x, and what a step does depends on the streams alone: "x"; "valid", False
+    past a sequence's end, where the state stays as it is; "reset", True where an episode starts, before which the state
+    returns to the initial one; "zoneout.FIELD", True where that field of the state keeps its old value (without this
+    stream the mean over such masks is taken); "dropout.NAME", the multiplier of z in the cell's integrator of that
+    name.
+
+    Args:
+        zoneout: for each field of the state, the probability of keeping the old value (Krueger et al. 2017).
+        state_dropout: probability of dropping a feature of z in every integrator, the same at every step.
+        weight_drop: probability of dropping an entry of the integrators' recurrent matrices (Merity et al. 2018).
+
+    Raises: OptionError where the cell has no integrator or no recurrent matrix to drop.
+    """
+
+    def __init__(self, cell: Cell, zoneout: dict[str, float], state_dropout: float, weight_drop: float) -> None:
+        super().__init__()
+        self.cell = cell
+        self.zoneout = zoneout
+        self.state_dropout = state_dropout
+        self.weight_drop = weight_drop
+        integrators = outermost_integrators(cell)
+        if state_dropout and not integrators:
+            raise OptionError(f"state_dropout: {type(cell).__name__} has no integrator whose z could be dropped")
+        self.hooks = {name: StateDropout(f.z_features) for name, f in integrators.items()} if state_dropout else {}
+        for name, hook in self.hooks.items():
+            integrators[name].register_forward_pre_hook(hook, with_kwargs=True)
+        self.dropped_weights: list[str] = []
+        if weight_drop:
+            names = [f"cell.{name}.{weight}" for name, f in integrators.items() for weight in f.z_weights]
+            if not names:
+                raise OptionError(f"weight_drop: {type(cell).__name__} has no integrator that names its z_weights")
+            # By the parameter, since one that stands in several places is to be dropped once.
+            self.dropped_weights += {self.get_parameter(name): name for name in names}.values()
+
+    def run(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
+        """Scan with the noise of one training pass, or without it in evaluation."""
+        if not self.training:
+            return self(streams, state, engine)
+        streams = streams | self._noise(streams["x"], state)
+        if not self.dropped_weights:
+            return self(streams, state, engine)
+        dropped = {name: functional.dropout(_attribute(self, name), self.weight_drop) for name in self.dropped_weights}
+        return torch.func.functional_call(self, dropped, (streams, state, engine))
+
+    def forward(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
+        """Scan with the streams and the weights that there are."""
+        return scan(self, streams, state, engine)
+
+    def step(self, streams: dict[str, Tensor], state: Any) -> Any:
+        """The cell's step on the streams at one time, (B, ...)."""
+        x = streams["x"]
+        if "reset" in streams:
+            state = select(streams["reset"], self.cell.initial_state(x.shape[0]), state)
+        for name, hook in self.hooks.items():
+            hook.mask = streams.get(f"dropout.{name}")
+        try:
+            new = self.cell.step(x, state)
+        finally:
+            for hook in self.hooks.values():
+                hook.mask = None
+        if self.zoneout:
+            new = self._zoned(streams, state._asdict(), new)
+        return select(streams["valid"], new, state) if "valid" in streams else new
+
+    def _zoned(self, streams: dict[str, Tensor], old: dict[str, Tensor], new: Any) -> Any:
+        """The new state, with old values kept where the masks say so or, without masks, in proportion."""
+        values = new._asdict()
+        for field, probability in self.zoneout.items():
+            value, kept = values[field], streams.get(f"zoneout.{field}")
+            before = old[field].to(value.dtype)
+            values[field] = torch.lerp(value, before, probability) if kept is None else torch.where(kept, before, value)
+        return new._replace(**values)
+
+    def _noise(self, x: Tensor, state: Any) -> dict[str, Tensor]:
+        """Draw the masks of one pass over T steps."""
+        steps, batch_size = x.shape[:2]
+        noise = {}
+        for field, probability in self.zoneout.items():
+            shape = (steps, *state._asdict()[field].shape)
+            noise[f"zoneout.{field}"] = torch.rand(shape, device=x.device) < probability
+        for name, hook in self.hooks.items():
+            mask = locked_mask(x.new_empty(batch_size, hook.features), self.state_dropout)
+            noise[f"dropout.{name}"] = mask.expand(steps, -1, -1)
+        return noise
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """A parameter by its dotted name, or what a functional call has put in its place, which is no `nn.Parameter`."""
+    return reduce(getattr, name.split("."), module)
