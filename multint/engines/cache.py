@@ -95,7 +95,7 @@ def build(cell: nn.Module, x: Any, state: Any) -> Program:
     trace = unaware(capture, cell, x, state)
     signature = _signature(trace)
     program = _by_graph.get(signature)
-    if program is None:
+    if program is None or program.failure:
         program = _by_graph[signature] = unaware(Program, plan(trace))
     return program
 

@@ -66,6 +66,8 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         except EngineError as error:
             reason, cause = str(error), error.__cause__
         except Exception as error:
+            if private.is_control_flow(error):
+                raise
             cause = _of_the_step(error)
             if cause is None:
                 cause, reason = error, f"fused: it failed by {in_a_line(error)}"
@@ -96,9 +98,9 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
     program, tensors = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked)
     try:
         result = _run(program, tensors, xs, state, asked)
-    except EngineError:
-        raise
     except Exception as error:
+        if isinstance(error, EngineError) or private.is_control_flow(error):
+            raise
         program.failure = f"fused: it failed by {in_a_line(error)}"
         raise
     _last[cell] = _Told("", weakref.ref(program), _size(xs))

@@ -64,7 +64,7 @@ def rehearse(step: Copy, x: Any, state: Any) -> None:
     one_state = as_state(type(state), list(map(rows, state)))
     before = step.entries()
     with torch.random.fork_rng(devices=[]), private.python_function_calls(called), private.operations(operation):
-        new = step(step.tensors, one_x, one_state)
+        new = step.cell.step(one_x, one_state)
     after = step.entries()
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:

@@ -24,9 +24,13 @@ class StandIns:
     """A world of tensors without numbers, in which steps are traced; the number of rows is one open symbol."""
 
     def __init__(self) -> None:
+        from torch._dispatch.python import enable_python_dispatcher
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+        self._make_graph, self._dispatcher = make_fx, enable_python_dispatcher
+        self._context, self._open, self._fixed = StatelessSymbolicContext, DimDynamic.DUCK, DimDynamic.STATIC
         self._shapes = ShapeEnv()
         self.mode: Any = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
@@ -44,22 +48,17 @@ class StandIns:
             return torch.empty_like(stand_in, dtype=dtype, memory_format=torch.contiguous_format)
 
     def _stand_in(self, tensor: Tensor, open_rows: bool) -> Tensor:
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-        # DUCK: sizes that are equal here, and only the numbers of rows are open, are one symbol.
-        sizes = [DimDynamic.DUCK if open_rows and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
-        made: Tensor = self.mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+        # Open sizes that are equal are one symbol, and only the numbers of rows are open.
+        sizes = [self._open if open_rows and i == 0 else self._fixed for i in range(tensor.ndim)]
+        made: Tensor = self.mode.from_tensor(tensor, symbolic_context=self._context(dynamic_sizes=sizes))
         return made
 
     def trace(
         self, function: Callable[..., Any], stand_ins: list[Tensor], decompositions: Any = None
     ) -> fx.GraphModule:
         """The function as a graph of ATen operations that writes to none of its values."""
-        from torch._dispatch.python import enable_python_dispatcher
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        with self.mode, enable_python_dispatcher():
-            module: fx.GraphModule = make_fx(
+        with self.mode, self._dispatcher():
+            module: fx.GraphModule = self._make_graph(
                 torch.func.functionalize(function),
                 decomposition_table=decompositions,
                 _allow_non_fake_inputs=True,
@@ -127,6 +126,11 @@ def surroundings() -> str:
     if modes - {"DeviceContext"}:  # which `torch.set_default_device` sets, and a trace knows of
         return f"a torch function mode is active ({', '.join(sorted(modes))})"
     return ""
+
+
+def is_control_flow(error: Exception) -> bool:
+    """Whether an exception is how checkpointing stops what it computes again, and not a failure."""
+    return type(error).__module__ == "torch.utils.checkpoint"
 
 
 # What a module keeps of its hooks that run in a forward or backward pass, its own and those of all modules.

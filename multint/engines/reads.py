@@ -307,9 +307,8 @@ class Copy:
 
     def __init__(self, cell: nn.Module) -> None:
         walk = Walk(cell)
-        self.tensors, self.names = walk.tensors, walk.names
-        # Its tensors stay the cell's own: they are replaced, and never written to.
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in walk.tensors}
+        self.names, self.tensors = walk.names, [_clone(tensor) for tensor in walk.tensors]
+        memo: dict[int, Any] = dict(zip(map(id, walk.tensors), self.tensors, strict=True))
         memo |= {i: _Tripwire(name, type(value).__name__) for i, (value, name) in walk.unfollowed.items()}
         memo |= walk.python_modules
         try:
@@ -338,6 +337,14 @@ class Copy:
         found = Walk(self.cell, named=True).entries
         assert found is not None
         return found
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A tensor of the same numbers and kind, at the root of its own graph."""
+    numbers = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(numbers, tensor.requires_grad)
+    return numbers.requires_grad_(tensor.requires_grad)
 
 
 # Assigning to an attribute of a module would register a parameter: the dictionaries are written to instead.
