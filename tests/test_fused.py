@@ -21,7 +21,6 @@ from multint.cells import HiddenState
 from multint.engines import choice as engine_module
 from multint.engines.kernel import eager_pieces
 from multint.errors import EngineError, OptionError
-from multint.products import multiplier, product
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
 # Compilation takes seconds each: one stage, two stages with a piece before the second, and several states.
@@ -668,23 +667,3 @@ def test_a_memory_budget_cuts_a_scan_in_time(name, monkeypatch):
         (gradient,) = torch.autograd.grad(layer(xs)[0].square().sum(), xs)
         outcomes.append(gradient)
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
-
-
-def test_large_products_agree_with_mm():
-    left, right = (normal(*shape, requires_grad=True, seed=i) for i, shape in enumerate(((160, 128), (128, 160))))
-
-    def results(function, dtype):
-        low = [leaf.detach().to(dtype).requires_grad_() for leaf in (left, right)]
-        result = function(*low)
-        first = torch.autograd.grad(result.square().sum(), low, create_graph=True)
-        return [result, *first, *torch.autograd.grad(first[0].square().sum(), low)]
-
-    expected = results(torch.mm, torch.float64)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        for actual, right_one in zip(results(product, dtype), expected, strict=True):
-            assert actual.dtype == dtype
-            assert (actual.double() - right_one).norm() <= tolerance * right_one.norm()
-    for times in (1, 100):
-        with torch.no_grad():
-            one = multiplier(right.float().t().contiguous().t(), 160, times)(left.float())
-        torch.testing.assert_close(one, (left @ right).float(), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from multint.engines.kernel import Kernel
 from multint.engines.plan import Piece, Plan, has_rows, vjp
 from multint.engines.trace import TRACING, unaware
 from multint.errors import EngineError, in_a_line
-from multint.products import multiplier, product, transposed_multiply
+from multint.products import differentiable_product, prepared_product, untracked_transposed_product
 
 
 class Call(NamedTuple):
@@ -141,7 +141,7 @@ def run(
     steps, rows = inputs[0].shape[:2]
     known = known | dict(zip(plan.trace.inputs, (x.flatten(0, 1) for x in inputs), strict=True))
     for hoisted in plan.hoisted:
-        known[hoisted.packed] = product(hoisted.left_of(known), hoisted.matrix(known))
+        known[hoisted.packed] = differentiable_product(hoisted.left_of(known), hoisted.matrix(known))
     arguments = [
         *(known[node].unflatten(0, (steps, rows)).contiguous() for node in plan.streams),
         *(stage.matrix(known) for stage in plan.stages),
@@ -208,7 +208,7 @@ def _run_forward(
     values: list[Any] = [*vectors, *([None] * (program.size - len(vectors)))]
     qs: list[list[Tensor]] = [[] for _ in plan.stages]
     stages = [
-        (call, left, multiplier(matrix, rows, steps), program.place[stage.packed], kept)
+        (call, left, prepared_product(matrix, rows, steps), program.place[stage.packed], kept)
         for stage, call, left, matrix, kept in zip(plan.stages, program.lefts, program.left, matrices, qs, strict=True)
     ]
     changing: list[Any] = [
@@ -258,7 +258,7 @@ def _run_backward(
         values[gradient[node]] = d.contiguous()
         carried.append((new, gradient[node], [_buffer(d, node in reverse.given) for _ in range(2)]))
     stages = [
-        (gradient[stage.packed], multiplier(matrix.t(), rows, steps), target, adds, call)
+        (gradient[stage.packed], prepared_product(matrix.t(), rows, steps), target, adds, call)
         for stage, matrix, (target, adds, call) in zip(
             reversed(plan.stages), reversed(matrices), reverse.stages, strict=True
         )
@@ -287,7 +287,7 @@ def _run_backward(
     d_matrices = []
     for stage, d_q, need in zip(plan.stages, d_qs, needs_matrices, strict=True):
         left = state_of[stage.left][:-1] if stage.piece is None else next(rest)
-        d_matrices.append(transposed_multiply(left.flatten(0, 1), d_q.flatten(0, 1)) if need else None)
+        d_matrices.append(untracked_transposed_product(left.flatten(0, 1), d_q.flatten(0, 1)) if need else None)
     return [
         *(d_streams.get(n) for n in plan.streams),
         *d_matrices,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from multint.integrators.additive import add_bias, bias_term
 from multint.integrators.base import BiAffine, Terms
 from multint.integrators.init import fill, projection, share, vector
-from multint.products import product
+from multint.products import differentiable_product
 
 
 class TensorProduct(nn.Module):
@@ -61,7 +61,7 @@ class TensorProduct(nn.Module):
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """`functional.linear`, for a matrix of rows by the faster library."""
-    return product(x, weight.t()) if x.ndim == 2 else functional.linear(x, weight)
+    return differentiable_product(x, weight.t()) if x.ndim == 2 else functional.linear(x, weight)
 
 
 class Bilinear(BiAffine):
