@@ -21,6 +21,6 @@ class FormError(MultintError):
     """A form was asked of something that does not have it, such as the dense terms of a map that is not bi-affine."""
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error's type and the first line of what it says, to stand within a message."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

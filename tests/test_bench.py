@@ -1,12 +1,13 @@
 """The benchmark: it writes what it measures, and times nothing that is wrong."""
 
 import csv
+import dataclasses
 import functools
 
 import pytest
 import torch
 
-from experiments.bench import measure
+from experiments.bench import command, measure
 from experiments.bench.cases import BilinearCase, Case, cases
 from experiments.cli import main
 from experiments.errors import ExperimentError
@@ -49,17 +50,49 @@ def test_contenders_do_the_same(changes):
         return converted
 
     case = Case("same", (10, 3, 5, 6), ours, lambda *_: vendor, **changes)
+    fault = measure.vendor_fault(case, "cpu")
     with eager_pieces():
-        results = {who: case.build(who, "cpu")() for who in ("vendor", "ours", "loop")}
+        results = {who: case.build(who, "cpu")() for who in ("ours", "loop")}
     tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
     assert len(results["ours"]) == len(results["loop"]) == (1 if changes == {"backward": False} else 5)
     for actual, expected in zip(results["ours"], results["loop"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    if fault is not None:
+        pytest.skip(f"ours agrees with the loop; the vendor's layer cannot run here: {fault}")
+    results["vendor"] = case.build("vendor", "cpu")()
     if changes.get("packed"):  # the same steps in another order
         sums = [results[who][0].float().sum() for who in ("ours", "vendor")]
         torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)
     else:
         torch.testing.assert_close(results["ours"][0], results["vendor"][0], rtol=tolerance, atol=tolerance)
+
+
+class Unable(torch.nn.LSTM):
+    """A vendor's layer on a processor that it does not know."""
+
+    def forward(self, *arguments):
+        raise RuntimeError("could not create a primitive descriptor\nand more")
+
+
+def test_what_the_vendor_cannot_run_is_left_out_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    chosen = [dataclasses.replace(SMALL, name="unable", vendor=Unable), SMALL]
+    monkeypatch.setattr(command, "cases", lambda device: chosen)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with eager_pieces():
+        assert main(["bench", "--quick", "--rounds=1", f"--out={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out, as the vendor's layer cannot run here: RuntimeError: could not create a primitive desc" in printed
+    assert "and more" not in printed
+    assert "held to AVX2" in printed
+    rows = csv.DictReader((tmp_path / "cpu.csv").read_text().splitlines())
+    assert [(row["case"], row["rival"]) for row in rows] == [("small", "vendor"), ("small", "loop")]
+
+
+def test_what_ours_cannot_run_is_an_error(monkeypatch, tmp_path):
+    broken = dataclasses.replace(SMALL, ours=lambda inputs, hidden, engine: Unable(inputs, hidden))
+    monkeypatch.setattr(command, "cases", lambda device: [broken])
+    with pytest.raises(RuntimeError, match="primitive descriptor"):
+        main(["bench", "--quick", "--rounds=1", f"--out={tmp_path}"])
 
 
 def build_bilinear(right, self, contender, device):

@@ -118,8 +118,8 @@ def test_a_failure_within_the_engine_loops_under_auto_with_one_warning(failing):
         for _ in range(2):
             close(run(cell, xs, state, "auto", failure, in_backward), expected, torch.float32)
     assert failure.raised, "the failure never came: its place has another name"
-    (warning,) = caught
-    message = str(warning.message)
+    # Inductor warns of its own when it is first imported.
+    (message,) = [str(warning.message) for warning in caught if "multint" in str(warning.message)]
     assert type(failure.error).__name__ in message
     assert "injected while" in message
     assert "report" in message

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.bench.cases import Case, cases
 from experiments.errors import ExperimentError
+from multint.errors import in_a_line
 
 # Seconds that one measurement takes at least: short runs are repeated within it.
 SHORTEST = 0.02
@@ -52,6 +53,16 @@ def check(case: Case, device: str) -> None:
         if not error <= TOLERANCE[case.dtype]:
             what = "output" if i == 0 else f"gradient {i}"
             raise ExperimentError(f"{case.name}: our {what} is off by {error:.1e} from the {case.reference}'s")
+
+
+def vendor_fault(case: Case, device: str) -> str | None:
+    """Why the vendor's layer cannot run the case here, such as bf16 on a processor without it; None where it can."""
+    run = case.build("vendor", device)
+    try:
+        run()
+    except RuntimeError as error:
+        return in_a_line(error)
+    return None
 
 
 def side_by_side(case: Case, rival: str, device: str, rounds: int) -> Rounds:

@@ -114,7 +114,7 @@ def _signature(trace: Trace) -> Hashable:
 
     nodes = []
     for node in trace.graph.nodes:
-        arguments = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)  # type: ignore[arg-type]
+        arguments = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)
         target = node.target if node.op == "call_function" else None
         nodes.append((node.op, target, repr(arguments), shown(node.meta.get("val"))))
     literals = [(index[node], str(v.dtype), repr(v.tolist())) for node, v in trace.literals.items()]

@@ -35,10 +35,6 @@ class Trace:
     world: private.StandIns  # of the stand-ins in every node's meta["val"]
 
 
-class StepError(Exception):
-    """The step itself has raised the cause of this."""
-
-
 def capture(cell: nn.Module, x: Any, state: Any) -> Trace:
     """Trace `cell.step(x, state)` for any number of rows, with the state in the dtypes that the step gives it.
 
@@ -49,12 +45,8 @@ def capture(cell: nn.Module, x: Any, state: Any) -> Trace:
     each other.
     """
     step = Copy(cell)
-    try:
-        legality.rehearse(step, x, state)
-    except EngineError:
-        raise
-    except Exception as error:
-        raise StepError from error
+    private.StandIns()  # where torch lacks what tracing needs, that is no fault of the step's
+    legality.rehearse(step, x, state)
     traced = _trace(step, x, state)
     for _ in range(2):
         # Under autocast a float32 initial state is followed by states of the products' dtype; and a step may give its

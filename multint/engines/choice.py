@@ -163,7 +163,7 @@ class _Told:
     size: tuple[int, int] = (0, 0)
 
     def explanation(self) -> Explanation:
-        program = self.program and self.program()
+        program = None if self.program is None else self.program()
         reason = program.failure if program else self.reason
         return Explanation("loop" if reason else "fused", reason, program, self.size)
 

@@ -17,7 +17,7 @@ from multint.engines.plan import Plan
 from multint.engines.report import report
 from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
 from multint.errors import EngineError, in_a_line
-from multint.products import multiplier, product, transposed_multiply
+from multint.products import differentiable_product, prepared_product, untracked_transposed_product
 
 _BY_STEP = (Extent.EACH, Extent.STATES, Extent.TURNS)
 
@@ -98,7 +98,7 @@ def _ready(
     assert isinstance(instruction, Product)
     result, left, adds = slots[instruction.result], slots[instruction.left], instruction.adds
     matrix: Tensor = memory[instruction.matrix.buffer]
-    times = multiplier(matrix.t() if instruction.transposed else matrix, rows, steps)
+    times = prepared_product(matrix.t() if instruction.transposed else matrix, rows, steps)
     name = instruction.result.buffer
     store = memory[name] if buffers[name].extent in _BY_STEP and not adds else None
 
@@ -134,7 +134,7 @@ def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> 
             results = instruction.kernel.module(*(values[at] for at in instruction.reads))
             values.update(zip(instruction.writes, results, strict=True))
         elif isinstance(instruction, Product):
-            values[instruction.result] = product(values[instruction.left], values[instruction.matrix])
+            values[instruction.result] = differentiable_product(values[instruction.left], values[instruction.matrix])
 
 
 def constants(program: Program, tensors: Sequence[Tensor]) -> dict[At, Tensor]:
@@ -253,12 +253,14 @@ def _backward(schedule: Schedule, memory: Memory, d_output: Tensor, d_final: tup
         elif isinstance(instruction, Contraction):
             left, right = (memory[at.buffer] for at in instruction.reads)
             left = torch.stack(left) if isinstance(left, list) else left[:steps]
-            memory[instruction.result.buffer] = transposed_multiply(left.flatten(0, 1), right.flatten(0, 1))
+            memory[instruction.result.buffer] = untracked_transposed_product(left.flatten(0, 1), right.flatten(0, 1))
     found = []
     for argument, gradient in zip(schedule.arguments, schedule.gradients, strict=True):
-        value = None if gradient is None else memory[gradient]
-        value = value[0] if gradient and schedule.buffers[gradient].extent is Extent.TURNS else value
-        found.append(value if value is None else value.to(buffers[argument].dtype))
+        value = None
+        if gradient is not None:
+            carried = buffers[gradient].extent is Extent.TURNS
+            value = (memory[gradient][0] if carried else memory[gradient]).to(buffers[argument].dtype)
+        found.append(value)
     return found
 
 

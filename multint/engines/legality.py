@@ -30,13 +30,17 @@ aten = torch.ops.aten
 _SEE_EACH_OTHER = "fused: the rows of a batch see each other"
 
 
+class StepError(Exception):
+    """The step itself has raised the cause of this."""
+
+
 # -- the rehearsal
 
 
 def rehearse(step: Copy, x: Any, state: Any) -> None:
     """Run the step on up to three rows, to see what it does beside computing.
 
-    Raises: EngineError for what no graph can hold; the step's own errors as they are.
+    Raises: EngineError for what no graph can hold; StepError where the step fails.
     """
     found: list[str] = []
 
@@ -64,7 +68,12 @@ def rehearse(step: Copy, x: Any, state: Any) -> None:
     one_state = as_state(type(state), list(map(rows, state)))
     before = step.entries()
     with torch.random.fork_rng(devices=[]), private.python_function_calls(called), private.operations(operation):
-        new = step.cell.step(one_x, one_state)
+        try:
+            new = step.cell.step(one_x, one_state)
+        except EngineError:  # of a tripwire
+            raise
+        except Exception as error:
+            raise StepError from error
     after = step.entries()
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
@@ -289,7 +298,7 @@ def interpret(traced: Trace, arguments: list[Tensor]) -> list[Tensor]:
     values: dict[fx.Node, Any] = traced.literals | dict(zip(placeholders, arguments, strict=True))
     for node in traced.graph.nodes:
         if node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
     return [values[node] for node in traced.outputs]
 

@@ -186,7 +186,7 @@ class _Lowering:
         rows = next(iter(self.plan.states.values())).meta["val"].shape[0]
         with value.fake_mode:
             shape = (rows, *value.shape) if node in self._apart else tuple(value.shape)
-            return value.new_empty(shape, dtype=torch.promote_types(value.dtype, torch.float32))  # type: ignore[no-any-return]
+            return value.new_empty(shape, dtype=torch.promote_types(value.dtype, torch.float32))
 
     def _vjp(self, piece: Piece, cotangents: list[At]) -> None:
         """The instruction that gives the piece's roots their gradients."""
@@ -268,9 +268,7 @@ def vjp(piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], world: StandI
         for place, node in zip(places, wanted, strict=True):
             if node in apart:
                 values[place] = values[place].expand(rows, -1)
-        _, pull = torch.func.vjp(  # type: ignore[misc]
-            of, *(values[place] for place in places)
-        )
+        _, pull = torch.func.vjp(of, *(values[place] for place in places))
         return list(pull(tuple(totals[node] for node in unique)))
 
     stand_ins = [world.like(node.meta["val"]) for node in [*piece.roots, *(node for _, node in outputs)]]

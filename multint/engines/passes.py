@@ -33,6 +33,7 @@ def tidied(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:
     literals = _take_literals(module)
     _free_constants(graph)
     _plain_copies(graph)
+    _plain_masks(graph)
     _split_addmm(graph)
     _merge_duplicates(graph)
     graph.eliminate_dead_code()
@@ -44,7 +45,7 @@ def _take_literals(module: fx.GraphModule) -> dict[str, Tensor]:
 
     Those are held by something that no walk of the cell has reached, and would be frozen with today's numbers.
     """
-    graph, found = module.graph, {}
+    graph, found = module.graph, dict[str, Tensor]()
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, str(node.target))
         if any(user.target is not aten.lift_fresh_copy.default for user in node.users):
@@ -94,6 +95,25 @@ def _plain_copies(graph: fx.Graph) -> None:
                     source = shape
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _plain_masks(graph: fx.Graph) -> None:
+    """`v[mask] = number` as a `where`: as an index, a mask would seem to choose among the rows."""
+    for node in list(graph.nodes):
+        if node.target is aten.index_put.default and len(node.args) == 3:
+            target, indices, number = node.args
+            value, mask = number.meta["val"], indices[0].meta["val"] if indices[0] is not None else None
+            if len(indices) == 1 and mask is not None and mask.dtype == torch.bool and value.ndim == 0:
+                missing = target.meta["val"].ndim - mask.ndim
+                with graph.inserting_before(node):
+                    for _ in range(missing):
+                        indices = [graph.call_function(aten.unsqueeze.default, (indices[0], -1))]
+                        mask = mask.unsqueeze(-1)
+                        indices[0].meta["val"] = mask
+                    chosen = graph.call_function(aten.where.self, (indices[0], number, target))
+                chosen.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(chosen)
+                graph.erase_node(node)
 
 
 def _split_addmm(graph: fx.Graph) -> None:

@@ -60,7 +60,7 @@ class Plan:
 
 def plan(trace: Trace) -> Plan:
     """Classify, hoist, and cut the step into stages and pieces. The trace stays as it is."""
-    graph, copies = fx.Graph(), {}
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in trace.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     invariants, inputs, states = (

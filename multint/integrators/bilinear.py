@@ -13,7 +13,7 @@ from multint.integrators.base import BiAffine
 from multint.integrators.init import Projection, fill, share
 from multint.integrators.terms import Terms, bias_term
 from multint.integrators.vectors import add_bias, vector
-from multint.products import product
+from multint.products import differentiable_product
 
 
 class TensorProduct(nn.Module):
@@ -61,7 +61,7 @@ class TensorProduct(nn.Module):
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """`functional.linear`, for a matrix of rows by the faster library."""
-    return product(x, weight.t()) if x.ndim == 2 else functional.linear(x, weight)
+    return differentiable_product(x, weight.t()) if x.ndim == 2 else functional.linear(x, weight)
 
 
 class Bilinear(BiAffine):
