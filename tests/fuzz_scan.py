@@ -106,6 +106,7 @@ class Outcome:
     error: Exception | None = None
     stage: str = ""
     engine: str = ""  # that ran, as `explain` tells
+    recorded: bool = True  # else under no_grad, where the loop hands a field on with its graph that a step hands on
     warned: list[str] = field(default_factory=list)
 
     @property
@@ -115,7 +116,7 @@ class Outcome:
 
 def run(program: Program, state_type: Any, cell: nn.Module, call: Call, engine: str, moved: float = 0.0) -> Outcome:
     """The outputs, final state and gradients of a scan, and what it left in its inputs and in the cell."""
-    outcome = Outcome(stage="forward")
+    outcome = Outcome(stage="forward", recorded=call.gradients)
     streams, fields = call.inputs(program, moved)
     # Copies, since a leaf cannot be written to, as odd steps do.
     xs = {name: value.clone() if call.layout == "plain" else value.view_as(value) for name, value in streams.items()}
@@ -156,7 +157,7 @@ def _differentiate(outcome: Outcome, output: Tensor, final: Any, leaves: dict[st
     terms += [value.double().square() for value in final if value.is_floating_point()]
     loss = sum(term.sum() for term in terms)
     names, values = list(leaves), list(leaves.values())
-    if not values:
+    if not values or not outcome.recorded:
         return
     if not loss.requires_grad:
         first = [torch.zeros_like(value) for value in values]

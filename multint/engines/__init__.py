@@ -1,23 +1,40 @@
 """Running a cell's step over time.
 
 `scan(cell, xs, state)` is defined by the loop in `loop.py`. The engine `fused` computes the same from the step itself,
-traced once to a graph, in the way that makes the vendors' recurrent layers fast:
+traced once to a graph, in the way that makes the vendors' recurrent layers fast. Its rooms, in the order in which a
+step goes through them:
 
-1. `trace.py` turns the step into a graph of ATen operations with the number of rows left open.
-2. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
+1. `reads.py` walks all that the step can read: that gives the key under which `cache.py` keeps programs, and the copy
+   of the cell on which the step is tried.
+2. `capture.py` turns the step into a graph of ATen operations with the number of rows left open, `passes.py` brings the
+   graph to its plainest form, and `legality.py` refuses what a graph cannot hold, or gets wrong.
+3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
    products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
    row-wise pointwise code, cut into *pieces*.
-3. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows.
-4. `fused.py` runs the loop forward: for each stage its left-hand side, then the product, and last the new state. It
-   keeps the states and what goes into the stages and comes out of them, q; activations are computed again. The reverse
-   loop carries the cotangents of the states and leaves, for all steps, those of the streams and of q; a vector's
-   gradient is summed on the way. Then one product over all T·B rows gives each recurrent matrix its gradient: that of
-   a stage is never accumulated in the loop. Gradients of the input and its matrices follow outside, by autograd.
-5. `engine.py` chooses, keeps what was traced, and cuts a scan in time where it would keep more than the memory budget.
+4. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
+   and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
+   streams and of the stages' products. A vector's gradient is summed on the way. After the loop, one product over all
+   T·B rows gives each recurrent matrix its gradient.
+5. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows. `executor.py` runs a
+   schedule's loops as one operation of autograd; what is before them runs under autograd itself.
+6. `choice.py` is what callers see: it chooses, falls back and explains. `budget.py` cuts a scan in time where it would
+   keep too much. `private.py` is all that this package uses of torch without torch's promise.
 
-The plan of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, has one hoisted product (Wx of the four gates),
-one stage (Uh of the four gates), and one piece (the integrator, the gates and the new state).
+The schedule of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, without sizes and with short names:
+
+    once, of the parameters:    W, U = kernel(gates.x_projection.weight, gates.z_projection.weight)
+    once, for all steps:        Wx[:] = x[:] @ W
+    each step t:                Uh[t] = h[t] @ U
+                                h[t+1], c[t+1] = kernel(alpha, beta1, beta2, bias, c[t], Wx[t], Uh[t])
+    each step t backward:       rows(d_alpha) (+), …, d_c[t], d_Wx[t], d_Uh[t]
+                                    = kernel(alpha, …, c[t], Wx[t], Uh[t], d_h[t+1], d_c[t+1], d_output[t])
+                                d_h[t] = d_Uh[t] @ Uᵀ
+    once, after the last:       d_alpha = Σ rows(d_alpha), …
+                                d_U = h[:]ᵀ @ d_Uh[:]
+
+Activations are not kept: the backward kernel computes them again from Wx, Uh and the states, which is cheaper than
+storing four gates. The gradients of x and of W follow outside, by autograd, from d_Wx.
 """
 
 from multint.engines.choice import Explanation, explain, scan

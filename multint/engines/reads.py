@@ -218,7 +218,9 @@ class Walk:
         return tuple(marks)
 
     def _function(self, function: types.FunctionType) -> Hashable:
-        if _library(function) is not None:
+        # A library's function is what its name says, but one that it has made around the user's holds that.
+        known = _library(function) is not None
+        if known and not function.__closure__:
             return _Same(function)
         marks: list[Hashable] = [function.__code__]
         self._beyond += 1
@@ -228,7 +230,8 @@ class Walk:
                 marks.append(self._child(name, cell.cell_contents))
             except ValueError:  # a variable that is not set yet
                 marks.append(None)
-        marks += self._globals(function)
+        if not known:
+            marks += self._globals(function)
         marks += [(name, self._child(name, value)) for name, value in function.__dict__.items()]
         self._beyond -= 1
         return tuple(marks)
@@ -282,9 +285,20 @@ def _contents(kind: type) -> Hashable:
 
 def _library(thing: Any) -> str | None:
     """The library that a function, a class or a module is from, if it is one of those that are not followed."""
-    name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
-    top = (name if isinstance(name, str) else "").partition(".")[0]
+    if isinstance(thing, types.ModuleType):
+        name: Any = thing.__name__
+    elif isinstance(thing, types.FunctionType):  # not by __module__, which functools.wraps copies
+        name = thing.__globals__.get("__name__")
+    else:
+        name = thing.__module__
+    top = name.partition(".")[0] if isinstance(name, str) else ""
+    made_of_python = isinstance(thing, types.FunctionType) or (isinstance(thing, type) and thing.__flags__ & _ON_HEAP)
+    if top == "builtins" and made_of_python:  # what code is called that ran without a name, by exec
+        return None
     return top if top in _LIBRARIES else None
+
+
+_ON_HEAP = 1 << 9  # a flag of classes that Python code has made
 
 
 def _attributes(value: Any) -> Iterable[tuple[str, Any]]:
