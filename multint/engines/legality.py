@@ -61,7 +61,7 @@ def rehearse(step: Copy, x: Any, state: Any) -> None:
             found.append(f"the step draws random numbers ({target}); draw them outside, as streams")
         elif target is aten._local_scalar_dense.default:
             found.append(f"the step branches on a value ({target}); use torch.where")
-        elif "batch_norm" in str(target) and _given(target, args, kwargs, "training"):
+        elif "batch_norm" in str(target) and private.given(target, args, kwargs, "training"):
             found.append(f"the rows of a batch see each other ({target})")
 
     one_x = {name: rows(leaf) for name, leaf in x.items()} if isinstance(x, dict) else rows(x)
@@ -86,15 +86,7 @@ def rehearse(step: Copy, x: Any, state: Any) -> None:
 
 def _is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     # Attention has a probability of dropout, and draws nothing where that is 0.
-    return torch.Tag.nondeterministic_seeded in target.tags and _given(target, args, kwargs, "dropout_p") != 0
-
-
-def _given(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
-    """What an operation is given for the argument of that name; None where it has none."""
-    for place, argument in enumerate(target._schema.arguments):
-        if argument.name == name:
-            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
-    return None
+    return torch.Tag.nondeterministic_seeded in target.tags and private.given(target, args, kwargs, "dropout_p") != 0
 
 
 # -- the graph
@@ -112,12 +104,12 @@ def check_graph(traced: Trace) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.is_complex():
             raise EngineError(f"fused: the step computes with complex numbers ({node.target})")
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not private.is_operation(node.target):
             if node.op == "call_function" and depends.intersection(node.all_input_nodes) and isinstance(value, Tensor):
                 depends.add(node)
                 _check_has_rows(node, node.all_input_nodes[0])
             continue
-        if node.target._schema.is_mutable:
+        if private.writes(node.target):
             raise EngineError(
                 f"fused: the step writes to one of its inputs ({node.target}); return a new tensor instead"
             )
@@ -136,7 +128,7 @@ def _check_keeps_rows_apart(node: fx.Node, depends: set[fx.Node]) -> None:
     target: Any = node.target
     if isinstance(node.meta.get("val"), Tensor):
         _check_has_rows(node, node)
-    name = target._schema.name.removeprefix("aten::")
+    name = private.short_name(target)
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node) or not isinstance(first.meta.get("val"), Tensor):
         return
@@ -146,9 +138,9 @@ def _check_keeps_rows_apart(node: fx.Node, depends: set[fx.Node]) -> None:
         by_values = {d for d, index in enumerate(indices) if isinstance(index, fx.Node) and index in depends}
         if name not in ("index", "index_put", "_unsafe_index", "_unsafe_index_put") or by_values & set(on_rows):
             raise EngineError(f"{_SEE_EACH_OTHER} ({target})")
-    for argument in target._schema.arguments:
-        if argument.name in ("dim", "dims") and name not in _ARRANGE:
-            dims = _given(target, node.args, node.kwargs, argument.name)
+    for argument in ("dim", "dims"):
+        if name not in _ARRANGE and private.has_argument(target, argument):
+            dims = private.given(target, node.args, node.kwargs, argument)
             count = max(1, first.meta["val"].ndim)
             over = range(count) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
             if {d % count for d in over} & set(on_rows):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from multint.engines import private
 from multint.engines.kernel import Kernel
 from multint.engines.plan import Piece, Plan
 from multint.engines.private import StandIns, has_rows
@@ -184,9 +185,8 @@ class _Lowering:
         """A stand-in for the sum of a vector's gradients over the steps."""
         value = node.meta["val"]
         rows = next(iter(self.plan.states.values())).meta["val"].shape[0]
-        with value.fake_mode:
-            shape = (rows, *value.shape) if node in self._apart else tuple(value.shape)
-            return value.new_empty(shape, dtype=torch.promote_types(value.dtype, torch.float32))
+        shape = (rows, *value.shape) if node in self._apart else tuple(value.shape)
+        return self.plan.world.new(value, shape, torch.promote_types(value.dtype, torch.float32))
 
     def _vjp(self, piece: Piece, cotangents: list[At]) -> None:
         """The instruction that gives the piece's roots their gradients."""
@@ -268,7 +268,7 @@ def vjp(piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], world: StandI
         for place, node in zip(places, wanted, strict=True):
             if node in apart:
                 values[place] = values[place].expand(rows, -1)
-        _, pull = torch.func.vjp(of, *(values[place] for place in places))
+        _, pull = torch.func.vjp(of, *(values[place] for place in places))  # type: ignore[misc]
         return list(pull(tuple(totals[node] for node in unique)))
 
     stand_ins = [world.like(node.meta["val"]) for node in [*piece.roots, *(node for _, node in outputs)]]
@@ -284,5 +284,4 @@ def vjp(piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], world: StandI
 
 def _is_broadcast(user: fx.Node, rows: torch.SymInt) -> bool:
     """Whether a vector's user meets its entries with the columns of a matrix of rows."""
-    pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
-    return pointwise and user.meta["val"].ndim == 2 and has_rows(user.meta["val"], rows)
+    return private.is_pointwise(user.target) and user.meta["val"].ndim == 2 and has_rows(user.meta["val"], rows)

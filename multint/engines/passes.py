@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from multint.engines import private
 from multint.errors import EngineError
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ _CONSTANTS = {
 
 def mutates(graph: fx.Graph) -> bool:
     """Whether an operation writes to one of its arguments."""
-    return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
+    return any(private.writes(node.target) for node in graph.nodes)
 
 
 def tidied(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:

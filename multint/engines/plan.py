@@ -70,8 +70,8 @@ def plan(trace: Trace) -> Plan:
     on_state, on_input = _reached(states.values()), _reached(inputs.values())
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
     rows = next(iter(states.values())).meta["val"].shape[0]
-    hoisted = _products(graph, on_input - on_state, invariant, rows)
-    stages = _products(graph, on_state, invariant, rows)
+    hoisted = _products(graph, on_input - on_state, invariant, rows, trace.world)
+    stages = _products(graph, on_state, invariant, rows, trace.world)
     outputs: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     # What is the same at every step, as far as anything else reads it.
     read = [n for n in graph.nodes if n in invariant and any(user not in invariant for user in n.users)]
@@ -136,7 +136,9 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], rows: torch.SymInt) -> list[Product]:
+def _products(
+    graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], rows: torch.SymInt, world: StandIns
+) -> list[Product]:
     """The products of nodes among the given ones with invariant matrices, grouped by their left-hand side.
 
     A product counts where it has one row for each of the batch: then it may be done for the rows of all steps at once.
@@ -147,10 +149,10 @@ def _products(graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], row
         if is_product and has_rows(node.meta["val"], rows):
             grouped.setdefault(node.args[0], []).append(node)
     # One after the other: a product's left-hand side may be another product, by now a packed one.
-    return [_packed(graph, nodes, invariant) for nodes in grouped.values()]
+    return [_packed(graph, nodes, invariant, world) for nodes in grouped.values()]
 
 
-def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node]) -> Product:
+def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node], world: StandIns) -> Product:
     """The products as one, of which slices stand in their places from now on."""
     first = products[0]
     with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
@@ -158,13 +160,12 @@ def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node]) -
     widths = [node.meta["val"].shape[1] for node in products]
     matrices: list[fx.Node] = [node.args[1] for node in products]  # type: ignore[misc]
     matrix, left, value = matrices[0], first.args[0], first.meta["val"]
-    with value.fake_mode:
-        result.meta["val"] = value.new_empty((value.shape[0], sum(widths)))
-        if len(products) > 1:
-            with graph.inserting_before(products[-1]):
-                matrix = graph.call_function(aten.cat.default, (matrices, 1))
-            matrix.meta["val"] = value.new_empty((matrices[0].meta["val"].shape[0], sum(widths)))
-            invariant.add(matrix)
+    result.meta["val"] = world.new(value, (value.shape[0], sum(widths)))
+    if len(products) > 1:
+        with graph.inserting_before(products[-1]):
+            matrix = graph.call_function(aten.cat.default, (matrices, 1))
+        matrix.meta["val"] = world.new(value, (matrices[0].meta["val"].shape[0], sum(widths)))
+        invariant.add(matrix)
     start = 0
     for node, width in zip(products, widths, strict=True):
         part = result

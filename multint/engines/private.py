@@ -9,7 +9,7 @@ What is slow to import is imported where it is used: most programs never trace.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,10 +42,15 @@ class StandIns:
         """A stand-in for a tensor (B, ...) of an open number of rows, the same for all such tensors."""
         return self._stand_in(tensor.new_empty(_TYPICAL_ROWS, *tensor.shape[1:]), open_rows=True)
 
-    def like(self, stand_in: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def like(self, stand_in: Tensor) -> Tensor:
         """Another, contiguous one of the same shape: a tensor that is two arguments would be traced as one."""
         with self.mode:
-            return torch.empty_like(stand_in, dtype=dtype, memory_format=torch.contiguous_format)
+            return torch.empty_like(stand_in, memory_format=torch.contiguous_format)
+
+    def new(self, stand_in: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One of another shape, on the same device."""
+        with self.mode:
+            return stand_in.new_empty(shape, dtype=dtype)
 
     def _stand_in(self, tensor: Tensor, open_rows: bool) -> Tensor:
         # Open sizes that are equal are one symbol, and only the numbers of rows are open.
@@ -83,6 +88,44 @@ def has_rows(stand_in: Any, rows: Any) -> bool:
     """Whether a stand-in has one row for each of the batch, where `rows` is a size of that symbol."""
     first = stand_in.shape[0] if isinstance(stand_in, Tensor) and stand_in.ndim else None
     return isinstance(first, torch.SymInt) and first.node.expr == rows.node.expr
+
+
+def is_operation(target: Any) -> bool:
+    """Whether a node's target is an ATen operation, and not a function of Python."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operation works on each number by itself."""
+    return is_operation(target) and torch.Tag.pointwise in target.tags
+
+
+def writes(target: Any) -> bool:
+    """Whether an operation writes to one of its arguments."""
+    return is_operation(target) and bool(target._schema.is_mutable)
+
+
+def short_name(target: Any) -> str:
+    """An operation's name without that of its overload: `sum`, for `aten.sum.dim_IntList`."""
+    return str(target._schema.name).removeprefix("aten::")
+
+
+def given(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
+    """What an operation is given for the argument of that name, or its default; None where it has none."""
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
+def has_argument(target: Any, name: str) -> bool:
+    """Whether an operation has an argument of that name."""
+    return any(argument.name == name for argument in target._schema.arguments)
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written to."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 # What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1: near 0 it is accurate in absolute terms only, and faster. The

@@ -111,7 +111,7 @@ class Walk:
             self._hold(".".join(self._path), value, slot)
         mark = self._mark(value)
         if self.entries is not None:
-            version = (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else None
+            version = private.version(value) if isinstance(value, Tensor) else None
             self.entries[".".join(self._path)] = (mark, version)
         self._path.pop()
         return mark
