@@ -215,6 +215,8 @@ def change(cell: nn.Module, program: Program, chance: random.Random) -> tuple[st
     if program.changes and chance.random() < 0.5:
         return chance.choice(program.changes), True
     parameters = dict(cell.named_parameters(remove_duplicate=False))
+    if not parameters:
+        return "pass", True
     name = chance.choice(sorted(parameters))
     owner, _, leaf = name.rpartition(".")
     at, place = f'cell.get_parameter("{name}")', f'cell.get_submodule("{owner}"), "{leaf}"'

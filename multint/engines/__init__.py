@@ -4,10 +4,10 @@
 traced once to a graph, in the way that makes the vendors' recurrent layers fast. Its rooms, in the order in which a
 step goes through them:
 
-1. `reads.py` walks all that the step can read: that gives the key under which `cache.py` keeps programs, and the copy
-   of the cell on which the step is tried.
+1. `reads.py` walks all that the step can read: that gives the key under which `cache.py` keeps programs, and the
+   copy of the cell (`copies.py`) on which the step is tried.
 2. `capture.py` turns the step into a graph of ATen operations with the number of rows left open, `passes.py` brings the
-   graph to its plainest form, and `legality.py` refuses what a graph cannot hold, or gets wrong.
+   graph to its plainest form, and `legality.py` and `trials.py` refuse what a graph cannot hold, or gets wrong.
 3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
    products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
@@ -16,8 +16,9 @@ step goes through them:
    and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
    streams and of the stages' products. A vector's gradient is summed on the way. After the loop, one product over all
    T·B rows gives each recurrent matrix its gradient.
-5. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows. `executor.py` runs a
-   schedule's loops as one operation of autograd; what is before them runs under autograd itself.
+5. `kernel.py` compiles each piece, and its vector-Jacobian product, for any number of rows. `program.py` holds the
+   schedules of a plan, and `executor.py` runs one: its loops as one operation of autograd, what is before them under
+   autograd itself.
 6. `choice.py` is what callers see: it chooses, falls back and explains. `budget.py` cuts a scan in time where it would
    keep too much. `private.py` is all that this package uses of torch without torch's promise.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from multint.engines.executor import Program
+    from multint.engines.program import Program
     from multint.engines.schedule import At
 
 # Bytes of streams, products and states. A scan that needs more is cut in time, and the backward pass computes each

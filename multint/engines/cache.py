@@ -16,7 +16,7 @@ from multint.errors import EngineError
 
 if TYPE_CHECKING:
     from multint.engines.capture import Trace
-    from multint.engines.executor import Program
+    from multint.engines.program import Program
 
 # Programs that are kept; the one that was used longest ago goes first.
 MOST_PROGRAMS = 64
@@ -89,8 +89,8 @@ def build(cell: nn.Module, x: Any, state: Any) -> Program:
     """Trace the step and make a program of it, or take one of the same graph: in training and evaluation, say."""
     # Imported here because the tracer is slow to import, and most uses never need it.
     from multint.engines.capture import capture, unaware
-    from multint.engines.executor import Program
     from multint.engines.plan import plan
+    from multint.engines.program import Program
 
     trace = unaware(capture, cell, x, state)
     signature = _signature(trace)

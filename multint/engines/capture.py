@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from multint.engines import legality, passes, private
-from multint.engines.reads import Copy, as_state
+from multint.engines import legality, passes, private, trials
+from multint.engines.copies import Copy, as_state
 from multint.errors import EngineError, in_a_line
 
 # Tracing and compiling go by states of the whole process: one thread at a time.
@@ -66,7 +66,7 @@ def capture(cell: nn.Module, x: Any, state: Any) -> Trace:
         if not private.has_rows(node.meta["val"], old.meta["val"].shape[0]):
             raise EngineError(f"fused: the step fixes the number of rows: the new state's {name} has not the batch's")
     legality.check_graph(traced)
-    legality.check_by_trial(step, traced, _exact(step, traced, x, state), x, state)
+    trials.check_by_trial(step, traced, _exact(step, traced, x, state), x, state)
     return traced
 
 

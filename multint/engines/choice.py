@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from multint.engines import private
+from multint.engines.failures import StepError, report
 from multint.engines.loop import loop
-from multint.engines.report import report
 from multint.errors import EngineError, OptionError, ShapeError, in_a_line
 
 if TYPE_CHECKING:
-    from multint.engines.executor import Program
+    from multint.engines.program import Program
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
 Streams = Tensor | dict[str, Tensor]
@@ -68,16 +68,16 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         except Exception as error:
             if private.is_control_flow(error):
                 raise
-            cause = _of_the_step(error)
-            if cause is None:
-                cause, reason = error, f"fused: it failed by {in_a_line(error)}"
-                if engine == "auto":
-                    report(f"it failed by {in_a_line(error)}")
-            else:
+            if isinstance(error, StepError):
                 # The loop raises it itself, unless it comes of trying the step on other rows than these.
+                cause = error.__cause__ or error
                 reason = f"fused: the step fails when it is tried: {in_a_line(cause)}"
                 if engine == "fused":
                     loop(cell, xs, state)
+            else:
+                cause, reason = error, f"fused: it failed by {in_a_line(error)}"
+                if engine == "auto":
+                    report(f"it failed by {in_a_line(error)}")
         else:
             return result
     if engine == "fused":
@@ -109,8 +109,8 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
 
 def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
     from multint.engines.budget import run_in_parts
+    from multint.engines.copies import as_state
     from multint.engines.executor import constants
-    from multint.engines.reads import as_state
 
     inputs = list(_by_name(xs).values())
     # What follows has the casts of autocast in its graphs already.
@@ -119,11 +119,6 @@ def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, ask
         fields = [f.to(buffers[name].dtype) for f, name in zip(state, program.forward.states, strict=True)]
         output, fields = run_in_parts(program, constants(program, tensors), inputs, fields, asked)
         return output, as_state(program.plan.state_type, fields)
-
-
-def _of_the_step(error: Exception) -> BaseException | None:
-    """What the step itself has raised, if that is what an error of ours tells."""
-    return error.__cause__ if type(error).__name__ == "StepError" else None
 
 
 @dataclass(frozen=True)
@@ -201,8 +196,8 @@ def explain(
     try:
         program, _ = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked=True)
     except Exception as error:
-        cause = _of_the_step(error) or error
-        return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(cause)}")
+        failed = error.__cause__ if isinstance(error, StepError) and error.__cause__ else error
+        return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
     reason = _not_worth_it(cell, xs) if engine == "auto" else ""
     return Explanation("loop" if reason else "fused", reason, program, _size(xs))
 

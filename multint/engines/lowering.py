@@ -56,8 +56,6 @@ class _Lowering:
         self.names: dict[fx.Node, str] = {}
         self._left: dict[int, str] = {}  # the buffers of the left-hand sides of the products, by the product's identity
 
-    # -- names and buffers
-
     def _buffer(self, name: str, like: Tensor, extent: Extent, rows: bool = True, **more: Any) -> str:
         """A new buffer of that name, or the next free one, for values like the stand-in."""
         free = name
@@ -79,8 +77,6 @@ class _Lowering:
         """Where the values of some roots are: those that change with t at this step, or at all of them."""
         extents = [(self.names[n], self.schedule.buffers[self.names[n]].extent) for n in nodes]
         return tuple(At(name, 0 if extent is Extent.ONE else later) for name, extent in extents)
-
-    # -- the forward pass
 
     def forward(self) -> None:
         """What is given; the prologue; one step."""
@@ -129,8 +125,6 @@ class _Lowering:
         roots = self._at(product.piece.roots, later)
         section.append(Call(self.kernels.of(product.piece), roots, {At(buffer, later): False}))
         return buffer
-
-    # -- the backward pass
 
     def reverse(self, wanted: frozenset[str]) -> None:
         """One step backward, last piece first, and the epilogue."""

@@ -1,10 +1,14 @@
-"""Telling, once, that our own machinery has failed where the caller did not ask for it."""
+"""Whose failure it is: the step's own, which is raised as the loop raises it, or ours, which is told once."""
 
 from __future__ import annotations
 
 import warnings
 
 _told: set[str] = set()
+
+
+class StepError(Exception):
+    """The step itself has raised the cause of this."""
 
 
 def report(reason: str) -> None:

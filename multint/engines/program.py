@@ -1,0 +1,49 @@
+"""A plan made ready to run: a schedule for each set of gradients that is wanted."""
+
+from __future__ import annotations
+
+from multint.engines.capture import TRACING, unaware
+from multint.engines.lowering import Kernels, lower
+from multint.engines.plan import Plan
+from multint.engines.schedule import Schedule
+from multint.errors import EngineError
+
+
+class Program:
+    """A plan made ready to run: its schedules, by which gradients are wanted, and its kernels, which they share."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.failure = ""  # why it must not be run again
+        self._kernels = Kernels(plan.world)
+        self.forward = lower(plan, self._kernels, None)
+        nodes = [*plan.streams, *(stage.matrix for stage in plan.stages), *plan.vectors]
+        named = zip(nodes, self.forward.arguments, strict=False)
+        self.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
+        self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none
+
+    def schedule(self, wanted: frozenset[str] | None) -> Schedule:
+        """The schedule that gives gradients to the wanted arguments; forward only where that is None.
+
+        Raises: EngineError where the step has no derivative.
+        """
+        if wanted is None:
+            return self.forward
+        kept = self._kept.get(wanted)
+        if kept is None:
+            with TRACING:
+                try:
+                    kept = unaware(lower, self.plan, self._kernels, wanted)
+                except EngineError as error:
+                    kept = str(error)
+                self._kept[wanted] = kept
+        if isinstance(kept, str):
+            raise EngineError(kept)
+        return kept
+
+    def whole(self) -> Schedule:
+        """The schedule that gives all gradients, or the forward pass alone for a step without a derivative."""
+        try:
+            return self.schedule(self.may_learn)
+        except EngineError:
+            return self.forward
