@@ -8,7 +8,8 @@ key, so that a weight tied to another one makes another key.
 
 What cannot be followed, such as a lock, a logger or a trainer, is replaced by a tripwire in the copy of the cell that
 is traced: a step that uses it is refused by name. What stays unseen is what no walk of Python's objects shows: files,
-the clock, the environment, and the inside of another library's object that a global or a closure holds.
+the clock, the environment, and the inside of an object of the standard library, NumPy or torch that a global or a
+closure holds, such as a `configparser.ConfigParser`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import enum
 import functools
 import sys
 import types
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,7 +36,7 @@ _MOST = 5000
 _PLAIN = (type(None), bool, int, bytes, type(Ellipsis), type(NotImplemented))
 _NUMBERS_AND_TEXT = (int, float, complex, str, bytes, range, slice)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_CONTAINERS = (tuple, list, dict, set, frozenset)
+_CONTAINERS = (tuple, list, dict, set, frozenset, deque)
 _CACHED = type(functools.lru_cache(len))
 # What wraps functions, and where they are in it.
 _WRAPPERS: dict[type, tuple[str, ...]] = {
@@ -195,7 +197,7 @@ class Walk:
             # Keys are marked too: 1 and True are one key of a dictionary, and not one value in a step.
             marks = tuple((self._mark(k), self._child(k, v, (value, "entry", k))) for k, v in value.items())
         else:
-            can_change = isinstance(value, list)
+            can_change = isinstance(value, list | deque)
             marks = tuple(self._child(i, v, (value, "entry", i) if can_change else None) for i, v in enumerate(value))
         own = () if type(value) in _CONTAINERS or hasattr(value, "_fields") else _attributes(value)
         return type(value), marks, *((name, self._child(name, attribute)) for name, attribute in own)
