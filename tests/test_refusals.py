@@ -69,12 +69,27 @@ ROWS_SEE_EACH_OTHER = {
     "running-over-all": lambda cell, x, h: base(cell, x.reshape(-1).cumsum(0).reshape(x.shape), h),
     "attention-over-the-rows": lambda cell, x, h: base(cell, x, F.scaled_dot_product_attention(h, h, h)),
     "batch-norm-in-training": lambda cell, x, h: base(cell, F.batch_norm(x, None, None, training=True), h),
+    "pooled-behind-a-gate": lambda cell, x, h: base(
+        cell, torch.where(x.abs() > 50, F.avg_pool1d(x.t()[None], 3, 1, 1)[0].t(), x), h
+    ),
+    "normed-behind-a-gate": lambda cell, x, h: base(
+        cell, torch.where(x.abs() > 50, F.layer_norm(x.t(), (x.shape[0],)).t(), x), h
+    ),
+    "at-200-rows": lambda cell, x, h: base(cell, x, h) * (2.0 if x.shape[0] == 200 else 1.0),
+    "at-multiples": lambda cell, x, h: base(cell, x, h) * (2.0 if x.shape[0] % 256 == 0 else 1.0),
     "counted": lambda cell, x, h: base(cell, x, h) / (1 + (h > 100).sum()),
 }
 
 
 # What happens to be known by the number of rows too, which another algorithm or another shape goes by.
-FIX_THE_NUMBER_OF_ROWS = ("gram-by-einsum", "distances", "reshaped-across")
+FIX_THE_NUMBER_OF_ROWS = (
+    "at-200-rows",
+    "at-multiples",
+    "normed-behind-a-gate",
+    "gram-by-einsum",
+    "distances",
+    "reshaped-across",
+)
 
 
 @pytest.mark.parametrize("name", ROWS_SEE_EACH_OTHER)

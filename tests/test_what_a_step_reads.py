@@ -3,9 +3,12 @@
 After each change `fused` gives what the loop gives, or refuses by name; `auto` gives what the loop gives.
 """
 
+import collections
 import enum
 import functools
 import gc
+import sys
+import types
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -897,3 +900,87 @@ def test_the_kinds_of_inputs_are_a_part_of_what_a_program_is_kept_by():
     a, b = normal(4, 3, HIDDEN_SIZE), normal(4, 3, HIDDEN_SIZE, seed=2)
     for streams in ({"a": a, "b": b}, {"b": b, "a": a}, {"a": b, "b": a}):
         close(scan(named, streams, state, "fused"), scan(named, streams, state, "loop"), torch.float64)
+
+
+SETTINGS = types.ModuleType("settings_of_a_test")
+FACTORS = torch.ones(2)
+
+
+class Table(dict):
+    by = 1.0
+
+
+class Hidden:
+    __slots__ = ("__by",)
+
+    def __init__(self):
+        self.__by = 1.0
+
+    def put(self, value):
+        self.__by = value
+
+    def get(self):
+        return self.__by
+
+
+def imported(cell):
+    import settings_of_a_test
+
+    return settings_of_a_test.SCALE
+
+
+def imported_from(cell):
+    from settings_of_a_test import SCALE
+
+    return SCALE
+
+
+def put_scale(cell, value):
+    SETTINGS.SCALE = value
+
+
+# A factor in the step, and what gives it another value.
+BEYOND = {
+    "a module imported in the step": (imported, put_scale),
+    "a name imported in the step": (imported_from, put_scale),
+    "a module as an attribute": (lambda cell: cell.settings.SCALE, put_scale),
+    "a module by getattr": (lambda cell: getattr(SETTINGS, "SCALE"), put_scale),  # noqa: B009
+    "an attribute of a weight": (
+        lambda cell: getattr(cell.W, "by", 1.0),
+        lambda cell, value: setattr(cell.W, "by", value),
+    ),
+    "numbers of a tensor": (lambda cell: FACTORS.tolist()[0], lambda cell, value: FACTORS.fill_(value)),
+    "a dictionary's class": (lambda cell: cell.table.by, lambda cell, value: setattr(Table, "by", value)),
+    "a bound method of a dictionary": (lambda cell: cell.look("by"), lambda cell, value: cell.plain.update(by=value)),
+    "a private slot": (lambda cell: cell.hidden.get(), lambda cell, value: cell.hidden.put(value)),
+    "a deque": (lambda cell: cell.queue[0], lambda cell, value: cell.queue.__setitem__(0, value)),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_lies_beyond_plain_attributes_is_seen_too(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, SETTINGS.__name__, SETTINGS)
+    factor, change = BEYOND[name]
+    cell = fresh(Scaled)(factor).double()
+    cell.settings, cell.table, cell.hidden = SETTINGS, Table(), Hidden()
+    cell.plain, cell.queue = {"by": 1.0}, collections.deque([1.0])
+    cell.look = cell.plain.get
+    for value in (1.0, 3.0, 0.5):
+        change(cell, value)
+        right_or_refused(cell, *inputs(cell), "fused")
+
+
+def test_a_part_that_copies_itself_in_its_own_way_is_refused():
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = 0.5
+
+        def __getstate__(self):
+            return {**vars(self), "by": 2.0}
+
+    cell = fresh(Scaled)(lambda cell: cell.part.by).double()
+    cell.part = Forgetful()
+    xs, state = inputs(cell)
+    with pytest.raises(EngineError, match="__getstate__"):
+        scan(cell, xs, state, engine="fused")

@@ -28,7 +28,7 @@ The schedule of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, witho
     once, for all steps:        Wx[:] = x[:] @ W
     each step t:                Uh[t] = h[t] @ U
                                 h[t+1], c[t+1] = kernel(alpha, beta1, beta2, bias, c[t], Wx[t], Uh[t])
-    each step t backward:       rows(d_alpha) (+), …, d_c[t], d_Wx[t], d_Uh[t]
+    each step t backward:       d_c[t], d_Wx[t], d_Uh[t], +rows(d_alpha), …
                                     = kernel(alpha, …, c[t], Wx[t], Uh[t], d_h[t+1], d_c[t+1], d_output[t])
                                 d_h[t] = d_Uh[t] @ Uᵀ
     once, after the last:       d_alpha = Σ rows(d_alpha), …

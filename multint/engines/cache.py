@@ -48,7 +48,7 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
 
     Raises: EngineError where there can be none; StepError where the step itself fails.
     """
-    walk = Walk(cell)
+    walk = Walk(cell, type(state))
     kind = next(iter(xs.values())).device.type
     key = (
         walk.key,

@@ -58,28 +58,26 @@ def scan(
 
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
-    reason = _refusal(cell, xs, state) or (_not_worth_it(cell, xs) if engine == "auto" else "")
-    cause = None
-    if not reason:
-        try:
-            result = _fused(cell, xs, state, engine == "fused")
-        except EngineError as error:
-            reason, cause = str(error), error.__cause__
-        except Exception as error:
-            if private.is_control_flow(error):
-                raise
-            if isinstance(error, StepError):
-                # The loop raises it itself, unless it comes of trying the step on other rows than these.
-                cause = error.__cause__ or error
-                reason = f"fused: the step fails when it is tried: {in_a_line(cause)}"
-                if engine == "fused":
-                    loop(cell, xs, state)
-            else:
-                cause, reason = error, f"fused: it failed by {in_a_line(error)}"
-                if engine == "auto":
-                    report(f"it failed by {in_a_line(error)}")
+    cause: BaseException | None = None
+    try:
+        reason = (_not_worth_it(cell, xs) if engine == "auto" else "") or _refusal(cell, xs, state)
+        if not reason:
+            return _fused(cell, xs, state, engine == "fused")
+    except EngineError as error:
+        reason, cause = str(error), error.__cause__
+    except Exception as error:
+        if private.is_control_flow(error):
+            raise
+        if isinstance(error, StepError):
+            # The loop raises it itself, unless it comes of trying the step on other rows than these.
+            cause = error.__cause__ or error
+            reason = f"fused: the step fails when it is tried: {in_a_line(cause)}"
+            if engine == "fused":
+                loop(cell, xs, state)
         else:
-            return result
+            cause, reason = error, f"fused: it failed by {in_a_line(error)}"
+            if engine == "auto":
+                report(f"it failed by {in_a_line(error)}")
     if engine == "fused":
         raise EngineError(reason) from cause
     if isinstance(cell, nn.Module):
@@ -270,6 +268,8 @@ def _check(xs: Streams, state: Any, engine: str) -> None:
         raise ShapeError(f"scan: state is a {type(state).__name__}, expected a named tuple of tensors (B, ...)")
     _, rows = _size(xs)
     for name, field in zip(state._fields, state, strict=True):
+        if not isinstance(field, Tensor):
+            raise ShapeError(f"scan: state.{name} is a {type(field).__name__}, expected a tensor ({rows}, ...)")
         if field.shape[:1] != (rows,):
             got = tuple(field.shape)
             raise ShapeError(f"scan: state.{name} has the shape {got}, expected ({rows}, ...), the batch size of xs")

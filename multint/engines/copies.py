@@ -57,8 +57,11 @@ def _clone(tensor: Tensor) -> Tensor:
     """A tensor of the same numbers and kind, at the root of its own graph."""
     numbers = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(numbers, tensor.requires_grad)
-    return numbers.requires_grad_(tensor.requires_grad)
+        numbers = nn.Parameter(numbers, tensor.requires_grad)
+    else:
+        numbers.requires_grad_(tensor.requires_grad)
+    vars(numbers).update(vars(tensor))
+    return numbers
 
 
 # Assigning to an attribute of a module would register a parameter: the dictionaries are written to instead.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multint.engines import private
 from multint.engines.failures import report
 from multint.engines.lowering import OUTPUT_GRADIENT
 from multint.engines.program import Program
@@ -159,14 +160,10 @@ class Scan(torch.autograd.Function):
         schedule: Schedule = ctx.schedule
         saved = list(ctx.saved_tensors)
         arguments, saved = saved[: len(schedule.arguments)], saved[len(schedule.arguments) :]
-        if torch.is_grad_enabled():
-            return (
-                None,
-                None,
-                None,
-                None,
-                *_differentiably(schedule, arguments, (d_output, *d_final), create_graph=True),
-            )
+        create_graph = torch.is_grad_enabled()
+        if create_graph or private.surroundings():  # a gradient's gradient, or one of many at once
+            gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph)
+            return None, None, None, None, *gradients
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
         for name, count in zip(schedule.kept, ctx.counts, strict=True):
             by_product = schedule.buffers[name].by_product

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+_READ_NUMBERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 SEE_EACH_OTHER = "fused: the rows of a batch see each other"
 
 
@@ -46,6 +47,8 @@ def rehearse(step: Copy, x: Any, state: Any) -> None:
             found.append("the step registers a hook on a tensor")
         elif getattr(function, "__self__", None) is Tensor.data:  # its getter or setter
             found.append("the step takes .data, whose gradient a graph does not show; use detach()")
+        elif function in _READ_NUMBERS:
+            found.append(f"the step reads the numbers of a tensor ({function.__name__})")
 
     def operation(target: Any, args: Any, kwargs: Any) -> None:
         if _is_random(target, args, kwargs):
@@ -82,6 +85,8 @@ def _is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
 
 # Operations whose dimension says how values are arranged, and not over which ones something is computed.
 _ARRANGE = {"select", "slice", "squeeze", "unsqueeze", "cat", "stack", "split", "split_with_sizes", "unbind", "unfold", "select_scatter", "slice_scatter", "permute", "narrow", "movedim", "diagonal"}  # fmt: skip  # noqa: E501
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}  # where they go over the rows, their result has none
+_COPIES = {"clone", "_to_copy", "repeat"}
 # Operations that choose by values which row of their first argument is read.
 _CHOOSE = {"index", "index_put", "_unsafe_index", "_unsafe_index_put", "embedding", "take", "put", "masked_scatter"}
 
@@ -127,6 +132,14 @@ def _check_keeps_rows_apart(node: fx.Node, depends: set[fx.Node]) -> None:
         by_values = {d for d, index in enumerate(indices) if isinstance(index, fx.Node) and index in depends}
         if name not in ("index", "index_put", "_unsafe_index", "_unsafe_index_put") or by_values & set(on_rows):
             raise EngineError(f"{SEE_EACH_OTHER} ({target})")
+    for flag in ("scale_grad_by_freq", "sparse"):  # gradients that go by all rows, or are no plain tensors
+        if private.given(target, node.args, node.kwargs, flag):
+            raise EngineError(f"fused: the step uses {target} with {flag}")
+    over_dims = private.has_argument(target, "dim") or private.has_argument(target, "dims")
+    plain = private.is_pointwise(target) or private.is_view(target) or name in _ARRANGE | _PRODUCTS | _COPIES
+    if on_rows not in ([], [0]) and not over_dims and not plain:
+        # A pooling, a norm or the like, over dimensions that its arguments do not name.
+        raise EngineError(f"{SEE_EACH_OTHER} ({target})")
     for argument in ("dim", "dims"):
         if name not in _ARRANGE and private.has_argument(target, argument):
             dims = private.given(target, node.args, node.kwargs, argument)

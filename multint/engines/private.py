@@ -74,7 +74,11 @@ class StandIns:
         """The condition on the number of rows that the traced code has tested, where not every number meets it."""
         for guard in self._shapes.guards:
             symbols = guard.expr.free_symbols
-            if not all(guard.expr.subs(dict.fromkeys(symbols, n)) for n in (*range(2, 130), 1000, 10**6)):
+            # Around the numbers that the condition names, it may change.
+            named = [int(number) for number in guard.expr.atoms() if number.is_Integer]
+            near = [times * number + d for number in named for times in (1, 2, 3) for d in (-1, 0, 1)]
+            numbers = {n for n in (*range(2, 130), 1000, 10**6, *near) if n > 1}
+            if not all(guard.expr.subs(dict.fromkeys(symbols, n)) for n in numbers):
                 return str(guard.expr)
         return ""
 
@@ -92,12 +96,17 @@ def has_rows(stand_in: Any, rows: Any) -> bool:
 
 def is_operation(target: Any) -> bool:
     """Whether a node's target is an ATen operation, and not a function of Python."""
-    return isinstance(target, torch._ops.OpOverload)
+    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
 
 
 def is_pointwise(target: Any) -> bool:
     """Whether an operation works on each number by itself."""
     return is_operation(target) and torch.Tag.pointwise in target.tags
+
+
+def is_view(target: Any) -> bool:
+    """Whether an operation arranges the numbers of its argument anew."""
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def writes(target: Any) -> bool:
@@ -190,6 +199,11 @@ def hooks(module: nn.Module) -> list[Any]:
 def global_hooks() -> bool:
     """Whether there are hooks that calls of all modules run."""
     return any(getattr(nn.modules.module, kind) for kind in _GLOBAL_HOOKS)
+
+
+def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+    """A module's parts by name, one that has two names twice."""
+    return iter(module._modules.items())
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,8 +8,8 @@ key, so that a weight tied to another one makes another key.
 
 What cannot be followed, such as a lock, a logger or a trainer, is replaced by a tripwire in the copy of the cell that
 is traced: a step that uses it is refused by name. What stays unseen is what no walk of Python's objects shows: files,
-the clock, the environment, and the inside of an object of the standard library, NumPy or torch that a global or a
-closure holds, such as a `configparser.ConfigParser`.
+the clock, the environment, a name that the step puts together as it runs, and the inside of an object of the standard
+library, NumPy or torch that a global or a closure holds, such as a `configparser.ConfigParser`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import enum
 import functools
+import operator
 import sys
 import types
 from collections import deque
@@ -37,6 +38,16 @@ _PLAIN = (type(None), bool, int, bytes, type(Ellipsis), type(NotImplemented))
 _NUMBERS_AND_TEXT = (int, float, complex, str, bytes, range, slice)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CONTAINERS = (tuple, list, dict, set, frozenset, deque)
+_BUILT_IN = (
+    types.BuiltinFunctionType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.MethodWrapperType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+_GETTERS = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
 _CACHED = type(functools.lru_cache(len))
 # What wraps functions, and where they are in it.
 _WRAPPERS: dict[type, tuple[str, ...]] = {
@@ -52,6 +63,16 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
 
 # Libraries whose functions and classes are what their names say: they are told apart by identity and not followed.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "multint", "numpy", "einops", "opt_einsum"}
+
+
+# What every class has, or no step reads; and what says how it is copied.
+_OF_EVERY_CLASS = {
+    *vars(type("_", (), {"__slots__": ()})), *vars(type("_", (), {})), "__abstractmethods__", "_abc_impl",
+    "__annotations__", "__parameters__", "__orig_bases__", "__match_args__", "__dataclass_fields__",
+    "__dataclass_params__", "_member_map_", "_member_names_", "_value2member_map_", "__firstlineno__",
+    "__static_attributes__", "__annotate__", "__init__", "__new__", "__repr__",
+}  # fmt: skip
+_COPIES = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__"}
 
 
 class _Same:
@@ -71,12 +92,13 @@ class Walk:
     """One walk over a cell: `key`, by value, and `tensors`, each once, in the order in which they were met.
 
     Args:
+        state_type: of the state, whose methods the step may call.
         named: whether to note `entries`, the mark of everything that has a name, to tell what has changed.
 
     Raises: EngineError where the step reaches too much to be followed.
     """
 
-    def __init__(self, cell: nn.Module, named: bool = False) -> None:
+    def __init__(self, cell: nn.Module, state_type: type = tuple, named: bool = False) -> None:
         self.tensors: list[Tensor] = []
         self.names: list[str] = []  # of the tensors: where they were met first
         self.slots: list[list[tuple[Any, str, Any]]] = []  # for each tensor: what holds it, how, and under what name
@@ -92,7 +114,7 @@ class Walk:
             for how, name, tensor in private.held(module):
                 self._hold(f"{prefix}.{name}".lstrip("."), tensor, (module, how, name))
         try:
-            self.key: Hashable = self._mark(cell)
+            self.key: Hashable = (self._mark(cell), self._class(state_type))
         except RecursionError:
             raise EngineError("fused: the step reaches something too deep to be followed") from None
 
@@ -129,9 +151,11 @@ class Walk:
         if isinstance(value, _OF_TORCH):
             return value
         if isinstance(value, enum.Enum):
-            return kind, value.name
-        if isinstance(value, _NUMBERS_AND_TEXT):  # not by ==, by which 0.0 is -0.0 and NaN is not itself
+            return self._class(kind), value.name
+        if kind in _NUMBERS_AND_TEXT:  # not by ==, by which 0.0 is -0.0 and NaN is not itself
             return kind, repr(value)
+        if isinstance(value, _NUMBERS_AND_TEXT):
+            return self._class(kind), _plain_repr(value), *self._own(value)
         if isinstance(value, type):
             return self._class(value)
         met = self._met.get(id(value))
@@ -151,15 +175,22 @@ class Walk:
             return self._function(value)
         if kind in _WRAPPERS:
             return kind, *(self._child(name, getattr(value, name)) for name in _WRAPPERS[kind])
-        if isinstance(value, types.ModuleType):
+        library = _library(kind)
+        if isinstance(value, types.ModuleType) and (_library(value) is not None or self._beyond):
             self.python_modules[id(value)] = value
             return _Same(value)
-        library = _library(kind)
-        if library == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
-            return kind, str(value.dtype), value.shape, value.tobytes()
-        if callable(value) and library is not None and library != "multint":  # a built-in function, an operation
+        if any(part.__module__ == "numpy" for part in kind.__mro__) and hasattr(value, "tobytes"):
+            if not value.dtype.hasobject:
+                return self._class(kind), str(value.dtype), value.shape, value.tobytes(), *self._own(value)
+        elif isinstance(value, _BUILT_IN):
+            owner = getattr(value, "__self__", None)
+            bound = owner is not None and not isinstance(owner, types.ModuleType | type)
+            return (value.__name__, self._child("__self__", owner)) if bound else _Same(value)
+        elif isinstance(value, _GETTERS):
+            return kind, repr(value)
+        elif private.is_operation(value) or kind.__name__ == "ufunc":
             return _Same(value)
-        if library in (None, "multint") or kind in (types.SimpleNamespace, argparse.Namespace):
+        elif library in (None, "multint") or kind in (types.SimpleNamespace, argparse.Namespace):
             return self._object(value)
         if not self._beyond:
             self.unfollowed[id(value)] = value, ".".join(self._path)
@@ -170,14 +201,19 @@ class Walk:
         index = self._index.get(id(tensor))
         if index is None and type(tensor) not in (Tensor, nn.Parameter) and not self._beyond:
             self.unfollowed[id(tensor)] = tensor, ".".join(self._path)
-        # Without an index it cannot be replaced, and a trace would freeze its numbers: capturing looks for those.
-        return index, type(tensor) is Tensor, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+        own = tuple((name, self._child(name, value)) for name, value in vars(tensor).items())
+        marks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, own
+        if index is not None:
+            return index, *marks
+        # It cannot be replaced, so a trace would freeze its numbers. Capturing refuses it; Python may read it all the
+        # same.
+        return _Same(tensor), private.version(tensor), *marks
 
     def _module(self, module: nn.Module) -> Hashable:
         marks: list[Hashable] = [self._class(type(module)), module.training]
         for _, name, value in private.held(module):
             marks += [name, self._child(name, value)]
-        for name, part in module._modules.items():
+        for name, part in private.parts(module):
             marks += [name, self._child(name, part)]
         for name, value in private.attributes(module):
             marks += [name, self._child(name, value, (module, "attribute", name))]
@@ -199,8 +235,16 @@ class Walk:
         else:
             can_change = isinstance(value, list | deque)
             marks = tuple(self._child(i, v, (value, "entry", i) if can_change else None) for i, v in enumerate(value))
-        own = () if type(value) in _CONTAINERS or hasattr(value, "_fields") else _attributes(value)
-        return type(value), marks, *((name, self._child(name, attribute)) for name, attribute in own)
+        factory = self._child("default_factory", getattr(value, "default_factory", None))
+        return self._class(type(value)), marks, factory, *self._own(value)
+
+    def _own(self, value: Any) -> list[Hashable]:
+        """What a user's class adds to a container, a number or an array."""
+        if _library(type(value)) is not None:
+            return []
+        return [
+            (name, self._child(name, attribute, (value, "attribute", name))) for name, attribute in _attributes(value)
+        ]
 
     def _class(self, kind: type) -> Hashable:
         """A class by identity, with what is in it now: methods can be replaced, and attributes set."""
@@ -211,9 +255,13 @@ class Walk:
         followed, known = _parts(kind.__mro__)
         marks: list[Hashable] = [_Same(kind), *(_contents(part) for part in known)]
         self._beyond += 1
+        if _library(type(kind)) is None:
+            marks.append(self._class(type(kind)))
         for part in followed:
             for name, value in vars(part).items():
-                if isinstance(value, types.FunctionType) or not name.startswith(("__", "_abc_")):
+                if name in _COPIES:
+                    raise EngineError(f"fused: {part.__name__} has a {name} of its own, so a copy of it may be another")
+                if name not in _OF_EVERY_CLASS:
                     marks += [name, self._child(name, value)]
         self._beyond -= 1
         return tuple(marks)
@@ -238,25 +286,32 @@ class Walk:
         return tuple(marks)
 
     def _globals(self, function: types.FunctionType) -> Iterator[Hashable]:
-        """The globals that a function's code names, and of a user's module what the code names of it."""
+        """The globals that a function's code names, and of the user's modules what the code names of them."""
         names = _named(function.__code__)
-        for name in names:
-            value = function.__globals__.get(name, _MISSING)
-            if isinstance(value, types.ModuleType) and _library(value) is None:
-                yield from (self._child(inner, vars(value)[inner]) for inner in names if inner in vars(value))
-            elif value is not _MISSING:
-                yield name
-                yield self._child(name, value)
+        imported = [sys.modules[name] for name in names if name in sys.modules]  # in the function itself
+        modules: dict[int, types.ModuleType] = {}
+        self._users_modules([*imported, *(function.__globals__.get(name) for name in names)], names, modules)
+        for space in (function.__globals__, *map(vars, modules.values())):
+            for name in names:
+                if name in space and not isinstance(space[name], types.ModuleType):
+                    yield name
+                    yield self._child(name, space[name])
 
-
-_MISSING = object()
+    def _users_modules(self, values: Iterable[Any], names: tuple[str, ...], found: dict[int, types.ModuleType]) -> None:
+        """The user's modules among the values, and those that their names lead to."""
+        for value in values:
+            if isinstance(value, types.ModuleType) and _library(value) is None and id(value) not in found:
+                found[id(value)] = value
+                self._users_modules([vars(value).get(name) for name in names], names, found)
 
 
 @functools.lru_cache(maxsize=4096)
 def _named(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals and attributes in a function's code, and in that of the functions within it."""
     inner = [name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _named(constant)]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
+    # Words in strings too, as in getattr(module, "scale").
+    words = [constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier()]
+    return tuple(dict.fromkeys([*code.co_names, *words, *inner]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -284,6 +339,12 @@ def _contents(kind: type) -> Hashable:
     return kept[2]
 
 
+def _plain_repr(value: Any) -> str:
+    """How a number or a text shows, whatever a class of the user's makes of it."""
+    base = next(part for part in type(value).__mro__ if part in _NUMBERS_AND_TEXT)
+    return base.__repr__(value)
+
+
 def _library(thing: Any) -> str | None:
     """The library that a function, a class or a module is from, if it is one of those that are not followed."""
     if isinstance(thing, types.ModuleType):
@@ -304,9 +365,15 @@ _ON_HEAP = 1 << 9  # a flag of classes that Python code has made
 
 def _attributes(value: Any) -> Iterable[tuple[str, Any]]:
     """An object's attributes, in its dictionary or its slots."""
-    slots = [name for part in type(value).__mro__ for name in _slots(part)]
+    slots = [_mangled(part, name) for part in type(value).__mro__ for name in _slots(part)]
     yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
     yield from getattr(value, "__dict__", {}).items()
+
+
+def _mangled(kind: type, name: str) -> str:
+    """A private name as Python keeps it."""
+    private_name = name.startswith("__") and not name.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{name}" if private_name else name
 
 
 def _slots(kind: type) -> Iterable[str]:

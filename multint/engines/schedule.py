@@ -63,7 +63,8 @@ class Buffer:
         times = {Extent.EACH: [steps], Extent.STATES: [steps + 1], Extent.TURNS: [2]}.get(self.extent, [])
         shape = (*times, *([batch_size] if self.rows is Rows.YES else []), *self.shape)
         size = math.prod(shape) * self.dtype.itemsize
-        return f"{shape} {str(self.dtype).removeprefix('torch.')}, {size / 2**20:.1f} MiB"
+        told = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+        return f"{shape} {str(self.dtype).removeprefix('torch.')}, {told}"
 
 
 class At(NamedTuple):
@@ -115,10 +116,13 @@ class Call:
     writes: dict[At, bool]  # and whether it adds to what is there
 
     def show(self, buffers: dict[str, Buffer]) -> str:
-        names = [read.show(buffers) for read in self.reads]
-        results = ", ".join(f"{write.show(buffers)}{' (+)' if adds else ''}" for write, adds in self.writes.items())
+        names = ", ".join(read.show(buffers) for read in self.reads)
+        added = [write.show(buffers) for write, adds in self.writes.items() if adds]
+        written = ", ".join(write.show(buffers) for write, adds in self.writes.items() if not adds)
+        given = ", ".join([written] * bool(written) + [f"+{name}" for name in added])
         count = self.kernel.operations()
-        return f"{results} = kernel({', '.join(names)})  {count} operation{'s' if count > 1 else ''}"
+        line = f"{given} = kernel({names})  {count} operation{'s' if count > 1 else ''}"
+        return line if len(line) < 110 else line.replace(" = kernel(", "\n      = kernel(")
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,9 @@ class Schedule:
             if instructions:
                 lines += [f"{title}:", *(f"  {instruction.show(self.buffers)}" for instruction in instructions)]
         long = [b for b in self.buffers.values() if b.extent in (Extent.EACH, Extent.STATES)]
-        lines += ["buffers:", *(f"  {b.name:<12} {b.show(steps, batch_size)}" for b in long)]
+        lines += ["buffers with a value for each step:", *(f"  {b.name:<12} {b.show(steps, batch_size)}" for b in long)]
+        if self.reverse:
+            lines.append("+d is added to; rows(d) is summed for each row of the batch apart")
         return "\n".join(lines)
 
 

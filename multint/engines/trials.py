@@ -123,6 +123,8 @@ class _Trial:
         def run(function: Callable[[list[Tensor], list[Tensor]], list[Tensor]]) -> tuple[list[Tensor], list[Any]]:
             values = [v.detach().clone().requires_grad_(a) for v, a in zip(given, asked, strict=True)]
             count = len(self.weights)
+            for value, tensor in zip(values, self.step.tensors, strict=False):
+                vars(value).update(vars(tensor))  # what the user has put on a weight, and a stand-in lacks
             # Copies of the rows: in a scan they are results, too, and no leaves.
             new = function(values[:count], [value.clone() for value in values[count:]])
             return [field.detach() for field in new], _gradients(new, [v for v in values if v.requires_grad])
