@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from multint.engines.failures import StepError
 from multint.engines.reads import Walk
-from multint.errors import EngineError
+from multint.errors import EngineError, in_a_line
 
 if TYPE_CHECKING:
     from multint.engines.capture import Trace
@@ -76,6 +77,11 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
                     kept = build(cell, x, state)
                 except EngineError as error:  # its message alone: the traceback would hold the inputs
                     kept = str(error)
+                except StepError:  # of these inputs, perhaps
+                    raise
+                except Exception as error:  # ours: it is told once, and not tried again
+                    _programs[key] = f"fused: it failed by {in_a_line(error)}"
+                    raise
                 _programs[key] = kept
     _programs.move_to_end(key)
     while len(_programs) > MOST_PROGRAMS:

@@ -54,7 +54,7 @@ def scan(
     Errors of the step itself come as the loop raises them. "auto" raises no others.
     """
     _check(xs, state, engine)
-    return loop(cell, xs, state) if engine == "loop" else _choose(cell, xs, state, engine)
+    return loop(cell, xs, state) if engine == "loop" else private.uncompiled(_choose, cell, xs, state, engine)
 
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
@@ -83,11 +83,6 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
     if isinstance(cell, nn.Module):
         _last[cell] = _Told(reason)
     return loop(cell, xs, state)
-
-
-# A graph break for torch.compile, which would unroll the loop or trace the tracer. This is the mark that
-# torch.compiler.disable sets; that function itself would double the time that `import multint` takes.
-_choose._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
@@ -185,13 +180,12 @@ def explain(
     _check(xs, state, engine)
     if engine == "loop":
         return Explanation("loop", "asked for")
-    reason = _refusal(cell, xs, state)
-    if reason:
-        return Explanation("loop", reason)
-    assert isinstance(cell, nn.Module)
     from multint.engines import cache
 
     try:
+        reason = _refusal(cell, xs, state)
+        if reason or not isinstance(cell, nn.Module):
+            return Explanation("loop", reason)
         program, _ = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked=True)
     except Exception as error:
         failed = error.__cause__ if isinstance(error, StepError) and error.__cause__ else error
@@ -220,8 +214,10 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
     return ""
 
 
-def _not_worth_it(cell: nn.Module, xs: Streams) -> str:
+def _not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
+    if not isinstance(cell, nn.Module):
+        return ""  # which is a refusal of `fused` itself
     parameters = list(cell.parameters())
     kinds = {(tensor.device.type, tensor.dtype) for tensor in parameters}
     if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:

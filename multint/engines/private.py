@@ -1,7 +1,7 @@
 """The parts of torch without a promise that the engines use: to trace a step, to compile a graph, to see who calls.
 
 Everything else in this package keeps to torch's public names. A version of torch that lacks one of these parts raises
-an ImportError or an AttributeError here: then pieces run op by op (`compiled`), or the scan loops (the others).
+an ImportError or an AttributeError when it is used: then pieces run op by op (`compiled`), or `auto` loops (the rest).
 
 What is slow to import is imported where it is used: most programs never trace.
 """
@@ -9,6 +9,8 @@ What is slow to import is imported where it is used: most programs never trace.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -180,6 +182,25 @@ def surroundings() -> str:
     return ""
 
 
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function without torch.compile, which would unroll its loops, or trace the tracer."""
+    # The public way to say so imports Dynamo, which would double the time that `import multint` takes. Where it is not
+    # there, nobody compiles.
+    if "torch._dynamo" not in sys.modules:
+        return function(*arguments)
+    return _disabled(function)(*arguments)
+
+
+# The mark itself, so that a frame which calls this breaks its graph here.
+uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    return disabled
+
+
 def is_control_flow(error: Exception) -> bool:
     """Whether an exception is how checkpointing stops what it computes again, and not a failure."""
     return type(error).__module__ == "torch.utils.checkpoint"
@@ -272,4 +293,5 @@ def linear_apart() -> Iterator[None]:
         yield
 
 
-SETS_GRADIENTS = torch._C._set_grad_enabled
+# What `no_grad` and its like call.
+SETS_GRADIENTS = getattr(torch._C, "_set_grad_enabled", None)
