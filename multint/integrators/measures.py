@@ -6,7 +6,6 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from multint.errors import FormError
 from multint.integrators.base import BiAffine, Integrator
@@ -28,6 +27,9 @@ def parameter_count(f: torch.nn.Module) -> int:
 
 def flops(f: Integrator | Pairwise) -> int:
     """The floating-point operations of f's matrix products for one row of each stream; a multiply-add counts as two."""
+    # Imported here, since it brings triton where that is installed.
+    from torch.utils.flop_counter import FlopCounterMode
+
     parameter = next(f.parameters())
     features = f.features if isinstance(f, Pairwise) else (f.x_features, f.z_features)
     streams = [parameter.new_zeros(1, n) for n in features]
