@@ -382,3 +382,16 @@ def test_attributes_that_nobody_can_walk_or_compare(name, engine):
     cell.extra = AWKWARD[name](cell)
     for _ in range(2):
         right_or_refused(cell, *inputs(cell, dtype=dtype), engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused"])
+def test_compiled_code_that_gives_wrong_numbers_is_not_used(engine, monkeypatch):
+    """A compiler that leaves every result as it finds it: the pieces run op by op, with one warning."""
+    monkeypatch.setattr("multint.engines.private.compiled", lambda *_: lambda arguments: None)
+    monkeypatch.setattr("multint.engines.kernel._warned", [])
+    cell = own_cell(DTYPES[engine])
+    xs, state = inputs(cell, dtype=DTYPES[engine])
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        actual = results(cell, xs, state, engine)
+    close(actual, results(cell, xs, state, "loop"), DTYPES[engine])
+    assert explain(cell).engine == "fused"

@@ -192,6 +192,22 @@ class Reversed(torch.autograd.Function):
         return -0.5 * gradient
 
 
+class Damped(torch.autograd.Function):
+    """The identity with a gradient of its own, in the form that a trace can pass through: only a trial sees it."""
+
+    @staticmethod
+    def forward(x):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.9 * gradient
+
+
 class Rounded(torch.autograd.Function):
     """The sign, passed straight through where it is small."""
 
@@ -257,6 +273,8 @@ RIGHT_OR_REFUSED = {
     "set-grad-enabled": with_gradients_off_by_call,
     "enable-grad": with_gradients_on,
     "inference-mode": in_inference_mode,
+    "own-backward-that-is-traced": lambda cell, x, h: base(cell, x, Damped.apply(h)),
+    "is-grad-enabled-in-a-term": lambda cell, x, h: base(cell, x, h) + (0.5 if torch.is_grad_enabled() else 0.0),
     "is-grad-enabled": lambda cell, x, h: base(cell, x, h) * (0.5 if torch.is_grad_enabled() else 2.0),
     "is-inference": lambda cell, x, h: base(cell, x, h) * (0.5 if torch.is_inference_mode_enabled() else 2.0),
     "requires-grad-of-h": lambda cell, x, h: base(cell, x, h) * (0.5 if h.requires_grad else 2.0),

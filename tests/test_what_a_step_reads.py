@@ -984,3 +984,22 @@ def test_a_part_that_copies_itself_in_its_own_way_is_refused():
     xs, state = inputs(cell)
     with pytest.raises(EngineError, match="__getstate__"):
         scan(cell, xs, state, engine="fused")
+
+
+def test_a_frozen_weight_that_is_trained_again_is_seen():
+    """Traced while it is frozen, a branch on that is the step's own and not one on whether gradients are recorded."""
+    cell = fresh(Scaled)(lambda cell: 2.0 if cell.a.requires_grad else 0.5).double()
+    for frozen in (True, False, True):
+        cell.a.requires_grad_(not frozen)
+        right_or_refused(cell, *inputs(cell), "fused")
+
+
+def test_attributes_that_come_to_rest_are_fused_again(monkeypatch):
+    monkeypatch.setattr("multint.engines.cache._MOST_AT_ONCE", 2)
+    cell = fresh(Scaled)(lambda cell: cell.by).float()
+    told = []
+    for cell.by in (1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0):
+        xs, state = inputs(cell, dtype=torch.float32)
+        close(results(cell, xs, state, "auto"), results(cell, xs, state, "loop"), torch.float32)
+        told.append(explain(cell).engine)
+    assert told == ["fused", "fused", "loop", "loop", "loop", "fused", "fused"]
