@@ -274,6 +274,9 @@ RIGHT_OR_REFUSED = {
     "enable-grad": with_gradients_on,
     "inference-mode": in_inference_mode,
     "own-backward-that-is-traced": lambda cell, x, h: base(cell, x, Damped.apply(h)),
+    "straight-through-when-recorded": lambda cell, x, h: base(
+        cell, x, h + (h.round() - h).detach() if torch.is_grad_enabled() else h.round()
+    ),
     "is-grad-enabled-in-a-term": lambda cell, x, h: base(cell, x, h) + (0.5 if torch.is_grad_enabled() else 0.0),
     "is-grad-enabled": lambda cell, x, h: base(cell, x, h) * (0.5 if torch.is_grad_enabled() else 2.0),
     "is-inference": lambda cell, x, h: base(cell, x, h) * (0.5 if torch.is_inference_mode_enabled() else 2.0),
