@@ -167,6 +167,7 @@ class Walk:
         return self._followed(kind, value)
 
     def _followed(self, kind: type, value: Any) -> Hashable:
+        """The mark of what is met for the first time. The order matters: a library's class may also be a container."""
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, _CONTAINERS):
@@ -192,15 +193,19 @@ class Walk:
             return _Same(value)
         elif library in (None, "multint") or kind in (types.SimpleNamespace, argparse.Namespace):
             return self._object(value)
-        if not self._beyond:
-            self.unfollowed[id(value)] = value, ".".join(self._path)
-            return "not followed", kind
-        return _Same(value)
+        return self._not_followed(value)
+
+    def _not_followed(self, value: Any) -> Hashable:
+        """What has an inside that no walk shows: a tripwire where the copy can have one, else told by identity."""
+        if self._beyond:
+            return _Same(value)
+        self.unfollowed[id(value)] = value, ".".join(self._path)
+        return "not followed", type(value)
 
     def _tensor(self, tensor: Tensor) -> Hashable:
         index = self._index.get(id(tensor))
-        if index is None and type(tensor) not in (Tensor, nn.Parameter) and not self._beyond:
-            self.unfollowed[id(tensor)] = tensor, ".".join(self._path)
+        if index is None and (type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided):
+            return self._not_followed(tensor)
         own = tuple((name, self._child(name, value)) for name, value in vars(tensor).items())
         marks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, own
         if index is not None:
