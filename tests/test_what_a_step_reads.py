@@ -7,7 +7,9 @@ import collections
 import enum
 import functools
 import gc
+import logging
 import sys
+import threading
 import types
 import weakref
 from dataclasses import dataclass, field, replace
@@ -1003,3 +1005,15 @@ def test_attributes_that_come_to_rest_are_fused_again(monkeypatch):
         close(results(cell, xs, state, "auto"), results(cell, xs, state, "loop"), torch.float32)
         told.append(explain(cell).engine)
     assert told == ["fused", "fused", "loop", "loop", "loop", "fused", "fused"]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_cannot_be_followed_is_refused_only_where_it_is_used(used):
+    cell = fresh(Scaled)(lambda cell: 0.5 if used and cell.lock.acquire(blocking=False) else 2.0).double()
+    cell.lock, cell.log, cell.table = threading.Lock(), logging.getLogger("multint.test"), torch.eye(3).to_sparse()
+    xs, state = inputs(cell)
+    if used:
+        with pytest.raises(EngineError, match="lock"):
+            scan(cell, xs, state, engine="fused")
+    else:
+        close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float64)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from multint.engines import private
 from multint.engines.reads import Walk
+from multint.engines.tripwire import Tripwire
 from multint.errors import EngineError
 
 
@@ -23,7 +24,7 @@ class Copy:
         walk = Walk(cell)
         self.names, self.tensors = walk.names, [_clone(tensor) for tensor in walk.tensors]
         memo: dict[int, Any] = dict(zip(map(id, walk.tensors), self.tensors, strict=True))
-        memo |= {i: _Tripwire(name, type(value).__name__) for i, (value, name) in walk.unfollowed.items()}
+        memo |= {i: Tripwire(name, type(value).__name__) for i, (value, name) in walk.unfollowed.items()}
         memo |= walk.python_modules
         try:
             self.cell: Any = copy.deepcopy(cell, memo)
@@ -75,20 +76,3 @@ _PLACES: dict[str, Callable[[Any], Any]] = {
 def as_state(kind: type, fields: list[Tensor]) -> Any:
     """A state of that type, a named tuple or a plain one."""
     return kind._make(fields) if hasattr(kind, "_make") else kind(fields)
-
-
-class _Tripwire:
-    """Stands in a copy for what cannot be followed; any use of it is an error that names it."""
-
-    def __init__(self, name: str, kind: str) -> None:
-        object.__setattr__(self, "_described", f"{name} ({kind})")
-
-
-def _trip(self: _Tripwire, *_: Any, **__: Any) -> Any:
-    described = object.__getattribute__(self, "_described")
-    raise EngineError(f"fused: the step uses the cell's {described}, whose inside a trace cannot follow")
-
-
-_TRIPS = "getattribute setattr call iter next len bool contains getitem setitem eq lt gt le ge hash enter exit int float index add radd sub rsub mul rmul matmul rmatmul truediv rtruediv pow rpow neg abs"  # noqa: E501
-for _name in _TRIPS.split():
-    setattr(_Tripwire, f"__{_name}__", _trip)

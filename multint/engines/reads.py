@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from multint.engines import private
+from multint.engines.tripwire import Tripwire
 from multint.errors import EngineError
 
 # A step that reaches more than this is refused: following it would cost more than the scan, at every call.
@@ -130,11 +131,11 @@ class Walk:
 
     def _child(self, name: Any, value: Any, slot: tuple[Any, str, Any] | None = None) -> Hashable:
         self._path.append(str(name))
-        if slot is not None and not self._beyond and isinstance(value, Tensor):
+        if slot is not None and not self._beyond and issubclass(type(value), Tensor):
             self._hold(".".join(self._path), value, slot)
         mark = self._mark(value)
         if self.entries is not None:
-            version = private.version(value) if isinstance(value, Tensor) else None
+            version = private.version(value) if issubclass(type(value), Tensor) else None
             self.entries[".".join(self._path)] = (mark, version)
         self._path.pop()
         return mark
@@ -142,6 +143,8 @@ class Walk:
     def _mark(self, value: Any) -> Hashable:
         """What tells a value from another one: equal marks, equal behaviour of the step."""
         kind = type(value)
+        if kind is Tripwire:  # in a copy; a look at it would be an error
+            return "not followed"
         if kind is str:
             return str(value)
         if kind in _PLAIN:
