@@ -120,8 +120,11 @@ def run(
     values = known | {At(name, None): x.flatten(0, 1) for name, x in zip(schedule.inputs, inputs, strict=True)}
     interpret(schedule.prologue, values)
     changing = [values[At(name, None)] for name in schedule.arguments[: len(plan.streams)]]
-    same = [values[At(name)].contiguous() for name in schedule.arguments[len(plan.streams) : -len(state)]]
-    arguments = [*(value.unflatten(0, (steps, rows)).contiguous() for value in changing), *same, *state]
+    same = [values[At(name)] for name in schedule.arguments[len(plan.streams) : -len(state)]]
+    # Kernels know nothing of strides. A matrix is brought into the order that its product wants there, and only there.
+    matrices, vectors = same[: len(plan.stages)], [value.contiguous() for value in same[len(plan.stages) :]]
+    streams = [value.unflatten(0, (steps, rows)).contiguous() for value in changing]
+    arguments = [*streams, *matrices, *vectors, *state]
     wanted = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
         named = zip(schedule.arguments, arguments, strict=True)
