@@ -19,6 +19,9 @@ def _trip(self: Tripwire, *_: Any, **__: Any) -> Any:
     raise EngineError(f"fused: the step uses the cell's {described}, whose inside a trace cannot follow")
 
 
-_TRIPS = "getattribute setattr call iter next len bool contains getitem setitem eq lt gt le ge hash enter exit int float index add radd sub rsub mul rmul matmul rmatmul truediv rtruediv pow rpow neg abs"  # noqa: E501
+_TRIPS = (
+    "getattribute setattr call iter next len bool contains getitem setitem eq lt gt le ge hash enter exit int float "
+    "index add radd sub rsub mul rmul matmul rmatmul truediv rtruediv pow rpow neg abs"
+)
 for _name in _TRIPS.split():
     setattr(Tripwire, f"__{_name}__", _trip)
