@@ -1,7 +1,27 @@
-"""`python -m experiments`: see `experiments.cli`."""
+"""`python -m experiments`: the core's command line, with this project's commands, tasks and data."""
 
 import sys
+from collections.abc import Sequence
 
-from experiments.cli import main
+from experiments.core.command_line import Command, run
 
-sys.exit(main())
+# Whose classes a config may name without their module.
+PACKAGES = ("experiments.tasks", "experiments.data")
+
+_TRAINING = "experiments.core.training"
+COMMANDS = {
+    "fit": Command(_TRAINING, "train, validate, test the best checkpoint", "--config CONFIG"),
+    "validate": Command(_TRAINING, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
+    "test": Command(_TRAINING, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
+    "sample": Command("experiments.sample", "text from a checkpoint", "CKPT --prompt TEXT"),
+    "bench": Command("experiments.bench.command", "times of the scan engines, side by side", "lstm-512 --quick"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; see `experiments.core.command_line.run`."""
+    return run(sys.argv[1:] if argv is None else argv, COMMANDS, PACKAGES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

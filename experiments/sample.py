@@ -4,18 +4,19 @@ from pathlib import Path
 
 import torch
 
-from experiments.checkpoints import check_checkpoint
-from experiments.errors import ExperimentError, building
-from experiments.parsing import OptionParser
+from experiments.core.checkpoints import check_checkpoint
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError, building
+from experiments.core.parsing import OptionParser
 from experiments.tasks import LanguageModelling
 
 
-def write_sample(argv: list[str]) -> None:
+def main(invocation: Invocation) -> None:
     """Print the prompt and what the checkpoint's network writes after it.
 
     Raises ExperimentError for a file that is no checkpoint of a language model, or a prompt with unknown symbols.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(invocation.argv[1:])
     task = load(options.checkpoint)
     generator = torch.Generator()
     if options.seed is None:
@@ -29,7 +30,7 @@ def write_sample(argv: list[str]) -> None:
 def load(path: Path) -> LanguageModelling:
     """The language model of a checkpoint that `fit` wrote, on the CPU.
 
-    Its classes are built from the settings that the checkpoint holds; `experiments.trust` limits what these may name.
+    Its classes are built from the settings that it holds; `experiments.core.trust` limits what these may name.
     Raises ExperimentError for a checkpoint of something else, or without settings.
     """
     check_checkpoint(path)

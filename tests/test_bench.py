@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
+from experiments.__main__ import main
 from experiments.bench import command, measure
 from experiments.bench.cases import BilinearCase, Case, cases
-from experiments.cli import main
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 from multint import LSTM, from_torch
 from multint.engines.kernel import eager_pieces
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.cli import CONFIGS, main
+from experiments.__main__ import main
+from experiments.core.configs import CONFIGS
 
 ROOT = Path(__file__).parent.parent
-QUICKSTART = str(CONFIGS / "quickstart.yaml")
+QUICKSTART = str(CONFIGS / "characters/quickstart.yaml")
 INTEGRATOR = "--model.network.recurrent.cell.integrator"
 SMALL = (
     "--config",

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import multint
-from experiments.cli import CONFIGS, main
+from experiments.__main__ import main
+from experiments.core.configs import CONFIGS, ready_configs
+from experiments.core.training import TrainingCommands
 from experiments.tasks import LanguageModelling
-from experiments.training import TrainingCommands
 
+READY = [path for paths in ready_configs().values() for path in paths]
 VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205}
 PAPERS_MILLIONS = {"text8_mi_rnn": 4.3, "text8_mi_lstm": 4.3, "hutter_mi_lstm": 18.9}
 
@@ -36,13 +38,13 @@ class Parsed(TrainingCommands):
 
 
 def built(config, *options):
-    from experiments.trust import trusting
+    from experiments.core.trust import trusting
 
     with trusting():
         return Parsed(["fit", "--config", str(config), "--trainer.logger", "false", *options], [])
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", READY, ids=lambda path: path.stem)
 def test_config(config):
     commands = built(config)
     task, data = commands.model, commands.datamodule
@@ -62,14 +64,14 @@ def test_config(config):
 
 def test_one_option_swaps_the_integrator_whatever_the_config_named():
     option = "--model.network.recurrent.cell.integrator"
-    commands = built(CONFIGS / "text8_mi_lstm.yaml", f"{option}=LowRank", f"{option}.rank=16")
+    commands = built(CONFIGS / "characters/text8_mi_lstm.yaml", f"{option}=LowRank", f"{option}.rank=16")
     with torch.device("meta"):
         cell = commands.model._build_network(27).recurrent.directions[0].cell
     assert type(cell.gates).__name__ == "LowRank"
 
 
 def recurrent(*options):
-    commands = built(CONFIGS / "quickstart.yaml", *options)
+    commands = built(CONFIGS / "characters/quickstart.yaml", *options)
     with torch.device("meta"):
         return commands.model._build_network(97).recurrent
 
@@ -121,5 +123,11 @@ def test_the_overview_shows_the_commands_and_the_configs(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 30
-    for word in ("fit", "validate", "test", "sample", *(path.name for path in CONFIGS.glob("*.yaml"))):
+    for word in (
+        "fit",
+        "validate",
+        "test",
+        "sample",
+        *(path.name for path in READY),
+    ):
         assert word in text

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from experiments.data import TextData, Vocabulary, Windows, corpora
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
+from experiments.data import TextData, Vocabulary, Windows
+from experiments.data.text import corpora
 
 DATA = Path(os.environ.get("MULTINT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 PTB_STREAMS = {
@@ -69,7 +70,7 @@ def test_a_stored_vocabulary_is_the_same(text: str | bytes) -> None:
 def test_a_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "abc😀" * 25
     whole = Vocabulary.of(text).encode(text)
-    monkeypatch.setattr("experiments.data.vocabulary._CHUNK", 7)
+    monkeypatch.setattr("experiments.data.text.vocabulary._CHUNK", 7)
     torch.testing.assert_close(Vocabulary.of(text).encode(text), whole)
     with pytest.raises(ExperimentError, match="'z'"):
         Vocabulary.of(text).encode(text + "z")

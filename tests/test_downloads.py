@@ -13,9 +13,10 @@ import pooch
 import pytest
 import torch
 
-from experiments.data import TextData, corpora
+from experiments.core.errors import ExperimentError
+from experiments.data import TextData
 from experiments.data.downloads import KnownFile
-from experiments.errors import ExperimentError
+from experiments.data.text import corpora
 
 CONTENT = b"the quick brown fox " * 10_000
 

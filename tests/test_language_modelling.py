@@ -10,9 +10,9 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.testing import assert_close
 
-from experiments.checkpoints import LastCheckpoint, best_checkpoint
+from experiments.core.checkpoints import LastCheckpoint, best_checkpoint
+from experiments.core.errors import ExperimentError
 from experiments.data import TextData
-from experiments.errors import ExperimentError
 from experiments.tasks import LanguageModelling
 from models import LanguageModel
 from multint import LSTMCell, Recurrent, RNNCell

@@ -13,8 +13,9 @@ import torch
 
 from experiments.bench.cases import Case, cases
 from experiments.bench.measure import check, first_calls, kernels, side_by_side, vendor_fault
-from experiments.errors import ExperimentError
-from experiments.parsing import OptionParser
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError
+from experiments.core.parsing import OptionParser
 
 COLUMNS = (
     "case", "T", "B", "X", "H", "dtype", "passes", "rival", "rival_ms", "ours_ms", "ratio", "ratio_min", "ratio_max",
@@ -23,12 +24,12 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-def bench(argv: list[str]) -> None:
+def main(invocation: Invocation) -> None:
     """Run the cases and write `DEVICE.csv` after each, and `DEVICE.png` at the end, to the output folder.
 
     Raises ExperimentError for an unknown case, a missing device, or gradients that are not right.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(invocation.argv[1:])
     chosen = _chosen(options.cases, options.device)
     if options.rounds < 1 or options.threads < 1:
         raise ExperimentError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.bench.cases import Case, cases
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 from multint.errors import in_a_line
 
 # Seconds that one measurement takes at least: short runs are repeated within it.

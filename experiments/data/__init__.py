@@ -1,7 +1,5 @@
-"""Text for language modelling: vocabularies, corpora, and windows over parallel streams."""
+"""What is learnt from: a file or a folder for each kind of data."""
 
-from experiments.data.text import TextData
-from experiments.data.vocabulary import Vocabulary
-from experiments.data.windows import Batch, Windows
+from experiments.data.text import Batch, TextData, Vocabulary, Windows
 
 __all__ = ["Batch", "TextData", "Vocabulary", "Windows"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pooch
 import requests
 
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torchmetrics import MeanMetric
 
-from experiments.data.vocabulary import Vocabulary
-from experiments.data.windows import Batch
-from experiments.errors import ExperimentError, building
-from experiments.randomness import random_state, set_random_state
+from experiments.core.errors import ExperimentError, building
+from experiments.core.randomness import random_state, set_random_state
+from experiments.data.text.vocabulary import Vocabulary
+from experiments.data.text.windows import Batch
 from models import LanguageModel, sample
 
 Stage = Literal["train", "val", "test"]

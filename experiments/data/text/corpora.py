@@ -4,9 +4,9 @@ import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from experiments.core.errors import ExperimentError
 from experiments.data.downloads import KnownFile
-from experiments.data.vocabulary import Unit
-from experiments.errors import ExperimentError
+from experiments.data.text.vocabulary import Unit
 
 Corpus = Literal["pydoc", "ptb", "text8", "enwik8"]
 Text = str | bytes

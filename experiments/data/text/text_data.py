@@ -9,11 +9,11 @@ import pooch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from experiments.data import corpora
-from experiments.data.corpora import Corpus, Splits
-from experiments.data.vocabulary import Unit, Vocabulary
-from experiments.data.windows import Batch, Windows
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
+from experiments.data.text import corpora
+from experiments.data.text.corpora import Corpus, Splits
+from experiments.data.text.vocabulary import Unit, Vocabulary
+from experiments.data.text.windows import Batch, Windows
 
 __all__ = ["Batch", "TextData", "Windows"]
 

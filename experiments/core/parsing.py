@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 
 Unit = Literal["characters", "bytes"]
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from experiments.checkpoints import LastCheckpoint, best_checkpoint, check_checkpoint
-from experiments.config_errors import check_classes
-from experiments.errors import ExperimentError, building
+from experiments.core.checkpoints import LastCheckpoint, best_checkpoint, check_checkpoint
+from experiments.core.command_line import Invocation
+from experiments.core.config_errors import check_classes
+from experiments.core.configs import with_bases
+from experiments.core.errors import ExperimentError, building
 from experiments.tasks import LanguageModelling
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.
@@ -43,9 +45,7 @@ class TrainingCommands(LightningCLI):
         self._trusted = trusted
         super().__init__(
             LightningModule,
-            LightningDataModule,
             subclass_mode_model=True,
-            subclass_mode_data=True,
             args=argv,
             seed_everything_default=0,
             trainer_defaults={"enable_autolog_hparams": False},
@@ -66,13 +66,12 @@ class TrainingCommands(LightningCLI):
             default=None,
             help="CPU threads of torch, its own choice if null. Small networks are fastest with one.",
         )
-        # So that a config names the class only where it is another task's, or another kind of data.
-        defaults = {"model": "experiments.tasks.LanguageModelling", "data": "experiments.data.TextData"}
-        parser.set_defaults({key: {"class_path": path} for key, path in defaults.items()})
+        parser.add_argument("--base", type=str | None, default=None, help="A config that this one builds on.")
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_bases(args))
         command = self.config[self.config.subcommand]
+        command.base = None  # its settings are here now
         check_classes({"model": command.model, "data": command.data})
 
     def _parse_ckpt_path(self) -> None:
@@ -160,6 +159,11 @@ class TrainingCommands(LightningCLI):
         command = ["python", "-m", "experiments", "fit", "--config", _shown(config), "--ckpt_path"]
         trust = [word for module in self._trusted for word in ("--trust", module)]
         return f"Stopped. Go on with:\n{shlex.join([*command, _shown(self._last.path), *trust])}"
+
+
+def main(invocation: Invocation) -> None:
+    """Run `fit`, `validate` or `test`."""
+    TrainingCommands(invocation.argv, invocation.trusted)
 
 
 def _shown(path: Any) -> str:

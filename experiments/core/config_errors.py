@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from experiments.cli import CONFIGS
-from experiments.errors import ExperimentError
-from experiments.trust import TRUSTED
+from experiments.core.configs import CONFIGS
+from experiments.core.errors import ExperimentError
+from experiments.core.trust import TRUSTED
 
 ROOTS = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
-TOP_LEVEL = ("config", "seed_everything", "trainer", "model", "data", "name", "threads", "ckpt_path")
+TOP_LEVEL = ("config", "seed_everything", "trainer", "model", "data", "name", "threads", "ckpt_path", "base")
 
 # Where it failed: the keys, and the class whose settings were being read, of a factory or of a plain value.
 _KEY = re.compile(r'Parser key "([^"]+)"')
@@ -140,7 +140,7 @@ def _unknown_class(place: _Place, match: re.Match[str]) -> str:
 
 
 def _no_file(place: _Place, match: re.Match[str]) -> str:
-    return f"{place.path}: '{match[1]}' does not exist{choices_message(match[1], map(str, CONFIGS.glob('*.yaml')))}"
+    return f"{place.path}: '{match[1]}' does not exist{choices_message(match[1], map(str, CONFIGS.glob('*/*.yaml')))}"
 
 
 def _missing(place: _Place, match: re.Match[str]) -> str:

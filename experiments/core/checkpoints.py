@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 
 
 def check_checkpoint(path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from experiments.errors import ExperimentError
+from experiments.core.errors import ExperimentError
 
 
 class Batch(NamedTuple):

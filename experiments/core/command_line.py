@@ -1,0 +1,113 @@
+"""The command line: it finds the command, and turns a user's mistake into one message."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from experiments.core.configs import first_line, ready_configs
+from experiments.core.errors import ExperimentError
+from experiments.core.parsing import OptionParser
+
+OVERVIEW = """\
+usage: python -m experiments COMMAND [options]
+
+commands:
+{commands}
+
+ready configs, in experiments/configs:
+{configs}
+
+Any setting of a config can be given as an option, and a class by its name:
+  --model.network.recurrent.cell.integrator=LowRank --model.network.recurrent.cell.integrator.rank=16
+A module of your own must be named before a config may use its classes: --trust MODULE (repeatable).
+COMMAND --help lists every option of a command, COMMAND --config CONFIG --print_config every setting.
+"""
+
+
+class Command(NamedTuple):
+    """A command: the module whose `main(invocation)` runs it, what it does, and how it is called."""
+
+    module: str
+    what: str
+    example: str
+
+
+class Invocation(NamedTuple):
+    """What a command's `main` is called with."""
+
+    argv: list[str]  # the command's name first
+    trusted: list[str]  # the modules of --trust
+
+
+def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence[str]) -> int:
+    """Run one command and return the exit code: 0, 2 after the user's mistake, 128 + N where the signal N stopped it.
+
+    A mistake is one message on the standard error stream, without a traceback. A config may name the classes of the
+    packages without their module.
+    """
+    try:
+        trusted, rest = _split_trust(argv)
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_overview(commands), end="")
+        else:
+            _dispatch(Invocation(rest, trusted), commands, packages)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
+            return 130
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        message = _mistake(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages: Sequence[str]) -> None:
+    # Imported here because Lightning takes seconds, which --help must not.
+    from experiments.core.config_errors import choices_message
+    from experiments.core.trust import trusting
+
+    name = invocation.argv[0]
+    if name not in commands:
+        raise ExperimentError(f"there is no command '{name}'{choices_message(name, commands)}")
+    for package in packages:
+        importlib.import_module(package)
+    with trusting(invocation.trusted):
+        importlib.import_module(commands[name].module).main(invocation)
+
+
+def _mistake(error: BaseException) -> str | None:
+    """The message for a user's mistake, wherever in the chain of causes it stands; None for anything else."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from experiments.core.config_errors import explain
+    from multint import MultintError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ExperimentError | MultintError | MisconfigurationException):
+            return str(cause)
+        cause = cause.__cause__
+    return explain(error) if isinstance(error, argparse.ArgumentError) else None
+
+
+def _split_trust(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules of the --trust options, and the other arguments."""
+    parser = OptionParser(prog="python -m experiments", add_help=False, allow_abbrev=False)
+    parser.add_argument("--trust", action="append", default=[], metavar="MODULE")
+    known, rest = parser.parse_known_args(argv)
+    return known.trust, rest
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
+    shown = [f"  {name:<9} {command.what:<42} {name} {command.example}" for name, command in commands.items()]
+    configs = []
+    for task, paths in ready_configs().items():
+        configs += [f"  {task}/", *(f"    {path.name:<20}  {first_line(path)}" for path in paths)]
+    return OVERVIEW.format(commands="\n".join(shown), configs="\n".join(configs))

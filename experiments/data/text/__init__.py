@@ -1,0 +1,7 @@
+"""Text for language modelling: vocabularies, corpora, and windows over parallel streams."""
+
+from experiments.data.text.text_data import TextData
+from experiments.data.text.vocabulary import Vocabulary
+from experiments.data.text.windows import Batch, Windows
+
+__all__ = ["Batch", "TextData", "Vocabulary", "Windows"]
