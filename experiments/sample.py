@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.core.checkpoints import check_checkpoint
+from experiments.core.checkpoints import load_task
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, building
 from experiments.core.parsing import OptionParser
@@ -17,7 +17,9 @@ def main(invocation: Invocation) -> None:
     Raises ExperimentError for a file that is no checkpoint of a language model, or a prompt with unknown symbols.
     """
     options = _parser().parse_args(invocation.argv[1:])
-    task = load(options.checkpoint)
+    task = load_task(options.checkpoint)
+    if not isinstance(task, LanguageModelling):
+        raise ExperimentError(f"{options.checkpoint}: the checkpoint of a {type(task).__name__}, which writes no text.")
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
@@ -25,19 +27,6 @@ def main(invocation: Invocation) -> None:
         with building(f"sample: the generator of seed {options.seed}"):
             generator.manual_seed(options.seed)
     print(task.text(options.prompt, options.length, options.temperature, options.top_k, generator))
-
-
-def load(path: Path) -> LanguageModelling:
-    """The language model of a checkpoint that `fit` wrote, on the CPU.
-
-    Its classes are built from the settings that it holds; `experiments.core.trust` limits what these may name.
-    Raises ExperimentError for a checkpoint of something else, or without settings.
-    """
-    check_checkpoint(path)
-    try:
-        return LanguageModelling.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ExperimentError(f"{path}: not a checkpoint of a language model that `fit` wrote ({error}).") from error
 
 
 def _parser() -> OptionParser:

@@ -10,8 +10,10 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.testing import assert_close
 
-from experiments.core.checkpoints import LastCheckpoint, best_checkpoint
+from experiments.core.checkpoints import Checkpoints
 from experiments.core.errors import ExperimentError
+from experiments.core.randomness import RandomState
+from experiments.core.run_folder import RunFolder
 from experiments.data import TextData
 from experiments.tasks import LanguageModelling
 from models import LanguageModel
@@ -48,10 +50,16 @@ def task(lr=0.2, cell=LSTMCell, hidden_size=12, **settings):
     return LanguageModelling(network, partial(torch.optim.Adam, lr=lr), **settings)
 
 
-def trainer(folder, *callbacks, **settings):
+def last(folder):
+    return folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def trainer(folder, *callbacks, ckpt_path=None, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    best = best_checkpoint(folder)
-    return Trainer(callbacks=[*callbacks, best, LastCheckpoint(best)], accelerator="cpu", **quiet, **settings)
+    run_folder = RunFolder(folder, "run", ckpt_path)
+    run_folder.make()
+    of_run = [*callbacks, RandomState(), Checkpoints(run_folder)]
+    return Trainer(callbacks=of_run, accelerator="cpu", **quiet, **settings)
 
 
 class Record(Callback):
@@ -85,9 +93,9 @@ class Interrupt(Callback):
 
 def run(folder, text, *callbacks, ckpt_path=None, **settings):
     record = Record()
-    of_run = trainer(folder, record, *callbacks, max_epochs=2, **settings)
+    of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_epochs=2, **settings)
     of_run.fit(task(halve_after=1), data(text), ckpt_path=ckpt_path, weights_only=True)
-    record.best = of_run.checkpoint_callback.best_model_score.item()
+    record.best = of_run.checkpoint_callback.best_score
     return record
 
 
@@ -103,7 +111,6 @@ def uninterrupted(text, tmp_path_factory):
 # An epoch has 23 steps. Ctrl-C comes within it, in the last step before a validation, in the validation, in the
 # epoch's last step, in the next one's first, and in the validation at the epoch's end.
 # The resumed run writes to the same folder, so that the best checkpoint of before still counts.
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(
     ("every", "step", "in_validation"),
     [
@@ -122,40 +129,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, u
     with pytest.raises(SystemExit):
         run(tmp_path, text, first, Interrupt(step, in_validation), val_check_interval=every)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    second = run(tmp_path, text, ckpt_path=tmp_path / "last.ckpt", val_check_interval=every)
+    second = run(tmp_path, text, ckpt_path=last(tmp_path), val_check_interval=every)
     assert len(first.steps) == (step if in_validation else step + 1)
     assert first.steps + second.steps == whole.steps
     assert first.validations + second.validations == whole.validations
     assert second.best == whole.best == min(whole.validations)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
     def steps(folder, epochs, ckpt_path=None):
         record = Record()
-        of_run = trainer(folder, record, max_epochs=epochs, check_val_every_n_epoch=2)
+        of_run = trainer(folder, record, ckpt_path=ckpt_path, max_epochs=epochs, check_val_every_n_epoch=2)
         of_run.fit(task(), data(text), ckpt_path=ckpt_path, weights_only=True)
         return record.steps
 
     whole = steps(tmp_path / "whole", 4)
     first = steps(tmp_path / "split", 3)
-    assert first + steps(tmp_path / "split", 4, tmp_path / "split" / "last.ckpt") == whole
+    assert first + steps(tmp_path / "split", 4, last(tmp_path / "split")) == whole
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_checkpoint_of_before(text, tmp_path):
     with pytest.raises(SystemExit):
         run(tmp_path, text, Interrupt(20, True), Interrupt(20, True), val_check_interval=10)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 10
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 10
 
 
 @pytest.mark.parametrize("cell", [LSTMCell, RNNCell])
 def test_a_checkpoint_holds_values_only(cell, text, tmp_path):
     trained = task(cell=cell)
     trainer(tmp_path, max_steps=3).fit(trained, data(text))
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
     assert checkpoint["global_step"] == 3
-    assert checkpoint["vocabulary"] == trained.vocabulary.state_dict()
-    assert len(checkpoint["carried"]) == (2 if cell is LSTMCell else 1)
+    assert checkpoint["task"]["description"] == {"vocabulary": trained.vocabulary.state_dict()}
+    assert len(checkpoint["task"]["saved"]["carried"]) == (2 if cell is LSTMCell else 1)
 
 
 def test_evaluation_is_exact_over_one_stream(text, tmp_path):
@@ -199,11 +205,11 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().upper())
     with pytest.raises(ExperimentError, match="vocabulary"):
-        trainer(tmp_path / "on").test(task(), data(other), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+        trainer(tmp_path / "on").test(task(), data(other), ckpt_path=last(tmp_path), weights_only=True)
 
 
 def test_a_checkpoint_of_another_task_is_refused():
-    with pytest.raises(ExperimentError, match="has no carried, random_state, vocabulary"):
+    with pytest.raises(ExperimentError, match="of no task"):
         task().on_load_checkpoint({"state_dict": {}})
 
 

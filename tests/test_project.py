@@ -28,6 +28,9 @@ ALLOWED = {
     },
     "multint": {"multint"},
     "models": {"multint", "models"},
+    # The core knows no task, no kind of data and no model.
+    "experiments/core": {"multint", "experiments.core"},
+    "experiments/data": {"multint", "experiments.core", "experiments.data"},
     "experiments": {"multint", "models", "experiments"},
 }
 LIBRARIES = {"torch", "einops", "opt_einsum"}

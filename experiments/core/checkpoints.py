@@ -1,21 +1,30 @@
 """The best and the last checkpoint, and stopping a run so that it can go on."""
 
+import math
 import os
 import pickle
+import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
-from experiments.core.errors import ExperimentError
+from experiments.core.errors import ExperimentError, writing
+from experiments.core.run_folder import RunFolder
+from experiments.core.task import Task
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raises ExperimentError for a file that is not there, is damaged, or holds more than values: code could run."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint's content, its tensors still on disk.
+
+    Raises ExperimentError for a file that is not there, is damaged, or holds more than values: code could run.
+    """
     if not path.is_file():
         raise ExperimentError(f"{path}: no such checkpoint.")
     try:
@@ -27,46 +36,82 @@ def check_checkpoint(path: Path) -> None:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ExperimentError(f"{path}: not a checkpoint that `fit` wrote: it has no state_dict.")
+    return checkpoint
 
 
-def best_checkpoint(
-    folder: Path | None = None,
-) -> ModelCheckpoint:
-    """Keeps `best.ckpt`, of the fewest bits per symbol in validation, in the folder; in the run's own if None."""
-    # Saved when the validation ends, not when the epoch does, which a run stopped by Ctrl-C would miss.
-    return ModelCheckpoint(
-        folder, "best", monitor="val/bpc", save_on_train_epoch_end=False, enable_version_counter=False
-    )
+def load_task(path: Path) -> Task:
+    """The task of a checkpoint that `fit` wrote, with its trained network, on the CPU.
+
+    Its classes are built from the settings that it holds; `experiments.core.trust` limits what these may name.
+    Raises ExperimentError for a checkpoint of something else, or without settings.
+    """
+    read_checkpoint(path)
+    try:
+        task = LightningModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ExperimentError(f"{path}: not a checkpoint of a task that `fit` wrote ({error}).") from error
+    assert isinstance(task, Task)
+    return task
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` beside the best checkpoint: after each validation, where Ctrl-C stops the run, and at its end.
+class Checkpoints(Checkpoint):
+    """Keeps `best.ckpt`, of the best monitored metric in validation, and `last.ckpt`.
 
-    The first Ctrl-C lets the step under way finish, and the validation that follows it, if one is due: only there the
-    whole state is consistent, and a resumed run equals an uninterrupted one. The second stops at once, and the
-    `last.ckpt` of before stays. A run that reaches its `max_steps` ends with a validation, whenever the last one was.
+    `last.ckpt` is written after each validation, every so many minutes, where a signal stops the run, and at its end;
+    both always aside first, so that a run killed while it writes has the file of before.
 
-    (ModelCheckpoint's own `save_last` writes only when the monitored score is among the best.)
+    The first Ctrl-C or SIGTERM lets the step under way finish, and the validation that follows it, if one is due: only
+    there the whole state is consistent, and a resumed run equals an uninterrupted one. The second stops at once. Then
+    SystemExit is raised with the code 128 + the signal's number, and `was_stopped` is true. With several processes it
+    is enough that one of them gets the signal.
+
+    A run that reaches its `max_steps` ends with a validation, whenever the last one was.
 
     Args:
-        best: the callback of the best checkpoint.
-        path: the checkpoint that the run goes on from, if any.
+        folder: where the two lie.
+        every: minutes between two writes of `last.ckpt`.
+
+    Raises: ExperimentError where the folder cannot be written.
     """
 
     def __init__(
         self,
-        best: ModelCheckpoint,
-        path: Path | None = None,
+        folder: RunFolder,
+        every: float = 5.0,
     ) -> None:
-        self.path = path
-        self._best = best
+        self.folder = folder
+        self.best_score: float | None = None
+        self._best_step: int | None = None
+        self._every = every
         self._saved_step: int | None = None
-        self._stop_requested = False
+        self._saved_at = 0.0
+        self._signal: int | None = None  # that asked to stop
         self._saved_for_stop = False
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
+        self.was_started = False
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._signal is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_step": self._best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self._best_step = state_dict["best_score"], state_dict["best_step"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:
+            self.folder.share(trainer.strategy.broadcast)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._previous_handler = signal.signal(signal.SIGINT, self._request_stop)
+        self.was_started = True
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._find_best()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[number] = signal.signal(number, self._request_stop)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stop_if_saved()
@@ -77,50 +122,104 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == trainer.max_steps:
             # Lightning validates a run that is told to stop, but not one that merely ends.
             trainer.should_stop = True
-        if self._stop_requested:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 < trainer.num_training_batches:
+            return  # in the middle of a step of several batches, whose gradients no checkpoint holds
+        is_due = time.monotonic() - self._saved_at > 60 * self._every
+        stop, is_due = self._agreed(trainer, self.was_stopped, is_due)
+        if stop or is_due:
             self._save(trainer)
-            self._saved_for_stop = True
+        self._saved_for_stop = stop
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._save(trainer)
-        self._saved_for_stop = self._stop_requested
+        assert isinstance(pl_module, Task)
+        metric = trainer.callback_metrics.get(pl_module.monitored)
+        score = math.nan if metric is None else metric.item()
+        sign = 1 if pl_module.monitor.mode == "min" else -1
+        is_best = math.isfinite(score) and (self.best_score is None or sign * score < sign * self.best_score)
+        if is_best:
+            self.best_score, self._best_step = score, trainer.global_step
+        stop, _ = self._agreed(trainer, self.was_stopped, False)
+        self._save(trainer, is_best)
+        self._saved_for_stop = stop
         self._stop_if_saved()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_handler()
+        self._restore_handlers()
         if trainer.global_step != self._saved_step:
             self._save(trainer)
         self._stop_if_saved()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore_handler()
+        self._restore_handlers()
+
+    def _find_best(self) -> None:
+        """Forget a best checkpoint that is not there: it was removed, or was overwritten by a later one."""
+        best = self.folder.best
+        if best.is_file() and not self.folder.is_resumed and read_checkpoint(best)["global_step"] != self._best_step:
+            best.unlink()  # of the run that this one was started from, but later than its start
+        if not best.is_file():
+            self.best_score = self._best_step = None
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self._stop_requested:
-            raise KeyboardInterrupt
-        self._stop_requested = True
-        print(
-            "\nStopping after this step, or after the validation under way. Press Ctrl-C again to stop at once.",
-            flush=True,
-        )
+        if self.was_stopped:
+            raise SystemExit(128 + signum)
+        self._signal = signum
+        again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
+        print(f"\nStopping after this step, or after the validation under way. {again}".rstrip(), flush=True)
+
+    def _agreed(self, trainer: Trainer, *flags: bool) -> list[bool]:
+        """Each flag, true for all processes where it is for one: they must save and stop at the same step."""
+        if trainer.world_size == 1:
+            return list(flags)
+        counts = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(counts)
+        return [count > 0 for count in counts.tolist()]
 
     def _stop_if_saved(self) -> None:
         if self._saved_for_stop:
-            raise KeyboardInterrupt
+            self._signal = self._signal or signal.SIGTERM  # where another process got it
+            raise SystemExit(128 + self._signal)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, is_best: bool = False) -> None:
         if trainer.fast_dev_run:
             return
-        path = Path(self._best.dirpath or trainer.default_root_dir) / "last.ckpt"
-        # Written aside and moved, so that a crash while writing leaves the one of before.
-        part = path.with_suffix(".part")
-        trainer.save_checkpoint(part, weights_only=False)
-        os.replace(part, path)
-        self.path, self._saved_step = path, trainer.global_step
+        # Written aside and moved, so that a crash while writing leaves the one of before. The best one first: a
+        # `last.ckpt` that knows of a best one must not be there before it.
+        aside = self.folder.checkpoints / "writing.part"
+        with writing(self.folder.checkpoints, self._what_is_kept()):
+            try:
+                trainer.save_checkpoint(aside, weights_only=False)
+                if trainer.is_global_zero:
+                    if is_best:
+                        _copy(aside, self.folder.best)
+                    os.replace(aside, self.folder.last)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def _what_is_kept(self) -> str:
+        if not self.folder.last.is_file():
+            return "No checkpoint was written yet. Make room, or choose a folder by --trainer.default_root_dir."
+        return (
+            f"Kept: {self.folder.last}. Make room and go on from it: "
+            f"fit --config {self.folder.config} --ckpt_path {self.folder.last}"
+        )
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the file, without ever leaving half of it at the target."""
+    aside = target.with_suffix(".part")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)  # the same file by two names: no second write, and no second copy's room
+    except OSError:
+        shutil.copyfile(source, aside)
+    os.replace(aside, target)

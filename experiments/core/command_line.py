@@ -79,7 +79,17 @@ def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages:
     for package in packages:
         importlib.import_module(package)
     with trusting(invocation.trusted):
+        for module in invocation.trusted:
+            _import_trusted(module)
         importlib.import_module(commands[name].module).main(invocation)
+
+
+def _import_trusted(module: str) -> None:
+    """Import it now, so that its classes need no module in a config, and a checkpoint of them can be loaded."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ExperimentError(f"--trust {module}: {error}") from error
 
 
 def _mistake(error: BaseException) -> str | None:

@@ -2,41 +2,62 @@
 
 import logging
 import shlex
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-from lightning import LightningModule, Trainer
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from experiments.core.checkpoints import LastCheckpoint, best_checkpoint, check_checkpoint
+from experiments.core import curves
+from experiments.core.checkpoints import Checkpoints, read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.config_errors import check_classes
 from experiments.core.configs import with_bases
-from experiments.core.errors import ExperimentError, building
-from experiments.tasks import LanguageModelling
+from experiments.core.divergence import Divergence
+from experiments.core.errors import ExperimentError, building, write_text
+from experiments.core.metrics_file import MetricsFile, read_metrics
+from experiments.core.progress import progress_bar
+from experiments.core.randomness import RandomState
+from experiments.core.run_folder import RunFolder
+from experiments.core.task import Task
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 # Lightning's own affair with torch 2.13.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-# A run that goes on writes to the folder of its checkpoints, as it must.
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 # How those of Lightning's RuntimeErrors begin that a setting causes once training is under way.
-MISTAKES = ("Early stopping conditioned on metric", "SaveConfigCallback expected")
+MISTAKES = ("Early stopping conditioned on metric",)
+
+
+def main(invocation: Invocation) -> None:
+    """Run `fit`, `validate` or `test`."""
+    is_main_thread = threading.current_thread() is threading.main_thread()  # only there handlers can be set
+    # Where no training is under way, nothing is to be saved. Lightning's own handler would end with success.
+    previous = signal.signal(signal.SIGTERM, _terminate) if is_main_thread else None
+    try:
+        TrainingCommands(invocation.argv, invocation.trusted)
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 class TrainingCommands(LightningCLI):
     """Runs one command; everything it needs stands in YAML files and options.
 
-    A run is kept below `runs/NAME/version_N`: `config.yaml`, `metrics.csv`, `checkpoints/best.ckpt` (by bits per symbol
-    in validation) and `checkpoints/last.ckpt`. Checkpoints are loaded with `weights_only=True`.
+    A run is kept below `runs/NAME/version_N`, see `RunFolder`. Checkpoints are loaded with `weights_only=True`.
 
     Raises: ExperimentError and MultintError for the user's mistakes, argparse.ArgumentError for a bad config.
     """
@@ -44,10 +65,11 @@ class TrainingCommands(LightningCLI):
     def __init__(self, argv: list[str], trusted: list[str]) -> None:
         self._trusted = trusted
         super().__init__(
-            LightningModule,
+            Task,
             subclass_mode_model=True,
             args=argv,
             seed_everything_default=0,
+            save_config_callback=None,
             trainer_defaults={"enable_autolog_hparams": False},
             parser_kwargs={"exit_on_error": False},
             auto_configure_optimizers=False,
@@ -66,6 +88,12 @@ class TrainingCommands(LightningCLI):
             default=None,
             help="CPU threads of torch, its own choice if null. Small networks are fastest with one.",
         )
+        parser.add_argument(
+            "--save_every", type=PositiveFloat, default=5.0, help="Minutes between two writes of last.ckpt."
+        )
+        parser.add_argument(
+            "--tensorboard", type=bool, default=False, help="Write for TensorBoard too: pip install tensorboard."
+        )
         parser.add_argument("--base", type=str | None, default=None, help="A config that this one builds on.")
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
@@ -81,18 +109,23 @@ class TrainingCommands(LightningCLI):
         if path is None and self.config.subcommand != "fit":
             raise ExperimentError(f"{self.config.subcommand} needs a checkpoint: --ckpt_path CKPT.")
         if path is not None:
-            check_checkpoint(Path(path))
+            read_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
         if threads := self._get(self.config, "threads"):
             torch.set_num_threads(threads)
-        if self.subcommand != "fit":
-            self.save_config_callback = None
-        # A run that goes on keeps its checkpoints where they are: the best one of before still counts.
-        loaded = self._get(self.config, "ckpt_path")
-        self._best = best_checkpoint(Path(loaded).parent if loaded else None)
-        self._last = LastCheckpoint(self._best, Path(loaded) if loaded else None)
-        self.trainer_defaults["callbacks"] = [self._best, self._last]
+        trainer = self._get(self.config, "trainer")
+        callbacks: list[Callback] = [progress_bar()] if trainer.enable_progress_bar in (None, True) else []
+        if self.subcommand == "fit":
+            loaded = self._get(self.config, "ckpt_path")
+            root = Path(trainer.default_root_dir or "runs")
+            self._folder = RunFolder(root, self._get(self.config, "name"), Path(loaded) if loaded else None)
+            self._checkpoints = Checkpoints(self._folder, self._get(self.config, "save_every"))
+            self._divergence = Divergence()
+            callbacks += [RandomState(), self._divergence, self._checkpoints]
+            if not trainer.fast_dev_run:
+                callbacks += [_ConfigFile(self), MetricsFile(self._folder)]
+        self.trainer_defaults["callbacks"] = callbacks
 
     def instantiate_classes(self) -> None:
         with building("the classes of the config"):
@@ -101,9 +134,12 @@ class TrainingCommands(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
         if given.logger in (None, True):
-            folder = given.default_root_dir or "runs"
-            is_run = self.subcommand == "fit" and not given.fast_dev_run
-            kwargs["logger"] = CSVLogger(folder, name=self._get(self.config, "name")) if is_run else False
+            kwargs["logger"] = False
+        if self.subcommand == "fit" and not given.fast_dev_run:
+            if rank_zero_only.rank == 0:
+                self._folder.make()
+            if self._get(self.config, "tensorboard"):
+                kwargs["logger"] = self._tensorboard()
         with building("the trainer"):
             return super().instantiate_trainer(**kwargs)
 
@@ -112,61 +148,110 @@ class TrainingCommands(LightningCLI):
         try:
             self.trainer.fit(weights_only=True, **kwargs)
         except SystemExit:
-            if self.trainer.interrupted:
-                print(self._how_to_go_on())
+            if self._checkpoints.was_stopped:
+                _say(self._how_to_go_on())
             raise
         except RuntimeError as error:
             if str(error).startswith(MISTAKES):
                 raise ExperimentError(str(error)) from error
             raise
+        finally:
+            if rank_zero_only.rank == 0 and not self._checkpoints.was_started and not self.trainer.fast_dev_run:
+                self._folder.remove_if_empty()
+        if not self._checkpoints.was_started:
+            raise ExperimentError(
+                f"{kwargs['ckpt_path']}: this run is finished. To go on, raise what ended it: --trainer.max_epochs, "
+                "--trainer.max_steps or --trainer.max_time."
+            )
         if not self.trainer.fast_dev_run:
             self._report(kwargs["model"])
 
     def validate(self, **kwargs: Any) -> None:
-        """Print the metrics of the validation text."""
-        self.trainer.validate(weights_only=True, **kwargs)
+        """Print the metrics of the validation data."""
+        with _callbacks_left_out():
+            self.trainer.validate(weights_only=True, **kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        """Print the metrics of the test text."""
-        self.trainer.test(weights_only=True, **kwargs)
+        """Print the metrics of the test data."""
+        with _callbacks_left_out():
+            self.trainer.test(weights_only=True, **kwargs)
 
-    def _report(self, model: LightningModule) -> None:
-        best = self._best
-        if not best.best_model_path:
-            print(f"No validation ran, so there is no best checkpoint to test. The last one: {_shown(self._last.path)}")
+    def _report(self, task: Task) -> None:
+        rows, name = {}, task.monitor.name
+        diverged = self._divergence.step  # before the best checkpoint is loaded, which may know less
+        if (score := self._checkpoints.best_score) is not None:
+            [scores] = self.trainer.test(
+                task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False
+            )
+            rows[f"validation {name}"] = f"{score:.4f}"
+            rows[f"test {name}"] = f"{scores[f'test/{name}']:.4f}"
+        elif task.monitored in self.trainer.callback_metrics:
+            rows[f"validation {name}"] = f"{self.trainer.callback_metrics[task.monitored].item():.4f}"
+        else:
+            _say("No validation ran, so there is no best checkpoint to test.")
+        if diverged is not None:
+            rows["diverged"] = f"at step {diverged}: from there on the loss is no finite number"
+        rows["parameters"] = f"{sum(p.numel() for p in task.parameters()):,}"
+        if score is not None:
+            rows["best checkpoint"] = _shown(self._folder.best)
+        rows["last checkpoint"] = _shown(self._folder.last)
+        if rank_zero_only.rank > 0:
             return
-        [scores] = self.trainer.test(
-            model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False
-        )
-        rows = {
-            "validation BPC": f"{best.best_model_score:.4f}",
-            "test BPC": f"{scores['test/bpc']:.4f}",
-            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-            "best checkpoint": _shown(best.best_model_path),
-            "last checkpoint": _shown(self._last.path),
-        }
-        if isinstance(self.trainer.logger, CSVLogger):
-            rows["metrics"] = _shown(Path(self.trainer.logger.log_dir) / "metrics.csv")
-        if isinstance(model, LanguageModelling):
-            print(f"\nA sample of what it writes:\n\n{model.text('', 300, temperature=0.8)}\n")
+        if read_metrics(self._folder.metrics):
+            curves.draw({self._folder.path.name: self._folder.metrics}, self._folder.curves)
+            rows |= {"metrics": _shown(self._folder.metrics), "curves": _shown(self._folder.curves)}
+        if score is not None:
+            _say(f"\n{task.show()}\n")
         width = max(map(len, rows))
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+        _say("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+    def _tensorboard(self) -> TensorBoardLogger:
+        with building("the logger for TensorBoard"):
+            return TensorBoardLogger(self._folder.path, name="", version="tensorboard")
 
     def _how_to_go_on(self) -> str:
-        if self._last.path is None:
+        if not self._folder.last.is_file():
             return "Stopped before the first checkpoint."
-        config = Path(self.trainer.log_dir or "") / "config.yaml"
-        command = ["python", "-m", "experiments", "fit", "--config", _shown(config), "--ckpt_path"]
+        command = ["python", "-m", "experiments", "fit", "--config", _shown(self._folder.config), "--ckpt_path"]
         trust = [word for module in self._trusted for word in ("--trust", module)]
-        return f"Stopped. Go on with:\n{shlex.join([*command, _shown(self._last.path), *trust])}"
+        return f"Stopped. Go on with:\n{shlex.join([*command, _shown(self._folder.last), *trust])}"
 
 
-def main(invocation: Invocation) -> None:
-    """Run `fit`, `validate` or `test`."""
-    TrainingCommands(invocation.argv, invocation.trusted)
+class _ConfigFile(Callback):
+    """Writes the whole config, once the training begins."""
+
+    def __init__(self, commands: TrainingCommands) -> None:
+        self._commands = commands
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        commands = self._commands
+        config = commands.config[commands.subcommand].clone()
+        config.ckpt_path = None  # who runs the file again trains anew
+        text = commands._parser(commands.subcommand).dump(config, skip_unset=False)
+        write_text(commands._folder.config, text)
 
 
-def _shown(path: Any) -> str:
+@contextmanager
+def _callbacks_left_out() -> Iterator[None]:
+    """Lightning warns of those that only training has."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        yield
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _say(text: str) -> None:
+    """Print, in one process of several."""
+    if rank_zero_only.rank == 0:
+        print(text)
+
+
+def _shown(path: Path) -> str:
     """The path as short as it can be typed from here."""
-    path = Path(path).absolute()
+    path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,4 +1,4 @@
-"""What is learnt: one LightningModule each."""
+"""What is learnt: one Task each."""
 
 from experiments.tasks.language_modelling import LanguageModelling
 

@@ -35,7 +35,7 @@ class TextData(LightningDataModule):
         test: The fraction held out for test, at the end.
         root: The folder of the named corpora, searched as `root/NAME/FILE` and `root/FILE`; downloads go to the former.
             None: the user's cache folder for multint.
-        batch_size: Parallel streams in training.
+        batch_size: Parallel streams in training, shared out among the processes where there are several.
         length: Symbols in a training window.
         eval_batch_size: Parallel streams in evaluation; 1 reads the text as it is, from start to end.
         eval_length: Symbols in an evaluation window; results do not depend on it where the state is carried.
@@ -96,10 +96,11 @@ class TextData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and encodes the text, once for all stages. Raises ExperimentError where it cannot be used."""
-        if self.trainer is not None and self.trainer.world_size > 1:
+        processes = self._processes()[1]
+        if self.batch_size % processes:
             raise ExperimentError(
-                f"TextData: got {self.trainer.world_size} processes, expected 1: each would train on the same streams. "
-                "Set --trainer.devices=1."
+                f"--data.batch_size: got {self.batch_size} streams for {processes} processes, expected a multiple of "
+                f"{processes}, so that each has as many."
             )
         if self._streams:
             return
@@ -114,15 +115,22 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> Windows:
         """Windows over `batch_size` streams, resumable within an epoch."""
         resume_at = None if self.trainer is None else self._resume_at
-        return Windows(self._streams["train"], self.batch_size, self.length, resume_at)
+        return Windows(self._streams["train"], self.batch_size, self.length, resume_at, *self._processes())
 
     def val_dataloader(self) -> Windows:
         """Windows over `eval_batch_size` streams of the validation text."""
-        return Windows(self._streams["valid"], self.eval_batch_size, self.eval_length)
+        return self._windows("valid")
 
     def test_dataloader(self) -> Windows:
         """Windows over `eval_batch_size` streams of the test text."""
-        return Windows(self._streams["test"], self.eval_batch_size, self.eval_length)
+        return self._windows("test")
+
+    def _windows(self, split: str) -> Windows:
+        return Windows(self._streams[split], self.eval_batch_size, self.eval_length, None, *self._processes())
+
+    def _processes(self) -> tuple[int, int]:
+        """This process's rank, and how many train together."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _read(self) -> Splits:
         if self.path is not None:

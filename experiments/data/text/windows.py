@@ -30,6 +30,9 @@ class Windows:
     pass is over); without it, that is the saved one. It is there because Lightning alone knows whether a batch that
     was handed out counts as done, and whether a new epoch follows the last one.
 
+    Of several processes, each has its own block of the streams: that of `rank` among `processes`. In evaluation there
+    may be fewer streams than processes; a process without one has batches of no columns, as many as the others.
+
     Raises ExperimentError where the text has no target for each stream, or a size is below 1.
     """
 
@@ -39,6 +42,8 @@ class Windows:
         batch_size: int,
         length: int,
         resume_at: Callable[[], int] | None = None,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         if batch_size < 1 or length < 1:
             raise ExperimentError(f"Windows: got batch_size={batch_size}, length={length}, expected at least 1 each.")
@@ -49,8 +54,9 @@ class Windows:
                 "streams. Lower the batch size or use a longer text."
             )
         used = stream * batch_size
-        self._inputs = ids[:used].view(batch_size, stream)
-        self._targets = ids[1 : used + 1].view(batch_size, stream)
+        self._batch_size = batch_size
+        self._inputs = ids[:used].view(batch_size, stream).tensor_split(processes)[rank]
+        self._targets = ids[1 : used + 1].view(batch_size, stream).tensor_split(processes)[rank]
         self._length = length
         self._resume_at = resume_at
         self._position = 0  # windows handed out in this pass
@@ -84,8 +90,7 @@ class Windows:
         self._resuming = True
 
     def _sizes(self) -> dict[str, int]:
-        batch_size, stream = self._inputs.shape
-        return {"stream": stream, "batch_size": batch_size, "length": self._length}
+        return {"stream": self._inputs.shape[1], "batch_size": self._batch_size, "length": self._length}
 
     def _windows(self, first: int, resume_at: Callable[[], int] | None) -> Iterator[Batch]:
         if resume_at is not None:

@@ -1,0 +1,66 @@
+"""Learning curves, from the metrics of one run or of several."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError, writing
+from experiments.core.metrics_file import read_metrics
+from experiments.core.parsing import OptionParser
+
+_STYLES = {"train": {"alpha": 0.4, "linewidth": 1.0}, "val": {"marker": ".", "linewidth": 1.5}}
+
+
+def main(invocation: Invocation) -> None:
+    """The command `plot`: the curves of several runs in one picture.
+
+    Raises ExperimentError for a folder that is no run's, and for an output that cannot be written.
+    """
+    parser = OptionParser(prog="python -m experiments plot", description="The learning curves of runs in one picture.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its metrics.csv")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="a .png, .svg or .pdf (curves.png)")
+    options = parser.parse_args(invocation.argv[1:])
+    runs = {str(run): run if run.suffix == ".csv" else run / "metrics.csv" for run in options.runs}
+    draw(runs, options.output)
+    print(options.output)
+
+
+def draw(
+    runs: Mapping[str, Path],  # the metrics files by the names in the legend
+    output: Path,
+) -> None:
+    """Draw every metric over the steps, a panel for each, training thin and validation with dots.
+
+    Raises ExperimentError for a file without metrics, and for an output that cannot be written.
+    """
+    # Imported here because it takes a second, which a command without a picture need not wait for.
+    from matplotlib.figure import Figure
+
+    curves = {name: _curves(path) for name, path in runs.items()}
+    panels = sorted({metric for of_run in curves.values() for metric, _ in of_run})
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set(title=metric, xlabel="step")
+        for color, (name, of_run) in enumerate(curves.items()):
+            for stage, style in _STYLES.items():
+                if (metric, stage) in of_run:
+                    steps, values = zip(*of_run[metric, stage], strict=True)
+                    axes.plot(steps, values, color=f"C{color % 10}", label=f"{name} {stage}", **style)
+        axes.legend()
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise ExperimentError(f"{output}: expected a name that ends with .png, .svg or .pdf.")
+    with writing(output):
+        figure.savefig(output, dpi=150)
+
+
+def _curves(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """The points (step, value) by metric and stage."""
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in read_metrics(path):
+        for name, value in row.items():
+            stage, _, metric = name.partition("/")
+            if stage in _STYLES:
+                points.setdefault((metric, stage), []).append((int(row["step"]), float(value)))
+    if not points:
+        raise ExperimentError(f"{path}: no metrics of a training there. Give a run's folder, runs/NAME/version_N.")
+    return points

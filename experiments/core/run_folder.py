@@ -1,0 +1,102 @@
+"""A run's folder, `ROOT/NAME/version_N`, and what lies in it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.core.errors import writing
+
+
+class RunFolder:
+    """The files of one run: `config.yaml`, `metrics.csv`, `curves.png`, `checkpoints/best.ckpt` and `last.ckpt`.
+
+    A run that goes on from a folder's `last.ckpt` stays in that folder. One that starts from any other checkpoint gets
+    a folder of its own, so that nothing of the old run is overwritten.
+
+    Raises: ExperimentError for a folder that cannot be made or written.
+    """
+
+    def __init__(self, root: Path, name: str, checkpoint: Path | None = None) -> None:
+        self._parent = root / name
+        self._checkpoint = checkpoint
+        self._path: Path | None = None
+        self.is_resumed = checkpoint is not None and _is_a_runs_last(checkpoint)
+        if self.is_resumed:
+            assert checkpoint is not None
+            self._path = checkpoint.parent.parent
+
+    @property
+    def path(self) -> Path:
+        """The folder; there after `make`."""
+        assert self._path is not None
+        return self._path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    def make(self) -> None:
+        """Make the folder and see that it can be written to."""
+        if self._path is None:
+            self._path = self._new()
+        with writing(self._path):
+            self.checkpoints.mkdir(exist_ok=True)
+            if self._checkpoint is not None and not self.is_resumed:
+                self._copy_from(self._checkpoint)
+
+    def share(self, broadcast: Callable[[Path | None], Path | None]) -> None:
+        """Let every process know the folder that the first one made."""
+        self._path = broadcast(self._path)
+
+    def remove_if_empty(self) -> None:
+        """Take away a folder into which nothing was written."""
+        for folder in (self.checkpoints, self.path):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _new(self) -> Path:
+        with writing(self._parent):
+            self._parent.mkdir(parents=True, exist_ok=True)
+            taken = [path.name.removeprefix("version_") for path in self._parent.glob("version_*")]
+            version = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+            while True:
+                path = self._parent / f"version_{version}"
+                try:
+                    path.mkdir()
+                except FileExistsError:  # another run that starts at this moment
+                    version += 1
+                else:
+                    return path
+
+    def _copy_from(self, checkpoint: Path) -> None:
+        """What the run was until the checkpoint: its metrics, and its best checkpoint."""
+        metrics = checkpoint.parent.parent / "metrics.csv"
+        if metrics.is_file():
+            shutil.copy(metrics, self.metrics)
+        best = checkpoint.with_name("best.ckpt")
+        if best.is_file():
+            shutil.copy(best, self.best)
+
+
+def _is_a_runs_last(checkpoint: Path) -> bool:
+    return checkpoint.name == "last.ckpt" and checkpoint.absolute().parent.name == "checkpoints"

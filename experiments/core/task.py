@@ -1,0 +1,178 @@
+"""What a task is: the frame trains, evaluates, saves and reports any of them, and knows none."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from lightning import Callback, LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from experiments.core.errors import ExperimentError, building
+from experiments.core.means import Mean, StreamMeans
+from experiments.core.memory import refuse_beyond_memory
+from experiments.core.schedule import HalveLearningRate
+
+Stage = Literal["train", "val", "test"]
+
+
+class Monitor(NamedTuple):
+    """The metric that says which checkpoint is best."""
+
+    name: str  # one of those that `metrics` gives
+    mode: Literal["min", "max"]
+
+
+class Task(LightningModule, ABC):
+    """A network, what it learns from a batch, and the metrics that say how well.
+
+    A task states `monitor`, `describe`, `build` and `measure`, and where it has more to say `metrics` and `show`. Its
+    data come from a LightningDataModule. One without such data, as a policy that plays episodes, gives Lightning's
+    `train_dataloader` (its rollouts) and `val_dataloader` (its evaluations) itself, and its config has no `data`.
+
+    The metrics are logged as `train/NAME`, `val/NAME` and `test/NAME`: in training those of a batch, in evaluation
+    those of all that was seen, exactly, in all processes together.
+
+    Args:
+        optimizer: factory `(parameters) -> Optimizer`.
+        halve_after: halve the learning rate after that many validations without a gain.
+
+    Raises: ExperimentError for settings out of range, for a network that cannot be built or would not fit into the
+    machine's memory, and for a checkpoint of another task, of other settings or of other data.
+    """
+
+    monitor: ClassVar[Monitor]
+    unit: ClassVar[str] = "examples"  # what the weight of the loss counts
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        halve_after: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        if "_instantiator" not in self.hparams:
+            # Built in Python, not from a config: the factories are code, and a checkpoint holds values only.
+            self.hparams.clear()
+        self.network: nn.Module | None = None
+        self._description: dict[str, Any] = {}
+        self._build_optimizer = optimizer
+        self._halving: list[Callback] = []
+        if halve_after is not None:
+            self._halving = [HalveLearningRate(halve_after, self.monitored, self.monitor.mode)]
+        self._means = StreamMeans()  # of the evaluation under way
+
+    @abstractmethod
+    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+        """What the network must know of the data, which are set up, as plain values: a checkpoint holds them."""
+
+    @abstractmethod
+    def build(self, description: dict[str, Any]) -> nn.Module:
+        """The network for the data of this description."""
+
+    @abstractmethod
+    def measure(self, batch: Any, stage: Stage) -> dict[str, Mean]:
+        """The means over a batch, by name: in training `loss`, which is minimised, and any others."""
+
+    def metrics(self, means: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is logged of the means, by name."""
+        return means
+
+    def show(self) -> str:
+        """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
+        return ""
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the parameters, as plain values. Called in every process."""
+        return {}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up what `saved` gave."""
+
+    @property
+    def monitored(self) -> str:
+        """The name under which the monitored metric of the validation is logged."""
+        return f"val/{self.monitor.name}"
+
+    def setup(self, stage: str) -> None:
+        """Build the network for the data, if it is not there yet."""
+        self._use(self.describe(self.trainer.datamodule), "the data given")
+
+    def configure_optimizers(self) -> Optimizer:
+        with building(f"{type(self).__name__}: the optimizer"):
+            return self._build_optimizer(self.parameters())
+
+    def configure_callbacks(self) -> list[Callback]:
+        return self._halving
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        means = self.measure(batch, "train")
+        metrics = self.metrics({name: mean.value.detach() for name, mean in means.items()})
+        self._log("train", metrics)
+        return {"loss": means["loss"].value, "weight": means["loss"].weight}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._means.update(self.measure(batch, "val"))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._means.update(self.measure(batch, "test"))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log("val", self.metrics(self._means.compute()))
+
+    def on_test_epoch_end(self) -> None:
+        self._log("test", self.metrics(self._means.compute()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = {
+            "name": type(self).__name__,
+            "description": self._description,
+            "saved": self.saved(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        task = checkpoint.get("task", {})
+        if task.get("name") != type(self).__name__:
+            of = f"of the task {task['name']}" if "name" in task else "of no task"
+            raise ExperimentError(f"{type(self).__name__}: the checkpoint is {of}. Give one that this task wrote.")
+        self._use(task["description"], "the checkpoint's")
+        self._refuse_other_settings(checkpoint)
+        self.restore(task["saved"])
+
+    def _use(self, description: dict[str, Any], whose: str) -> None:
+        if self.network is None:
+            with building(f"{type(self).__name__}: the network"):
+                refuse_beyond_memory(lambda: self.build(description))
+                self.network, self._description = self.build(description), description
+        elif description != self._description:
+            names = ", ".join(sorted(k for k in description if description[k] != self._description.get(k)))
+            raise ExperimentError(
+                f"{type(self).__name__}: the checkpoint is of other data: {whose} differ in the {names}. "
+                "Give the data that the checkpoint was trained on."
+            )
+
+    def _log(self, stage: Stage, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            shown = name == self.monitor.name or (stage == "train" and name == "loss")
+            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=self.trainer.world_size > 1)
+
+    def _refuse_other_settings(self, checkpoint: dict[str, Any]) -> None:
+        # Training goes on with the checkpoint's optimiser state, learning rate included: other settings would silently
+        # have no effect. Evaluation needs the same parameters only.
+        saved, asked = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY), dict(self.hparams)
+        differences = list(_differences(saved, asked)) if saved and asked else []
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        fits = shapes == {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if differences and not (fits and self._trainer is not None and self.trainer.state.fn != "fit"):
+            raise ExperimentError(
+                f"{type(self).__name__}: the checkpoint is of a run with other settings. Give those, or train anew "
+                f"without --ckpt_path. They differ in {'; '.join(differences)}."
+            )
+
+
+def _differences(saved: Any, asked: Any, path: str = "model") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        for key in sorted(saved.keys() | asked.keys()):
+            yield from _differences(saved.get(key), asked.get(key), f"{path}.{key}")
+    elif saved != asked:
+        yield f"{path} (saved {saved!r}, asked {asked!r})"
