@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.language_model import LanguageModel
-from multint.errors import OptionError
+from multint.errors import MultintError, OptionError
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def sample(
         top_k: draw from the k likeliest symbols only.
         generator: the source of randomness, on the network's device; torch's own if None.
 
-    Raises: OptionError for an empty prompt and for settings out of range.
+    Raises: OptionError for an empty prompt and for settings out of range; MultintError for a network whose outputs are
+    no finite numbers.
     """
     _check(prompt, length, temperature, top_k)
     was_training = network.training
@@ -50,6 +51,8 @@ def _draw(
     top_k: int | None,
     generator: torch.Generator | None,
 ) -> Tensor:  # (1,)
+    if not logits.isfinite().all():
+        raise MultintError("sample: the network's outputs are no finite numbers: its training has diverged")
     if temperature == 0:
         return logits.argmax(keepdim=True)
     if top_k is not None and top_k < len(logits):

@@ -88,7 +88,6 @@ class Checkpoints(Checkpoint):
         self._signal: int | None = None  # that asked to stop
         self._saved_for_stop = False
         self._previous_handlers: dict[int, Any] = {}
-        self.was_started = False
 
     @property
     def was_stopped(self) -> bool:
@@ -105,8 +104,9 @@ class Checkpoints(Checkpoint):
             self.folder.share(trainer.strategy.broadcast)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.was_started = True
         self._saved_at = time.monotonic()
+        if self.folder.is_resumed:
+            self._saved_step = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._find_best()
         if threading.current_thread() is threading.main_thread():
@@ -126,9 +126,10 @@ class Checkpoints(Checkpoint):
             return  # in the middle of a step of several batches, whose gradients no checkpoint holds
         is_due = time.monotonic() - self._saved_at > 60 * self._every
         stop, is_due = self._agreed(trainer, self.was_stopped, is_due)
-        if stop or is_due:
+        # Lightning takes a checkpoint of this moment for one after the validation. That comes now, and is saved.
+        if (stop or is_due) and not _validation_follows(trainer, batch_idx):
             self._save(trainer)
-        self._saved_for_stop = stop
+            self._saved_for_stop = stop
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -212,6 +213,16 @@ class Checkpoints(Checkpoint):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
+
+
+def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation comes between this batch and the next."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
+        return False
+    done = (trainer.fit_loop.total_batch_idx if every is None else batch_idx) + 1
+    interval = trainer.val_check_batch or math.inf  # None where validations come by the clock
+    return trainer.should_stop or done % (trainer.num_training_batches if math.isinf(interval) else interval) == 0
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 
 class Mean(NamedTuple):
@@ -22,19 +22,25 @@ class StreamMeans:
     """
 
     def __init__(self) -> None:
-        self._metrics: dict[str, MeanMetric] = {}
+        self._sums: dict[str, tuple[SumMetric, SumMetric]] = {}  # of value · weight, and of the weights
 
     def update(self, means: Mapping[str, Mean]) -> None:
         """Take in a batch."""
         for name, (value, weight) in means.items():
-            if name not in self._metrics:
-                self._metrics[name] = MeanMetric().to(value.device)
+            if name not in self._sums:
+                # Not a MeanMetric: it leaves out what is no number, or, told not to, the weights.
+                total, weights = (SumMetric(nan_strategy="disable").to(value.device) for _ in range(2))
+                self._sums[name] = total.set_dtype(torch.float64), weights.set_dtype(torch.float64)
+            total, weights = self._sums[name]
             # A mean over nothing may be NaN, which no weight would take away.
-            self._metrics[name].update(value if weight else torch.zeros_like(value), weight)
+            total.update(value.double() * weight if weight else 0.0)
+            weights.update(weight)
 
     def compute(self) -> dict[str, Tensor]:
         """The means of all batches, over all processes; it starts anew."""
-        means = {name: metric.compute() for name, metric in self._metrics.items()}
-        for metric in self._metrics.values():
-            metric.reset()
+        means = {}
+        for name, (total, weights) in self._sums.items():
+            means[name] = (total.compute() / weights.compute()).float()
+            total.reset()
+            weights.reset()
         return means

@@ -12,12 +12,16 @@ from experiments.core.errors import ExperimentError
 def refuse_beyond_memory(build: Callable[[], nn.Module]) -> None:
     """Raises ExperimentError where the network's parameters and their gradients exceed the machine's memory.
 
-    It is built without memory first, on the meta device. Where that fails for any reason nothing is refused: building
-    it in earnest will say why.
+    It is built without memory first, on the meta device. Where that fails nothing is refused, since building it in
+    earnest will say why; but for sizes that no number of bytes can express.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             parameters = list(build().parameters())
+    except RuntimeError as error:
+        if "overflow" in str(error):
+            raise ExperimentError(f"its sizes are beyond any memory ({error}). Lower them.") from error
+        return
     except Exception:
         return
     count = sum(parameter.numel() for parameter in parameters)

@@ -18,14 +18,15 @@ class MetricsFile(Callback):
 
     `step` counts the training steps done. Each row is on disk before the checkpoint of that step is written, so a run
     that goes on from a checkpoint, even one that was killed, ends with the file of an uninterrupted one: the rows after
-    the checkpoint are taken away when it starts.
+    the checkpoint are taken away by `begin`.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._columns: list[str] = list(_FIRST)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer) -> None:
+        """Leave in the file what was logged until here, if the run goes on."""
         if trainer.is_global_zero:
             rows = [row for row in read_metrics(self._folder.metrics) if int(row["step"]) <= trainer.global_step]
             self._rewrite([row for row in rows if not any(name.startswith("test/") for name in row)])

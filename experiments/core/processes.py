@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 
 
 def gathered(value: Any) -> list[Any]:
@@ -12,6 +13,15 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def averaged(value: Tensor) -> Tensor:
+    """The mean of all processes' values, without a gradient."""
+    value = value.detach().clone()  # the exchange writes into it
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
 
 
 def rank() -> int:

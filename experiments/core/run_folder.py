@@ -68,11 +68,10 @@ class RunFolder:
         """Let every process know the folder that the first one made."""
         self._path = broadcast(self._path)
 
-    def remove_if_empty(self) -> None:
-        """Take away a folder into which nothing was written."""
-        for folder in (self.checkpoints, self.path):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def discard(self) -> None:
+        """Take away what `make` made, where no step was trained."""
+        if not self.is_resumed and self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
 
     def _new(self) -> Path:
         with writing(self._parent):

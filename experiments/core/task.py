@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from experiments.core.errors import ExperimentError, building
 from experiments.core.means import Mean, StreamMeans
 from experiments.core.memory import refuse_beyond_memory
+from experiments.core.processes import averaged
 from experiments.core.schedule import HalveLearningRate
 
 Stage = Literal["train", "val", "test"]
@@ -107,8 +108,9 @@ class Task(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         means = self.measure(batch, "train")
-        metrics = self.metrics({name: mean.value.detach() for name, mean in means.items()})
-        self._log("train", metrics)
+        # A metric of the processes' mean loss, which is not the mean of their metrics.
+        reduced = {name: averaged(mean.value) for name, mean in means.items()}
+        self._log("train", self.metrics(reduced))
         return {"loss": means["loss"].value, "weight": means["loss"].weight}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -154,7 +156,8 @@ class Task(LightningModule, ABC):
     def _log(self, stage: Stage, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
             shown = name == self.monitor.name or (stage == "train" and name == "loss")
-            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=self.trainer.world_size > 1)
+            # Every process has the same value already; Lightning warns unless told to average.
+            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=stage != "train")
 
     def _refuse_other_settings(self, checkpoint: dict[str, Any]) -> None:
         # Training goes on with the checkpoint's optimiser state, learning rate included: other settings would silently

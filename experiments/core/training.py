@@ -14,12 +14,13 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.core import curves
+from experiments.core.beginning import Beginning
 from experiments.core.checkpoints import Checkpoints, read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.config_errors import check_classes
@@ -122,9 +123,11 @@ class TrainingCommands(LightningCLI):
             self._folder = RunFolder(root, self._get(self.config, "name"), Path(loaded) if loaded else None)
             self._checkpoints = Checkpoints(self._folder, self._get(self.config, "save_every"))
             self._divergence = Divergence()
+            metrics = MetricsFile(self._folder)
+            self._beginning = Beginning(self._write_config, metrics.begin)
             callbacks += [RandomState(), self._divergence, self._checkpoints]
             if not trainer.fast_dev_run:
-                callbacks += [_ConfigFile(self), MetricsFile(self._folder)]
+                callbacks += [self._beginning, metrics]
         self.trainer_defaults["callbacks"] = callbacks
 
     def instantiate_classes(self) -> None:
@@ -156,9 +159,9 @@ class TrainingCommands(LightningCLI):
                 raise ExperimentError(str(error)) from error
             raise
         finally:
-            if rank_zero_only.rank == 0 and not self._checkpoints.was_started and not self.trainer.fast_dev_run:
-                self._folder.remove_if_empty()
-        if not self._checkpoints.was_started:
+            if rank_zero_only.rank == 0 and not self._beginning.was_reached:
+                self._folder.discard()
+        if not self._beginning.was_reached and not self.trainer.fast_dev_run:
             raise ExperimentError(
                 f"{kwargs['ckpt_path']}: this run is finished. To go on, raise what ended it: --trainer.max_epochs, "
                 "--trainer.max_steps or --trainer.max_time."
@@ -200,10 +203,17 @@ class TrainingCommands(LightningCLI):
         if read_metrics(self._folder.metrics):
             curves.draw({self._folder.path.name: self._folder.metrics}, self._folder.curves)
             rows |= {"metrics": _shown(self._folder.metrics), "curves": _shown(self._folder.curves)}
-        if score is not None:
+        if score is not None and diverged is None:
             _say(f"\n{task.show()}\n")
         width = max(map(len, rows))
         _say("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+    def _write_config(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            config = self.config[self.subcommand].clone()
+            config.ckpt_path = None  # who runs the file again trains anew
+            text = self._parser(self.subcommand).dump(config, skip_unset=False)
+            write_text(self._folder.config, text)
 
     def _tensorboard(self) -> TensorBoardLogger:
         with building("the logger for TensorBoard"):
@@ -215,22 +225,6 @@ class TrainingCommands(LightningCLI):
         command = ["python", "-m", "experiments", "fit", "--config", _shown(self._folder.config), "--ckpt_path"]
         trust = [word for module in self._trusted for word in ("--trust", module)]
         return f"Stopped. Go on with:\n{shlex.join([*command, _shown(self._folder.last), *trust])}"
-
-
-class _ConfigFile(Callback):
-    """Writes the whole config, once the training begins."""
-
-    def __init__(self, commands: TrainingCommands) -> None:
-        self._commands = commands
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        commands = self._commands
-        config = commands.config[commands.subcommand].clone()
-        config.ckpt_path = None  # who runs the file again trains anew
-        text = commands._parser(commands.subcommand).dump(config, skip_unset=False)
-        write_text(commands._folder.config, text)
 
 
 @contextmanager

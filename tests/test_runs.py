@@ -1,0 +1,243 @@
+"""A run's life: killed, resumed, finished, diverged, out of room, and in several processes."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from experiments.core.configs import CONFIGS
+from experiments.core.metrics_file import read_metrics
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(CONFIGS / "characters/quickstart.yaml")
+SMALL = (
+    "--config",
+    QUICKSTART,
+    "--model.network.recurrent.hidden_size=16",
+    "--data.batch_size=4",
+    "--data.length=20",
+    "--data.eval_batch_size=3",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=5",
+    "--trainer.max_time=null",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def command(text, tmp_path):
+    """The arguments of a `fit` whose folder is `tmp_path/quickstart`."""
+
+    def arguments(*options):
+        return ["fit", *SMALL, f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", *options]
+
+    return arguments
+
+
+def start(arguments, **settings):
+    """The command in a process of its own."""
+    python = [sys.executable, "-W", "ignore", "-m", "experiments", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(python, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes, **settings)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists(), process.communicate()[0]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(command, tmp_path):
+    """Kills at random moments of real processes: in steps, validations, and while checkpoints are written."""
+    limits = ("--trainer.max_epochs=20", "--trainer.val_check_interval=11", "--save_every=0.0003", "--name=killed")
+    killed = tmp_path / "killed" / "version_0"
+    last = killed / "checkpoints" / "last.ckpt"
+    chance = random.Random(0)
+    options, kills = [], 0
+    for _ in range(4):
+        process = start(command(*limits, *options))
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if last.exists() and last.stat().st_mtime_ns > before:
+                time.sleep(chance.uniform(0, 0.4))
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        options = ["--ckpt_path", str(last)]
+    assert kills >= 2, "the runs were over before they were killed"
+    assert main(command(*limits, *options)) == 0
+    assert main(command(*limits, "--name=whole", "--save_every=5")) == 0
+    whole = tmp_path / "whole" / "version_0"
+    assert read_metrics(killed / "metrics.csv") == read_metrics(whole / "metrics.csv")
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["version_0"]
+    for name in ("best.ckpt", "last.ckpt"):
+        saved = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (killed, whole)]
+        torch.testing.assert_close(saved[0]["state_dict"], saved[1]["state_dict"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, command, tmp_path):
+    process = start(command("--trainer.max_epochs=-1"))
+    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    wait_for(last, process)
+    written = last.stat().st_mtime_ns
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == code, out
+    assert last.stat().st_mtime_ns > written
+    *_, how = [line for line in out.splitlines() if line.startswith("python -m experiments fit")]
+    assert str(last) in how
+    steps = torch.load(last, weights_only=True)["global_step"]
+    assert main([*how.split()[3:], f"--trainer.max_steps={steps + 3}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == steps + 3
+
+
+def test_two_processes_equal_one(command, tmp_path):
+    limits = ("--trainer.max_steps=15", "--trainer.val_check_interval=10", "--data.eval_batch_size=1")
+    two = start(command(*limits, "--trainer.devices=2", "--trainer.strategy=ddp", "--name=two"))
+    assert main(command(*limits, "--name=one")) == 0
+    out, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, out
+    assert out.count("validation bpc") == 1, "one process speaks"
+    of_one, of_two = (read_metrics(tmp_path / name / "version_0" / "metrics.csv") for name in ("one", "two"))
+    assert len(of_one) == 6
+    for row, other in zip(of_one, of_two, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-5)
+
+
+def test_streams_that_processes_cannot_share_are_refused(command):
+    process = start(command("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=3"))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "expected a multiple of 2" in out
+
+
+@pytest.fixture
+def finished(command, tmp_path):
+    """The folder of a run of two epochs."""
+    assert main(command("--trainer.max_epochs=2")) == 0
+    return tmp_path / "quickstart" / "version_0"
+
+
+def mistake(capsys, arguments):
+    """The one message of a command that fails."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "Traceback" not in shown
+    return shown
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_finished_run_says_so_and_leaves_no_folder(name, finished, command, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    checkpoint = finished / "checkpoints" / name
+    assert "raise what ended it" in mistake(capsys, command("--trainer.max_epochs=2", "--ckpt_path", str(checkpoint)))
+    assert {path: path.read_bytes() for path in finished.parent.rglob("*") if path.is_file()} == before
+    assert [path.name for path in finished.parent.iterdir()] == ["version_0"]
+
+
+def test_a_run_that_its_time_ended_says_so(command, tmp_path, capsys):
+    limits = ("--trainer.max_epochs=1000", "--trainer.max_time=00:00:00:02")
+    assert main(command(*limits)) == 0
+    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    assert "max_time" in mistake(capsys, command(*limits, "--ckpt_path", str(last)))
+
+
+def best_of(checkpoints):
+    """The score of the best checkpoint, as it was validated."""
+    return torch.load(checkpoints / "best.ckpt", weights_only=True)["callbacks"]["Checkpoints"]["best_score"]
+
+
+def test_going_on_keeps_the_best_checkpoint_in_the_default_folder(text, tmp_path, monkeypatch, capsys):
+    """An overfitting run, whose later epochs are worse, by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    run = ("fit", *SMALL, f"--data.path={text}", "--model.optimizer.lr=0.3", "--name=bi")
+    assert main([*run, "--trainer.max_epochs=3"]) == 0
+    checkpoints = Path("runs/bi/version_0/checkpoints")
+    best, scores = best_of(checkpoints), []
+    on = ("--model.optimizer.lr=0.3", "--trainer.max_epochs=6", "--ckpt_path", str(checkpoints / "last.ckpt"))
+    assert main([*run, *on]) == 0
+    scores = [float(row["val/bpc"]) for row in read_metrics(checkpoints.parent / "metrics.csv") if "val/bpc" in row]
+    assert len(scores) == 6
+    assert best_of(checkpoints) == pytest.approx(min(scores))
+    assert min(scores) <= best
+    assert f"validation bpc   {min(scores):.4f}" in capsys.readouterr().out
+
+
+def test_a_run_from_the_best_checkpoint_has_its_own_folder_and_the_best_of_before(finished, command, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    best = finished / "checkpoints" / "best.ckpt"
+    assert main(command("--trainer.max_epochs=3", "--ckpt_path", str(best))) == 0
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    own = finished.parent / "version_1"
+    assert best_of(own / "checkpoints") <= best_of(finished / "checkpoints")
+    rows = [row for row in read_metrics(own / "metrics.csv") if "val/bpc" in row]
+    assert len(rows) == 3
+
+
+def test_a_diverged_run_is_reported(command, tmp_path, capsys):
+    assert main(command("--model.optimizer.lr=1e30", "--trainer.max_epochs=1")) == 0
+    out = capsys.readouterr().out
+    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    for part in ("diverged", "at step ", "validation bpc", str(last)):
+        assert part in out
+    assert "diverged" in mistake(capsys, ["sample", str(last)])
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(command, tmp_path, capsys):
+    (tmp_path / "quickstart").write_text("a file")
+    assert "cannot be written" in mistake(capsys, command())
+
+
+def limit_files():
+    """Runs in the child: no file grows beyond 40 kB, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(command, finished):
+    last = finished / "checkpoints" / "last.ckpt"
+    assert last.stat().st_size > 40_000
+    whole = last.read_bytes()
+    process = start(command("--trainer.max_epochs=3", "--ckpt_path", str(last)), preexec_fn=limit_files)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, out
+    assert "Traceback" not in out
+    assert f"Kept: {last}" in out
+    assert last.read_bytes() == whole
+    assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.parametrize("size", [10**7, 10**9])
+def test_a_network_beyond_the_machines_memory_is_refused_before_it_is_built(size, command, capsys):
+    shown = mistake(capsys, command(f"--model.network.recurrent.hidden_size={size}"))
+    assert "memory" in shown or "cannot be built" in shown
+
+
+def test_a_checkpoint_of_a_network_beyond_the_machines_memory_is_refused(finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["network"]["init_args"]["recurrent"]["init_args"]["hidden_size"] = 10**7
+    torch.save(checkpoint, tmp_path / "huge.ckpt")
+    assert "memory" in mistake(capsys, ["sample", str(tmp_path / "huge.ckpt")])
