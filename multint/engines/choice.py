@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from multint.engines import private
 from multint.engines.failures import StepError, report
 from multint.engines.loop import loop
+from multint.engines.traced import traced
 from multint.errors import EngineError, OptionError, ShapeError, in_a_line
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def scan(
 ) -> tuple[Tensor, State]:  # (T, B, H), and the state after step T
     """Run `state = cell.step(xs[t], state)` for t = 0 … T−1 and collect the first field of every state.
 
-    Where `xs` is a dict, the step gets a dict of the same keys with each stream at t.
+    Where `xs` is a dict, the step gets a dict of the same keys with each stream at t. A program of torch.compile or
+    torch.export holds the loop, unrolled; an exported one whose length T is free holds it as one operator.
 
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
@@ -54,6 +56,9 @@ def scan(
     Errors of the step itself come as the loop raises them. "auto" raises no others.
     """
     _check(xs, state, engine)
+    # Asked for by name, `fused` stays outside what torch.compile writes; an exported program has no outside.
+    if torch.compiler.is_exporting() or (engine != "fused" and torch.compiler.is_compiling()):
+        return traced(cell, xs, state)
     return loop(cell, xs, state) if engine == "loop" else private.uncompiled(_choose, cell, xs, state, engine)
 
 
@@ -257,9 +262,11 @@ def _check(xs: Streams, state: Any, engine: str) -> None:
     streams = _by_name(xs)
     if all(stream.ndim < 2 for stream in streams.values()):
         raise ShapeError(f"scan: xs has {max(s.ndim for s in streams.values())} dimensions, expected (T, B, ...)")
-    lengths = {len(stream) for stream in streams.values()}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ShapeError(f"scan: xs has the lengths {sorted(lengths)} in time, expected one length of at least 1")
+    lengths = [stream.shape[0] for stream in streams.values()]
+    # Compared one by one: in a traced program a length may be a symbol, which no set takes.
+    if any(length != lengths[0] for length in lengths) or lengths[0] == 0:
+        shown = sorted(set(lengths))
+        raise ShapeError(f"scan: xs has the lengths {shown} in time, expected one length of at least 1")
     if not (isinstance(state, tuple) and hasattr(state, "_fields")):
         raise ShapeError(f"scan: state is a {type(state).__name__}, expected a named tuple of tensors (B, ...)")
     _, rows = _size(xs)

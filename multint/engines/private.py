@@ -201,6 +201,24 @@ def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
+def is_free(size: int) -> bool:
+    """Whether a size of a traced program is open, and not a number."""
+    return isinstance(size, torch.SymInt)
+
+
+def scan_operator(step: Callable[[Any, Any], Any], xs: Any, state: Any) -> tuple[Tensor, Any]:
+    """`state = step(xs[t], state)` for every t, as one operator: the first fields of all states, and the last state."""
+    from torch._higher_order_ops.scan import scan
+
+    def body(fields: tuple[Tensor, ...], x: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        new = step(x, type(state)(*fields))
+        # Copies, since the operator allows no result that is an argument or another result.
+        return tuple(field.clone() for field in new), new[0].clone()
+
+    last, output = scan(body, tuple(state), xs)
+    return output, type(state)(*last)
+
+
 def is_control_flow(error: Exception) -> bool:
     """Whether an exception is how checkpointing stops what it computes again, and not a failure."""
     return type(error).__module__ == "torch.utils.checkpoint"

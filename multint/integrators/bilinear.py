@@ -15,6 +15,10 @@ from multint.integrators.terms import Terms, bias_term
 from multint.integrators.vectors import add_bias, vector
 from multint.products import differentiable_product
 
+# einops notes every class of tensor that it meets. Where torch traces the body of an operator, as an exported loop is,
+# nothing may be noted any more.
+rearrange(nn.Parameter(torch.empty(1)), "i -> i")
+
 
 class TensorProduct(nn.Module):
     """y_o = Σ_ij z_i W[o,i,j] x_j: the bilinear part alone, with one weight (O, Z, X).

@@ -97,7 +97,8 @@ class Recurrent(nn.Module):
 
         Args:
             hx: the state before the first step, by PyTorch's name; the cell's initial one where it is None.
-            lengths: number of steps of each sequence; beyond them the output is 0 and the state stays.
+            lengths: number of steps of each sequence; beyond them the output is 0 and the state stays. In a program
+                of torch.export or torch.compile their range is not checked: more than T counts as T.
             reset: True where a step starts an episode: before it the state returns to the cell's initial one.
 
         Raises: ShapeError or OptionError for what does not fit.

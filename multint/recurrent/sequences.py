@@ -36,6 +36,8 @@ def unify(
     """
     packed, unbatched = None, False
     if isinstance(x, PackedSequence):
+        if torch.compiler.is_exporting():
+            raise OptionError("x is a PackedSequence, which cannot be exported: expected a tensor, and lengths=")
         if lengths is not None:
             raise OptionError("lengths: a PackedSequence brings its own lengths, expected None")
         packed = x
@@ -97,9 +99,14 @@ def _valid(xs: Tensor, lengths: Tensor | list[int] | None) -> Tensor | None:
             f"lengths is {lengths.dtype} of the shape {tuple(lengths.shape)}, expected whole numbers of the shape "
             f"({batch_size},): one for each sequence"
         )
+    if torch.compiler.is_compiling() or not _all_full(lengths, steps):  # a traced program has no numbers to check
+        return torch.arange(steps, device=xs.device)[:, None] < lengths
+    return None
+
+
+def _all_full(lengths: Tensor, steps: int) -> bool:
+    """Whether every sequence has that many steps; an OptionError where one has more, or none."""
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > steps:
         raise OptionError(f"lengths are from {shortest} to {longest}, expected from 1 to {steps} (the steps of x)")
-    if shortest == steps:
-        return None
-    return torch.arange(steps, device=xs.device)[:, None] < lengths
+    return shortest == steps
