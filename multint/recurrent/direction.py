@@ -72,12 +72,14 @@ class Direction(nn.Module):
         x = streams["x"]
         if "reset" in streams:
             state = select(streams["reset"], self.cell.initial_state(x.shape[0]), state)
-        for name, hook in self.hooks.items():
-            hook.mask = streams.get(f"dropout.{name}")
+        # Without masks nothing is set: the body of an exported loop may write to nothing outside it.
+        masked = {name: hook for name, hook in self.hooks.items() if f"dropout.{name}" in streams}
+        for name, hook in masked.items():
+            hook.mask = streams[f"dropout.{name}"]
         try:
             new = self.cell.step(x, state)
         finally:
-            for hook in self.hooks.values():
+            for hook in masked.values():
                 hook.mask = None
         if self.zoneout:
             new = self._zoned(streams, state._asdict(), new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from textwrap import indent
 from typing import Any
 
@@ -115,7 +115,7 @@ class Recurrent(nn.Module):
             outputs = []
             for backward in range(2 if self.bidirectional else 1):
                 direction: Any = self.directions[len(finals)]
-                output, final = self._run(direction, xs, sequences, next(states), bool(backward))
+                output, final = self._run(direction, xs, sequences, states[len(finals)], bool(backward))
                 outputs.append(output)
                 finals.append(final)
             xs = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
@@ -141,13 +141,12 @@ class Recurrent(nn.Module):
             output = torch.where(streams["valid"].unsqueeze(-1), output, 0)
         return (output.flip(0) if backward else output), final
 
-    def _states(self, state: Any, sequences: Sequences) -> Iterator[Any]:
+    def _states(self, state: Any, sequences: Sequences) -> list[Any]:
         """The initial state of each direction of each layer."""
         batch_size = sequences.xs.shape[1]
         initial = [direction.cell.initial_state(batch_size) for direction in self.directions]  # type: ignore[union-attr, operator]
         if state is None:
-            yield from initial
-            return
+            return initial
         fields = (state,) if isinstance(state, Tensor) else tuple(state)
         form, count = initial[0], len(initial)
         if len(fields) != len(form):
@@ -160,8 +159,7 @@ class Recurrent(nn.Module):
                     f"state.{name} has the shape {tuple(field.shape)}, expected {(count, *one.shape)}: layers × "
                     "directions, sequences, features"
                 )
-        for one, *values in zip(initial, *fields, strict=True):
-            yield type(one)(*values)
+        return [type(one)(*values) for one, *values in zip(initial, *fields, strict=True)]
 
     def explain(self) -> Explanations:
         """How the last call ran, for each direction of each layer: the engine, why, the plan. To be printed.
