@@ -14,7 +14,7 @@ class OptionError(MultintError):
 
 
 class EngineError(MultintError):
-    """An engine that was asked for by name cannot run a cell; the message names what stands in the way."""
+    """An engine asked for by name, or an exported program, cannot take a cell; the message says what is in the way."""
 
 
 class FormError(MultintError):

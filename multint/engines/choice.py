@@ -52,8 +52,9 @@ def scan(
             on (T · B · the cell's parameters); else the loop. `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
-    state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell.
-    Errors of the step itself come as the loop raises them. "auto" raises no others.
+    state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell,
+    or the operator of an exported loop cannot hold its step. Errors of the step itself come as the loop raises them.
+    "auto" raises no others.
     """
     _check(xs, state, engine)
     # Asked for by name, `fused` stays outside what torch.compile writes; an exported program has no outside.
