@@ -1,0 +1,119 @@
+"""The command `export`: a checkpoint's network as weights, or as a program that runs without this project."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import nn
+
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError
+from experiments.core.parsing import OptionParser
+from experiments.core.programs import Example, trace, write_onnx, write_program
+from experiments.core.weights import settings_path, write_weights
+
+
+class Exportable(NamedTuple):
+    """What a task says of its network."""
+
+    network: nn.Module
+    example: Example
+    settings: dict[str, Any]  # the network's class_path and init_args, the sizes that the data decided among them
+    data: dict[str, Any]  # what users of the network need of the data, such as its vocabulary, as plain values
+
+
+class _Format(NamedTuple):
+    """A kind of file: how it is written, its suffix, and the libraries that it needs beside torch."""
+
+    write: Callable[[Exportable, Path], None]
+    suffix: str
+    libraries: tuple[str, ...]
+
+
+def _weights(given: Exportable, path: Path) -> None:
+    write_weights(given.network, path)
+
+
+def _program(given: Exportable, path: Path) -> None:
+    write_program(trace(given.network, given.example), path)
+
+
+def _onnx(given: Exportable, path: Path) -> None:
+    write_onnx(trace(given.network, given.example), given.example, path)
+
+
+FORMATS = {
+    "safetensors": _Format(_weights, ".safetensors", ("safetensors",)),
+    "torch_export": _Format(_program, ".pt2", ()),
+    "onnx": _Format(_onnx, ".onnx", ("onnx", "onnxscript")),
+}
+
+
+def main(invocation: Invocation) -> None:
+    """Write the file, its settings beside it, and say what is in it.
+
+    Raises ExperimentError for a file that is no checkpoint, a missing library, a network that the format cannot hold,
+    and a path that cannot be written.
+    """
+    options = _parser().parse_args(invocation.argv[1:])
+    kind = FORMATS[options.format]
+    _check_libraries(options.format, kind)
+    path = options.output or options.checkpoint.with_suffix(kind.suffix)
+    if not path.parent.is_dir():
+        raise ExperimentError(f"{path}: cannot be written: there is no folder {path.parent}")
+    given = _exportable(options.checkpoint)
+    try:
+        kind.write(given, path)
+        _write_settings(given, path)
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be written: {error}") from error
+    print(_summary(given, options.format, path))
+
+
+def _exportable(checkpoint: Path) -> Exportable:
+    # The one place where this command asks a task. Imported here, since the core knows no task.
+    from experiments.exportable import exportable
+
+    return exportable(checkpoint)
+
+
+def _check_libraries(name: str, kind: _Format) -> None:
+    for library in kind.libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise ExperimentError(
+                f'export --format {name} needs {library}: pip install -c constraints.txt -e ".[export]"'
+            ) from error
+
+
+def _write_settings(given: Exportable, path: Path) -> None:
+    inputs = {name: list(shape) for name, shape in given.example.shapes().items()}
+    values = {"network": given.settings, **given.data, "inputs": inputs, "outputs": list(given.example.outputs)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    settings_path(path).write_text(text, encoding="utf-8")
+
+
+def _summary(given: Exportable, name: str, path: Path) -> str:
+    if name == "safetensors":
+        count = sum(parameter.numel() for parameter in given.network.parameters())
+        contents = f"{count:,} parameters"
+    else:
+        inputs = [f"{name} ({', '.join(map(str, shape))})" for name, shape in given.example.shapes().items()]
+        contents = f"{', '.join(inputs)} -> {', '.join(given.example.outputs)}"
+    return f"{path}: {contents}\n{settings_path(path)}: the network's settings, and {', '.join(given.data)}"
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="python -m experiments export", description="A checkpoint's network in other forms.")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="safetensors: weights, for load_network; torch_export, onnx: a program of free batch size and length",
+    )
+    parser.add_argument("--output", type=Path, default=None, metavar="PATH", help="the file (beside the checkpoint)")
+    return parser
