@@ -82,14 +82,15 @@ def test_inductor_compiles_an_integrator():
 
 @pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
-def test_a_layer_is_compiled_whole(kind):
-    rnn = randomise(kind(INPUT_SIZE, 7, num_layers=1 + (kind is GRU), bidirectional=kind is LSTM).double())
+def test_a_layer_is_compiled_whole_by_the_loop(kind):
+    size = {"num_layers": 1 + (kind is GRU), "bidirectional": kind is LSTM}
+    rnn = randomise(kind(INPUT_SIZE, 7, engine="loop", **size).double())
     compiles_whole(rnn, normal(2, 3, INPUT_SIZE, requires_grad=True), lengths=torch.tensor([2, 1, 2]))
 
 
 def test_a_layer_in_training_is_compiled_whole():
     noise = {"zoneout": 0.2, "input_dropout": 0.2, "state_dropout": 0.2, "weight_drop": 0.2}
-    rnn = LSTM(INPUT_SIZE, 7, **noise)
+    rnn = LSTM(INPUT_SIZE, 7, engine="loop", **noise)
     output, _ = torch.compile(rnn, backend="eager", fullgraph=True)(torch.randn(3, 2, INPUT_SIZE))
     assert output.isfinite().all()
 

@@ -10,11 +10,11 @@ import torch
 import yaml
 
 from experiments.__main__ import main
+from experiments.core.checkpoints import load_task
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 from experiments.core.programs import Example, trace
 from experiments.core.weights import load_network
-from experiments.sample import load
 
 # Settings of each network, over those of the quickstart: an embedding and an MI-LSTM.
 NETWORKS = {
@@ -88,7 +88,7 @@ def calls(network):
 def trained(request, checkpoints):
     """A checkpoint, and its network."""
     path = checkpoints[request.param]
-    return path, load(path).network.eval()
+    return path, load_task(path).network.eval()
 
 
 def test_weights_and_settings_rebuild_the_network(trained):
@@ -137,7 +137,7 @@ def test_programs_run_in_a_process_without_this_library(checkpoints, tmp_path):
         paths.append(str(tmp_path / name))
         output = f"{paths[-1]}.pt2"
         exported(checkpoint, "torch_export", f"--output={output}")
-        torch.save(list(calls(load(checkpoint).network.eval())), f"{paths[-1]}.calls")
+        torch.save(list(calls(load_task(checkpoint).network.eval())), f"{paths[-1]}.calls")
     packages = str(Path(torch.__file__).parent.parent)
     command = [sys.executable, "-S", "-W", "ignore", "-c", ELSEWHERE, packages, *paths]
     subprocess.run(command, check=True, cwd=tmp_path)

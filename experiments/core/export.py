@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
+from experiments.core.checkpoints import load_task, read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError
 from experiments.core.parsing import OptionParser
@@ -15,8 +16,8 @@ from experiments.core.programs import Example, trace, write_onnx, write_program
 from experiments.core.weights import settings_path, write_weights
 
 
-class Exportable(NamedTuple):
-    """What a task says of its network."""
+class _Exported(NamedTuple):
+    """What is exported."""
 
     network: nn.Module
     example: Example
@@ -27,20 +28,20 @@ class Exportable(NamedTuple):
 class _Format(NamedTuple):
     """A kind of file: how it is written, its suffix, and the libraries that it needs beside torch."""
 
-    write: Callable[[Exportable, Path], None]
+    write: Callable[[_Exported, Path], None]
     suffix: str
     libraries: tuple[str, ...]
 
 
-def _weights(given: Exportable, path: Path) -> None:
+def _weights(given: _Exported, path: Path) -> None:
     write_weights(given.network, path)
 
 
-def _program(given: Exportable, path: Path) -> None:
+def _program(given: _Exported, path: Path) -> None:
     write_program(trace(given.network, given.example), path)
 
 
-def _onnx(given: Exportable, path: Path) -> None:
+def _onnx(given: _Exported, path: Path) -> None:
     write_onnx(trace(given.network, given.example), given.example, path)
 
 
@@ -63,7 +64,7 @@ def main(invocation: Invocation) -> None:
     path = options.output or options.checkpoint.with_suffix(kind.suffix)
     if not path.parent.is_dir():
         raise ExperimentError(f"{path}: cannot be written: there is no folder {path.parent}")
-    given = _exportable(options.checkpoint)
+    given = _of(options.checkpoint)
     try:
         kind.write(given, path)
         _write_settings(given, path)
@@ -72,11 +73,14 @@ def main(invocation: Invocation) -> None:
     print(_summary(given, options.format, path))
 
 
-def _exportable(checkpoint: Path) -> Exportable:
-    # The one place where this command asks a task. Imported here, since the core knows no task.
-    from experiments.exportable import exportable
-
-    return exportable(checkpoint)
+def _of(checkpoint: Path) -> _Exported:
+    task = load_task(checkpoint)
+    assert task.network is not None
+    network = task.network.eval()
+    example, sizes = task.example()
+    settings = read_checkpoint(checkpoint)["hyper_parameters"]["network"]
+    settings = {"class_path": settings["class_path"], "init_args": sizes | settings.get("init_args", {})}
+    return _Exported(network, example, settings, task.description)
 
 
 def _check_libraries(name: str, kind: _Format) -> None:
@@ -89,14 +93,14 @@ def _check_libraries(name: str, kind: _Format) -> None:
             ) from error
 
 
-def _write_settings(given: Exportable, path: Path) -> None:
+def _write_settings(given: _Exported, path: Path) -> None:
     inputs = {name: list(shape) for name, shape in given.example.shapes().items()}
     values = {"network": given.settings, **given.data, "inputs": inputs, "outputs": list(given.example.outputs)}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
     settings_path(path).write_text(text, encoding="utf-8")
 
 
-def _summary(given: Exportable, name: str, path: Path) -> str:
+def _summary(given: _Exported, name: str, path: Path) -> str:
     if name == "safetensors":
         count = sum(parameter.numel() for parameter in given.network.parameters())
         contents = f"{count:,} parameters"

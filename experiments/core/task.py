@@ -12,6 +12,7 @@ from experiments.core.errors import ExperimentError, building
 from experiments.core.means import Mean, StreamMeans
 from experiments.core.memory import refuse_beyond_memory
 from experiments.core.processes import averaged
+from experiments.core.programs import Example
 from experiments.core.schedule import HalveLearningRate
 
 Stage = Literal["train", "val", "test"]
@@ -56,7 +57,7 @@ class Task(LightningModule, ABC):
             # Built in Python, not from a config: the factories are code, and a checkpoint holds values only.
             self.hparams.clear()
         self.network: nn.Module | None = None
-        self._description: dict[str, Any] = {}
+        self.description: dict[str, Any] = {}
         self._build_optimizer = optimizer
         self._halving: list[Callback] = []
         if halve_after is not None:
@@ -82,6 +83,13 @@ class Task(LightningModule, ABC):
     def show(self) -> str:
         """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
         return ""
+
+    def example(self) -> tuple[Example, dict[str, Any]]:
+        """A call of the network, for `export` to trace, and those of its settings that the data decided.
+
+        Raises ExperimentError for a task that says neither.
+        """
+        raise ExperimentError(f"{type(self).__name__}: this task does not say how its network is called.")
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint holds beside the parameters, as plain values. Called in every process."""
@@ -128,7 +136,7 @@ class Task(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = {
             "name": type(self).__name__,
-            "description": self._description,
+            "description": self.description,
             "saved": self.saved(),
         }
 
@@ -145,9 +153,9 @@ class Task(LightningModule, ABC):
         if self.network is None:
             with building(f"{type(self).__name__}: the network"):
                 refuse_beyond_memory(lambda: self.build(description))
-                self.network, self._description = self.build(description), description
-        elif description != self._description:
-            names = ", ".join(sorted(k for k in description if description[k] != self._description.get(k)))
+                self.network, self.description = self.build(description), description
+        elif description != self.description:
+            names = ", ".join(sorted(k for k in description if description[k] != self.description.get(k)))
             raise ExperimentError(
                 f"{type(self).__name__}: the checkpoint is of other data: {whose} differ in the {names}. "
                 "Give the data that the checkpoint was trained on."

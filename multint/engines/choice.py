@@ -43,8 +43,9 @@ def scan(
 ) -> tuple[Tensor, State]:  # (T, B, H), and the state after step T
     """Run `state = cell.step(xs[t], state)` for t = 0 … T−1 and collect the first field of every state.
 
-    Where `xs` is a dict, the step gets a dict of the same keys with each stream at t. A program of torch.compile or
-    torch.export holds the loop, unrolled; an exported one whose length T is free holds it as one operator.
+    Where `xs` is a dict, the step gets a dict of the same keys with each stream at t. A program of torch.export holds
+    the loop: unrolled, or as one operator where the length T is free. torch.compile unrolls the engine "loop" and
+    leaves the others as they are, outside of what it compiles: long loops take it minutes.
 
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
@@ -57,8 +58,7 @@ def scan(
     "auto" raises no others.
     """
     _check(xs, state, engine)
-    # Asked for by name, `fused` stays outside what torch.compile writes; an exported program has no outside.
-    if torch.compiler.is_exporting() or (engine != "fused" and torch.compiler.is_compiling()):
+    if torch.compiler.is_exporting():
         return traced(cell, xs, state)
     return loop(cell, xs, state) if engine == "loop" else private.uncompiled(_choose, cell, xs, state, engine)
 

@@ -1,10 +1,9 @@
-"""The scan in a program of torch.export or torch.compile: the loop unrolled, or one operator of free length."""
+"""The scan in an exported program: the loop unrolled, or one operator of free length."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from multint.engines import private
@@ -16,13 +15,12 @@ def traced(cell: Any, xs: Any, state: Any) -> tuple[Tensor, Any]:
     """The loop's result, by operations that a program can hold.
 
     A fixed length is unrolled. One that `torch.export` is told to leave free becomes torch's operator `scan`, in its
-    default, non-strict mode. A compiled program is written anew for each length: it is there for speed, and that
-    operator's gradient is slow.
+    default, non-strict mode.
 
     Raises: EngineError for a step that the operator cannot hold.
     """
     steps = (next(iter(xs.values())) if isinstance(xs, dict) else xs).shape[0]
-    if not torch.compiler.is_exporting() or not private.is_free(steps):
+    if not private.is_free(steps):
         return loop(cell, xs, state)
     try:
         return private.scan_operator(cell.step, xs, state)
