@@ -18,6 +18,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A small text to train on: 23 windows of 4 × 20 characters."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
+    return path
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that an engine takes without filling it is full of NaN."""

@@ -30,13 +30,6 @@ def interruptible():
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
-    return path
-
-
 def data(text, **settings):
     return TextData(path=str(text), **({"batch_size": 4, "length": 20, "eval_length": 50} | settings))
 

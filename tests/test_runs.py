@@ -32,13 +32,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
-    return path
-
-
 @pytest.fixture
 def command(text, tmp_path):
     """The arguments of a `fit` whose folder is `tmp_path/quickstart`."""

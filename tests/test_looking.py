@@ -1,0 +1,88 @@
+"""What a run shows while it goes on and afterwards: lines, curves, TensorBoard."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.core.configs import CONFIGS
+from experiments.core.metrics_file import read_metrics
+
+SMALL = (
+    "--config",
+    str(CONFIGS / "characters/quickstart.yaml"),
+    "--model.network.recurrent.hidden_size=16",
+    "--data.batch_size=4",
+    "--data.length=20",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=5",
+)
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):
+    """The folder of two runs, and what the first of them printed to a place without a cursor."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = ["fit", *SMALL, f"--data.path={text}", f"--trainer.default_root_dir={folder}", "--tensorboard=true"]
+    python = [sys.executable, "-W", "ignore", "-m", "experiments", *command]
+    out = subprocess.run(python, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True).stdout
+    assert main([*command, "--model.optimizer.lr=1e-3"]) == 0
+    return folder / "quickstart", out
+
+
+def test_lines_tell_the_metrics_the_speed_and_the_time_left(runs):
+    _, out = runs
+    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert lines[0].startswith("epoch 0  step 1  train/loss ")
+    for line in lines[1:]:
+        assert re.fullmatch(
+            r"epoch \d  step \d+  train/loss [\d.]+  train/bpc [\d.]+  val/bpc [\d.]+  symbols/s [\d,]+  "
+            r"left \d:\d\d:\d\d",
+            line,
+        )
+    assert len(lines) == 3
+    assert "\r" not in out
+
+
+def test_a_run_has_its_curves(runs):
+    folder, _ = runs
+    assert (folder / "version_0" / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_several_runs_are_drawn_in_one_picture(runs, tmp_path, capsys):
+    folder, _ = runs
+    shown = [str(folder / "version_0"), str(folder / "version_1" / "metrics.csv")]
+    for name, head in (("both.png", PNG), ("both.svg", b"<?xml")):
+        assert main(["plot", *shown, "--output", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(head)
+    svg = (tmp_path / "both.svg").read_text()
+    for path in shown:
+        assert f"<!-- {path} val -->" in svg
+
+
+@pytest.mark.parametrize(
+    "options", [["nowhere"], ["{run}", "--output", "curves.xyz"], ["{run}", "--output", "/no/a.png"], []]
+)
+def test_a_picture_that_cannot_be_drawn_is_one_message(options, runs, capsys):
+    assert main(["plot", *(option.format(run=runs[0] / "version_0") for option in options)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "Traceback" not in shown
+
+
+def test_tensorboard_has_the_metrics_by_one_word(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = runs
+    events = EventAccumulator(str(folder / "version_0" / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "val/bpc"} <= set(events.Tags()["scalars"])
+    logged = [event.value for event in events.Scalars("val/bpc")]
+    rows = [float(row["val/bpc"]) for row in read_metrics(folder / "version_0" / "metrics.csv") if "val/bpc" in row]
+    assert logged == pytest.approx(rows)
