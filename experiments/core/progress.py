@@ -105,6 +105,8 @@ class Lines(ProgressBar):
 class _Bar(RichProgressBar):
     """Lightning's bar, with the speed and the time that the whole training still takes."""
 
+    _speed: _Speed | None = None  # while it trains
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._speed = _Speed(_unit(pl_module))
@@ -112,17 +114,18 @@ class _Bar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert self._speed is not None
         self._speed.count(trainer, outputs)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._speed is not None:
             self._speed.pause()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return metrics | self._speed.shown(trainer) if trainer.training else metrics
+        return metrics if self._speed is None else metrics | self._speed.shown(trainer)
 
 
 def _unit(pl_module: LightningModule) -> str:

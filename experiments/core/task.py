@@ -1,7 +1,7 @@
 """What a task is: the frame trains, evaluates, saves and reports any of them, and knows none."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from lightning import Callback, LightningDataModule, LightningModule
@@ -14,6 +14,7 @@ from experiments.core.memory import refuse_beyond_memory
 from experiments.core.processes import averaged
 from experiments.core.programs import Example
 from experiments.core.schedule import HalveLearningRate
+from experiments.core.settings import refuse_other_settings
 
 Stage = Literal["train", "val", "test"]
 
@@ -146,7 +147,7 @@ class Task(LightningModule, ABC):
             of = f"of the task {task['name']}" if "name" in task else "of no task"
             raise ExperimentError(f"{type(self).__name__}: the checkpoint is {of}. Give one that this task wrote.")
         self._use(task["description"], "the checkpoint's")
-        self._refuse_other_settings(checkpoint)
+        refuse_other_settings(self, checkpoint)
         self.restore(task["saved"])
 
     def _use(self, description: dict[str, Any], whose: str) -> None:
@@ -166,24 +167,3 @@ class Task(LightningModule, ABC):
             shown = name == self.monitor.name or (stage == "train" and name == "loss")
             # Every process has the same value already; Lightning warns unless told to average.
             self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=stage != "train")
-
-    def _refuse_other_settings(self, checkpoint: dict[str, Any]) -> None:
-        # Training goes on with the checkpoint's optimiser state, learning rate included: other settings would silently
-        # have no effect. Evaluation needs the same parameters only.
-        saved, asked = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY), dict(self.hparams)
-        differences = list(_differences(saved, asked)) if saved and asked else []
-        shapes = {name: value.shape for name, value in self.state_dict().items()}
-        fits = shapes == {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if differences and not (fits and self._trainer is not None and self.trainer.state.fn != "fit"):
-            raise ExperimentError(
-                f"{type(self).__name__}: the checkpoint is of a run with other settings. Give those, or train anew "
-                f"without --ckpt_path. They differ in {'; '.join(differences)}."
-            )
-
-
-def _differences(saved: Any, asked: Any, path: str = "model") -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(asked, dict):
-        for key in sorted(saved.keys() | asked.keys()):
-            yield from _differences(saved.get(key), asked.get(key), f"{path}.{key}")
-    elif saved != asked:
-        yield f"{path} (saved {saved!r}, asked {asked!r})"
