@@ -55,6 +55,10 @@ class TextData(LightningDataModule):
         eval_length: int = 500,
     ) -> None:
         super().__init__()
+        for name, place in (("path", path), ("root", root)):
+            if place == "":
+                # As from an unset shell variable; it would mean the current folder.
+                raise ExperimentError(f"--data.{name}: got an empty text, expected a path. Or leave it out.")
         sizes = {
             "batch_size": batch_size,
             "length": length,
