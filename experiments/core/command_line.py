@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.core.configs import first_line, ready_configs
-from experiments.core.errors import ExperimentError
+from experiments.core.errors import ExperimentError, choices_message, mistake_in
 from experiments.core.parsing import OptionParser
 
 OVERVIEW = """\
@@ -70,7 +70,6 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
 
 def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages: Sequence[str]) -> None:
     # Imported here because Lightning takes seconds, which --help must not.
-    from experiments.core.config_errors import choices_message
     from experiments.core.trust import trusting
 
     name = invocation.argv[0]
@@ -92,19 +91,19 @@ def _import_trusted(module: str) -> None:
         raise ExperimentError(f"--trust {module}: {error}") from error
 
 
-def _mistake(error: BaseException) -> str | None:
+def _mistake(error: Exception) -> str | None:
     """The message for a user's mistake, wherever in the chain of causes it stands; None for anything else."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    if own := mistake_in(error):
+        return str(own)
+    if not isinstance(error, argparse.ArgumentError):
+        return None
+    from experiments.core.trust import refusal
 
-    from experiments.core.config_errors import explain
-    from multint import MultintError
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ExperimentError | MultintError | MisconfigurationException):
-            return str(cause)
-        cause = cause.__cause__
-    return explain(error) if isinstance(error, argparse.ArgumentError) else None
+    # What the wall behind `refusal` did not let in, of a checkpoint: jsonargparse quotes it in its own words.
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, ImportError):
+        link = link.__cause__
+    return next(filter(None, map(refusal, str(link).split("'"))), str(error.message))
 
 
 def _split_trust(argv: Sequence[str]) -> tuple[list[str], list[str]]:

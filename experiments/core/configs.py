@@ -1,13 +1,22 @@
 """The ready configs: where they lie, what they say of themselves, and those that build on another."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from experiments.core.errors import ExperimentError
+from experiments.core.errors import ExperimentError, nearest_message
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Far above any config, and far below what takes a minute or a gigabyte to walk.
+_LONGEST, _MOST_VALUES, _DEEPEST = 1_000_000, 100_000, 100
+
+
+class NoYAMLError(ExperimentError):
+    """A text that is no YAML."""
 
 
 def ready_configs() -> dict[str, list[Path]]:
@@ -27,35 +36,114 @@ def with_bases(argv: Sequence[str]) -> list[str]:
     """The arguments, with each `--config FILE` preceded by those that the file builds on, `base: OTHER.yaml`.
 
     A base is found beside the file that names it. Raises ExperimentError for configs that build on each other in a
-    circle.
+    circle, and for a file that `read_config` cannot read.
     """
     expanded: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--config":
+        if argument in ("-c", "--config"):
             file = next(arguments, None)
-            expanded += [argument] if file is None else [f"--config={path}" for path in _chain(Path(file))]
-        elif argument.startswith("--config="):
-            expanded += [f"--config={path}" for path in _chain(Path(argument.removeprefix("--config=")))]
+            expanded += [argument] if file is None else _chain(file)
+        elif argument.startswith(("-c", "--config=")):
+            expanded += _chain(argument.removeprefix("--config").removeprefix("-c").removeprefix("="))
         else:
             expanded.append(argument)
     return expanded
 
 
-def _chain(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    if path in above:
-        raise ExperimentError(f"{path}: the configs build on each other in a circle (base).")
-    base = _base(path)
-    if base is not None:
-        yield from _chain(path.parent / base, (*above, path))
-    yield path
+def read_config(config: str) -> dict[str, Any] | None:
+    """The settings that `--config CONFIG` names: those of a YAML file, or written out in its place.
 
-
-def _base(path: Path) -> str | None:
-    """What the file names as its base; None also for a file that cannot be read, which its reader will say."""
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    None for what can be read once only, or from afar: the standard input and URLs.
+    Raises ExperimentError for a file that is missing, too large or no YAML, and for anything but settings in it.
+    """
+    if config == "-" or "://" in config:
         return None
-    base = content.get("base") if isinstance(content, dict) else None
-    return base if isinstance(base, str) else None
+    if not os.path.isfile(config):
+        if os.path.exists(config):
+            raise ExperimentError(f"config: '{config}' is no file, expected a YAML file.")
+        if ": " in config and isinstance(settings := load_yaml(config, "config"), dict):
+            return settings
+        ready = {path.name: os.path.relpath(path) for paths in ready_configs().values() for path in paths}
+        nearest = nearest_message(Path(config).name, ready) or "."
+        raise ExperimentError(f"config: '{config}' does not exist{nearest} Choices: {', '.join(ready.values())}")
+    settings = load_yaml(read_text(config), f"config: '{config}'")
+    if not isinstance(settings, dict):
+        raise ExperimentError(f"config: '{config}' holds no settings, expected lines of NAME: VALUE.")
+    return settings
+
+
+def read_text(path: str) -> str:
+    """The text of a YAML file. Raises ExperimentError where it cannot be read, is no text, or is too large."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+    except OSError as error:
+        raise ExperimentError(f"config: '{path}' cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"config: '{path}' is not text in UTF-8, expected a YAML file.") from error
+    if len(text) > _LONGEST:
+        raise ExperimentError(f"config: '{path}' is larger than {_LONGEST:,} characters, expected a YAML file.")
+    return text
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """What the YAML says, as jsonargparse reads it.
+
+    Raises NoYAMLError, or ExperimentError for what would be endless or huge when walked; both begin with the source.
+    """
+    # Imported here because --help must not wait for it.
+    from jsonargparse import get_loader
+
+    try:
+        _check_extent(text, source)
+        return get_loader("yaml")(text)
+    except yaml.MarkedYAMLError as error:
+        saying = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+        places = [f"{what} at line {mark.line + 1}, column {mark.column + 1}" for what, mark in saying if what and mark]
+        raise NoYAMLError(f"{source}: no YAML: {', '.join(places)}") from error
+    # A tag such as !!bool raises whatever its value causes.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NoYAMLError(f"{source}: no YAML: {type(error).__name__}, {reason}") from error
+
+
+def _check_extent(text: str, source: str) -> None:
+    """Raises ExperimentError for too many values or levels, where those of an anchor count wherever it is used.
+
+    Neither would come to an end otherwise: libyaml recurses until the process dies.
+    """
+    anchored: dict[str | None, tuple[int, int]] = {}
+    inside: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # anchor, values and levels of each open collection
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            inside.append((event.anchor, 1, 1))
+            part = None, 0, 0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            part = inside.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            part = event.anchor, *anchored.get(event.anchor if isinstance(event, yaml.AliasEvent) else None, (1, 1))
+        else:
+            continue
+        anchor, values, levels = part
+        if isinstance(event, yaml.AliasEvent) and any(anchor == above for above, _, _ in inside):
+            raise ExperimentError(f"{source}: the anchor '{anchor}' holds itself.")
+        if anchor is not None:
+            anchored[anchor] = values, levels
+        above, total, height = inside.pop()
+        inside.append((above, total + values, max(height, levels + 1)))
+        if total + values > _MOST_VALUES or len(inside) + levels > _DEEPEST:
+            raise ExperimentError(
+                f"{source}: more than {_MOST_VALUES:,} values or {_DEEPEST} levels, with its anchors written out."
+            )
+
+
+def _chain(config: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    file = os.path.realpath(config)
+    if file in above:
+        raise ExperimentError(f"{config}: the configs build on each other in a circle (base).")
+    base = (read_config(config) or {}).get("base")
+    if isinstance(base, str):
+        folder = Path(config).parent if os.path.isfile(config) else Path()
+        yield from _chain(str(folder / base), (*above, file))
+    yield f"--config={config}"

@@ -1,8 +1,9 @@
-"""The one error that a user of the command line can cause."""
+"""The one error that a user of the command line can cause, and what its messages share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -19,6 +20,9 @@ def building(what: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
+        # jsonargparse wraps what a constructor says in several lines of its own.
+        if error.__cause__ is not None and (own := mistake_in(error.__cause__)):
+            raise ExperimentError(str(own)) from error
         raise ExperimentError(f"{what} cannot be built from these settings: {error}") from error
 
 
@@ -42,3 +46,31 @@ def write_text(path: Path, text: str) -> None:
         except OSError:
             aside.unlink(missing_ok=True)
             raise
+
+
+def mistake_in(error: BaseException) -> Exception | None:
+    """The first exception in the chain that stands for a user's mistake: ours, the library's or Lightning's."""
+    # Imported here because Lightning takes seconds, which --help must not.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from multint import MultintError
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, ExperimentError | MultintError | MisconfigurationException):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def choices_message(given: str, choices: Iterable[str]) -> str:
+    """The nearest of the choices, and all of them."""
+    choices = list(choices)
+    nearest = nearest_message(given, choices) or "."
+    return f"{nearest} Choices: {', '.join(choices)}" if choices else ""
+
+
+def nearest_message(given: str, choices: Iterable[str]) -> str:
+    """The nearest of the choices, if there is one."""
+    nearest = get_close_matches(given, choices, n=1, cutoff=0.5)
+    return f". Did you mean '{nearest[0]}'?" if nearest else ""

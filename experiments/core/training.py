@@ -23,7 +23,7 @@ from experiments.core import curves
 from experiments.core.beginning import Beginning
 from experiments.core.checkpoints import Checkpoints, read_checkpoint
 from experiments.core.command_line import Invocation
-from experiments.core.config_errors import check_classes
+from experiments.core.config_check import check_config
 from experiments.core.configs import with_bases
 from experiments.core.divergence import Divergence
 from experiments.core.errors import ExperimentError, building, write_text
@@ -98,10 +98,16 @@ class TrainingCommands(LightningCLI):
         parser.add_argument("--base", type=str | None, default=None, help="A config that this one builds on.")
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(with_bases(args))
+        args = with_bases(args)
+        check_config(self._subcommand_parsers[args[0]], args[1:])
+        self.config = parser.parse_args(args)
         command = self.config[self.config.subcommand]
         command.base = None  # its settings are here now
-        check_classes({"model": command.model, "data": command.data})
+        # A truth value asks Lightning for a random seed, or for none.
+        if not 0 <= (command.seed_everything or 0) < 2**32:
+            raise ExperimentError(
+                f"seed_everything: {command.seed_everything} does not fit: expected 0 to {2**32 - 1}, true or false"
+            )
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would silently put the checkpoint's settings in place of those asked for. The config decides, and

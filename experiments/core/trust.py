@@ -31,6 +31,28 @@ REFUSED = (
 )
 
 
+_added: list[str] = []  # the modules that the command under way trusts
+
+
+def refusal(path: str) -> str | None:
+    """Why a value may not name what lies at the import path; None where it may, and for what is no path.
+
+    As in jsonargparse, the longest entry that the path lies below decides.
+    """
+    parts = path.split(".")
+    if len(parts) < 2 or not all(map(str.isidentifier, parts)):
+        return None
+    trusted = (*TRUSTED, *_added)
+    for length in range(len(parts), 0, -1):
+        entry = ".".join(parts[:length])
+        if entry in trusted:
+            return None
+        if entry in REFUSED:
+            return f"'{path}' is refused: it runs code or loads files that a config names"
+    modules = ", ".join(trusted)
+    return f"'{path}' is in no trusted module ({modules}), so it is refused. If you trust it, add --trust {parts[0]}"
+
+
 @contextmanager
 def trusting(
     modules: Sequence[str] = (),
@@ -45,7 +67,9 @@ def trusting(
         import_path_allowlist=[*TRUSTED, *modules],
         instantiate_subclass_spec_in_any=False,
     )
+    _added[:] = modules
     try:
         yield
     finally:
+        _added.clear()
         set_parsing_settings(import_path_denylist=[module for module in modules if module not in TRUSTED])
