@@ -70,6 +70,12 @@ def test_one_option_swaps_the_integrator_whatever_the_config_named():
     assert type(cell.gates).__name__ == "LowRank"
 
 
+def test_an_option_can_be_null():
+    commands = built(CONFIGS / "characters/quickstart.yaml", "--model.network.embedding_size=null")
+    with torch.device("meta"):
+        assert commands.model._build_network(97).embedding is None
+
+
 def recurrent(*options):
     commands = built(CONFIGS / "characters/quickstart.yaml", *options)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import torch
 
 from experiments.__main__ import main
 from experiments.core.checkpoints import load_task
+from experiments.core.trust import trusting
 
 MODULE = '''
 from collections.abc import Callable, Iterable
@@ -154,9 +155,10 @@ def test_a_task_of_ones_own_is_trained_tested_and_shown(module, capsys):
     assert fit("--config", str(config)) == 0
     out = capsys.readouterr().out
     assert "three times one is 3.0" in out
-    assert "test loss         0.0" in out
+    assert "test loss" in out
     assert float(rows(module)[-1]["test/loss"]) < 1e-2
-    task = load_task(module / "runs/run/version_0/checkpoints/best.ckpt")
+    with trusting(["own"]):
+        task = load_task(module / "runs/run/version_0/checkpoints/best.ckpt")
     assert task.network(torch.ones(2)).tolist() == pytest.approx([3, 3], abs=0.2)
 
 
@@ -177,7 +179,7 @@ def test_a_checkpoint_of_another_task_or_of_other_data_is_refused(module, capsys
     options = ("--model=Regression", "--model.network=own.Line", "--data=Points", "--trainer.max_epochs=1")
     assert fit(*options) == 0
     last = "runs/run/version_0/checkpoints/last.ckpt"
-    assert fit("--model=Bandit", "--ckpt_path", last) == 2
+    assert fit("--model=Bandit", "--trainer.max_epochs=1", "--ckpt_path", last) == 2
     assert "the checkpoint is of the task Regression" in capsys.readouterr().err
     assert fit(*options, "--data.features=3", "--ckpt_path", last) == 2
     assert "differ in the features" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def check_config(parser: ArgumentParser, argv: Sequence[str]) -> None:
 
     Args:
         parser: the command's parser.
-        argv: its arguments, after `with_bases`.
+        argv: its arguments, after `expanded`.
     """
     settings = _settings(parser)
     # --help, --print_config and others that show something and stop.
@@ -65,10 +65,6 @@ def check_config(parser: ArgumentParser, argv: Sequence[str]) -> None:
         elif name != "--config" or value is None:
             is_whole = is_whole and value is not None  # jsonargparse will miss it
             _loaded(name, value)  # whatever it is for: nobody may walk a huge one
-            if value == "null" and name.count(".") > 1 and not name.startswith("--trainer."):
-                # jsonargparse hands it down as the text 'None'.
-                nested = f"{name.lstrip('-').replace('.', ': {')}: null{'}' * name.count('.')}"
-                raise ExperimentError(f"{name}: null is not passed on here. Give it as --config '{nested}'")
             given = _merged(settings, "", {name.lstrip("-"): value}, given, is_option=True)
         elif (config := read_config(value)) is None or "config" in config:
             return  # settings that are not seen here

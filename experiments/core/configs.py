@@ -32,23 +32,28 @@ def first_line(config: Path) -> str:
     return config.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
-def with_bases(argv: Sequence[str]) -> list[str]:
+def expanded(argv: Sequence[str]) -> list[str]:
     """The arguments, with each `--config FILE` preceded by those that the file builds on, `base: OTHER.yaml`.
 
-    A base is found beside the file that names it. Raises ExperimentError for configs that build on each other in a
-    circle, and for a file that `read_config` cannot read.
+    A base is found beside the file that names it. And `--a.b.c=null` becomes `--config={a: {b: {c: null}}}`, since
+    jsonargparse would hand the null down as the text 'None'.
+    Raises ExperimentError for configs that build on each other in a circle, and for a file that `read_config` cannot
+    read.
     """
-    expanded: list[str] = []
+    whole: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         if argument in ("-c", "--config"):
             file = next(arguments, None)
-            expanded += [argument] if file is None else _chain(file)
+            whole += [argument] if file is None else _chain(file)
         elif argument.startswith(("-c", "--config=")):
-            expanded += _chain(argument.removeprefix("--config").removeprefix("-c").removeprefix("="))
+            whole += _chain(argument.removeprefix("--config").removeprefix("-c").removeprefix("="))
+        elif argument.startswith(("--model.", "--data.")) and argument.endswith("=null") and argument.count(".") > 1:
+            name = argument.removeprefix("--").removesuffix("=null")
+            whole.append(f"--config={{{name.replace('.', ': {')}: null{'}' * (name.count('.') + 1)}")
         else:
-            expanded.append(argument)
-    return expanded
+            whole.append(argument)
+    return whole
 
 
 def read_config(config: str) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from experiments.core.beginning import Beginning
 from experiments.core.checkpoints import Checkpoints, read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.config_check import check_config
-from experiments.core.configs import with_bases
+from experiments.core.configs import expanded
 from experiments.core.divergence import Divergence
 from experiments.core.errors import ExperimentError, building, write_text
 from experiments.core.metrics_file import MetricsFile, read_metrics
@@ -98,7 +98,7 @@ class TrainingCommands(LightningCLI):
         parser.add_argument("--base", type=str | None, default=None, help="A config that this one builds on.")
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
-        args = with_bases(args)
+        args = expanded(args)
         check_config(self._subcommand_parsers[args[0]], args[1:])
         self.config = parser.parse_args(args)
         command = self.config[self.config.subcommand]
