@@ -144,13 +144,18 @@ class TrainingCommands(LightningCLI):
         given = self._get(self.config_init, "trainer")
         if given.logger in (None, True):
             kwargs["logger"] = False
-        if self.subcommand == "fit" and not given.fast_dev_run:
-            if rank_zero_only.rank == 0:
-                self._folder.make()
+        if self.subcommand == "fit" and not given.fast_dev_run and rank_zero_only.rank == 0:
+            self._folder.make()
+            kwargs["default_root_dir"] = self._folder.path  # where other callbacks write
             if self._get(self.config, "tensorboard"):
                 kwargs["logger"] = self._tensorboard()
-        with building("the trainer"):
-            return super().instantiate_trainer(**kwargs)
+        try:
+            with building("the trainer"):
+                return super().instantiate_trainer(**kwargs)
+        except BaseException:
+            if self.subcommand == "fit":
+                self._folder.discard()
+            raise
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test the best checkpoint and say what came of it."""
