@@ -1,0 +1,75 @@
+"""The cross entropy made in pieces is that of all logits at once: value and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.testing import assert_close
+
+from models import softmax_loss
+from models.softmax_loss import softmax_cross_entropy
+
+N, O, V = 23, 5, 11  # noqa: E741
+
+
+def arguments(dtype=torch.float64, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    sizes = ((N, O), (V, O), (V,))
+    tensors = [torch.randn(*size, dtype=dtype, generator=draw).requires_grad_() for size in sizes]
+    return tensors, torch.randint(V, (N,), generator=draw)
+
+
+@pytest.fixture(params=[1, 4, N - 1], ids=lambda rows: f"{rows}-rows")
+def pieces(request, monkeypatch):
+    """Pieces of so many rows; the last one is shorter."""
+    monkeypatch.setattr(softmax_loss, "LOGITS_BYTES", 4 * V * request.param)
+
+
+def both(tensors, targets):
+    """The loss and all gradients, in pieces and at once."""
+    results = []
+    for loss_of in (
+        softmax_cross_entropy,
+        lambda o, W, b, wanted: functional.cross_entropy(functional.linear(o, W, b), wanted),
+    ):
+        loss = loss_of(*tensors, targets)
+        results.append((loss.detach(), *torch.autograd.grad(3 * loss, tensors)))
+    return results
+
+
+def test_pieces_equal_the_whole(pieces):
+    ours, theirs = both(*arguments())
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow(pieces):
+    tensors, targets = arguments()
+    with torch.no_grad():
+        tensors[0] *= 1e4
+    ours, theirs = both(tensors, targets)
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_pieces_under_autocast_are_as_exact_as_the_whole(pieces):
+    tensors, targets = arguments(torch.float32)
+    exact, _ = both(tensors, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = both(tensors, targets)
+    for mine, its, true in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == its.dtype == torch.float32
+        assert (mine - true).norm() <= 1.5 * (its - true).norm() + 1e-3 * true.norm()
+
+
+def test_evaluation_makes_no_gradients(pieces):
+    tensors, targets = arguments()
+    with torch.no_grad():
+        loss = softmax_cross_entropy(*tensors, targets)
+    assert not loss.requires_grad
+    assert_close(loss, functional.cross_entropy(functional.linear(*tensors), targets).detach())
+
+
+def test_a_frozen_softmax_gives_the_features_their_gradient(pieces):
+    (features, weight, bias), targets = arguments()
+    loss = softmax_cross_entropy(features, weight.detach(), bias.detach(), targets)
+    [ours] = torch.autograd.grad(loss, [features])
+    loss = functional.cross_entropy(functional.linear(features, weight, bias), targets)
+    assert_close(ours, torch.autograd.grad(loss, [features])[0])
