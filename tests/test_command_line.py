@@ -135,7 +135,6 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
     [
         ([f"{INTEGRATOR}=LowRnk"], ["cell.integrator", "'LowRnk'", "Did you mean 'LowRank'", "Bilinear"]),
         ([f"{INTEGRATOR}.alfa=2"], ["cell.integrator.alfa", "'alpha'", "MultiplicativeIntegration", "beta2"]),
-        ([f"{INTEGRATOR}=LowRank"], ["cell.integrator", "'rank' is missing"]),
         ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=x"], ["integrator.rank", "'x'", "int"]),
         ([f"{INTEGRATOR}=torch.nn.Linear"], ["cell.integrator", "torch.nn.Linear", "LowRank"]),
         (["--model.network.recurrent.cell=LSTNCell"], ["recurrent.cell", "'LSTNCell'", "'LSTMCell'", "GRUCell"]),

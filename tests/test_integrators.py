@@ -317,6 +317,31 @@ def test_ranks():
         rank(Gated(7, 5, 3))
 
 
+features = st.integers(1, 80)
+
+
+@given(x=features, z=features, o=features)
+@settings(max_examples=50, deadline=None)
+def test_what_is_not_given_is_within_the_size_of_an_additive_block(x, z, o):
+    with torch.device("meta"):
+        low_rank, tucker = LowRank(x, z, o), Tucker(x, z, o)
+    factors = low_rank.x_factor, low_rank.z_factor, low_rank.out_factor
+    assert low_rank.rank == 1 or sum(parameter_count(factor) for factor in factors) <= o * (x + z)
+    assert parameter_count(tucker.core) <= o * (x + z)
+    assert tucker.x_rank <= x
+    assert tucker.z_rank <= z
+    head = Hypernetwork(x, z, o).head
+    assert head.z_features == 4 or parameter_count(head.interaction) <= o * (x + z)
+
+
+def test_what_is_not_given_stays_the_same_number():
+    """A checkpoint of a network that was named in one word is rebuilt by this rule."""
+    sizes = (64, 256, 1024)
+    tucker = Tucker(*sizes)
+    assert (LowRank(*sizes).rank, tucker.x_rank, tucker.z_rank, Hypernetwork(*sizes).features) == (243, 17, 17, 5)
+    assert (Tucker(3, 256, 8).x_rank, Tucker(256, 3, 8, x_rank=5).x_rank, Hypernetwork(64, 64, 8).features) == (3, 5, 4)
+
+
 def test_counts():
     f = LowRank(9, 8, 7, rank=3)
     assert parameter_count(f) == 3 * 9 + 3 * 8 + 7 * 3 + 7 * 8 + 7 * 9 + 7
