@@ -156,6 +156,8 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
         (["--ckpt_path=nowhere"], ["nowhere", "no such checkpoint"]),
         (["--nme=x"], ["'nme'", "'name'"]),
         ([f"{INTEGRATOR}=Swapped"], ["cell.integrator", "'Swapped' does not fit", "3 arguments", "LowRank"]),
+        ([f"{INTEGRATOR}=Pairwise"], ["cell.integrator: 'Pairwise' is no Integrator", "k ≥ 2 streams", "LowRank"]),
+        (["--model.network.recurrent.cell=LowRank"], ["recurrent.cell: 'LowRank' is no Cell", "GRUCell"]),
         ([f"{INTEGRATOR}=Integrator"], ["cell.integrator", "'Integrator' does not fit", "abstract", "LowRank"]),
         ([f"{INTEGRATOR}="], ["cell.integrator: '' is no class"]),
         (["--model.network.recurrent=Recurent"], ["network.recurrent", "Did you mean 'Recurrent'"]),

@@ -217,6 +217,7 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
         (lambda: Pairwise((7,), 3), "got 1 streams"),
+        (lambda: Pairwise(7, 5, 3), "Pairwise: features is 7, expected those of k ≥ 2 streams"),
         (lambda: Normalised(7, 5, 5, integrator=Product), "Normalised: Product has no product in an nn.Linear"),
         (lambda: Normalised(7, 5, 1), "Normalised: norm is the layer normalisation of one feature"),
         (lambda: Normalised(7, 5, 3, integrator=nn.Bilinear), "integrator gives a Bilinear, expected a multint.Integ"),
