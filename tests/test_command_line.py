@@ -135,6 +135,7 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
     [
         ([f"{INTEGRATOR}=LowRnk"], ["cell.integrator", "'LowRnk'", "Did you mean 'LowRank'", "Bilinear"]),
         ([f"{INTEGRATOR}.alfa=2"], ["cell.integrator.alfa", "'alpha'", "MultiplicativeIntegration", "beta2"]),
+        ([f"{INTEGRATOR}=SumOf", f"{INTEGRATOR}.first=LowRank"], ["cell.integrator", "'second' is missing", "SumOf"]),
         ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=x"], ["integrator.rank", "'x'", "int"]),
         ([f"{INTEGRATOR}=torch.nn.Linear"], ["cell.integrator", "torch.nn.Linear", "LowRank"]),
         (["--model.network.recurrent.cell=LSTNCell"], ["recurrent.cell", "'LSTNCell'", "'LSTMCell'", "GRUCell"]),
@@ -155,7 +156,7 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
         (["--data.path=nowhere"], ["nowhere", "no such file"]),
         (["--ckpt_path=nowhere"], ["nowhere", "no such checkpoint"]),
         (["--nme=x"], ["'nme'", "'name'"]),
-        ([f"{INTEGRATOR}=Swapped"], ["cell.integrator", "'Swapped' does not fit", "3 arguments", "LowRank"]),
+        ([f"{INTEGRATOR}=Swapped"], ["cell.integrator", "'Swapped' does not fit", "3 arguments", "mean 'SwappedOf'"]),
         ([f"{INTEGRATOR}=Pairwise"], ["cell.integrator: 'Pairwise' is no Integrator", "k ≥ 2 streams", "LowRank"]),
         (["--model.network.recurrent.cell=LowRank"], ["recurrent.cell: 'LowRank' is no Cell", "GRUCell"]),
         ([f"{INTEGRATOR}=Integrator"], ["cell.integrator", "'Integrator' does not fit", "abstract", "LowRank"]),
