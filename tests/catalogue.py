@@ -29,7 +29,7 @@ from multint import (
     Tucker,
 )
 from multint.cells import HiddenState
-from multint.integrators import Krause, Normalised
+from multint.integrators import Krause, Normalised, ScaledOf, SumOf, SwappedOf, ThroughOf
 
 Factory = Callable[[int, int, int], Integrator]
 
@@ -71,6 +71,14 @@ def gated_sum(x: int, z: int, o: int) -> Integrator:
     return 0.7 * Gated(x, z, o) + Hadamard(x, z, o) * 0.7
 
 
+# The compositions as a config names them.
+named_sum = partial(
+    SumOf,
+    first=partial(ScaledOf, scale=0.6, integrator=Additive),
+    second=partial(ScaledOf, scale=0.8, integrator=partial(SwappedOf, integrator=Tucker)),
+)
+film = partial(ThroughOf, outer=partial(SwappedOf, integrator=Diagonal), inner=LowRank, inner_features="out")
+
 INTEGRATORS: dict[str, Case] = {
     "additive": Case(Additive),
     "additive-unbiased": Case(partial(Additive, bias=None)),
@@ -98,6 +106,9 @@ INTEGRATORS: dict[str, Case] = {
     "through-krause": Case(Krause),
     "through-x-free": Case(through_x_free),
     "swapped": Case(lambda x, z, o: Swapped(low_rank(z, x, o))),
+    "named-sum": Case(named_sum),
+    "named-through": Case(partial(ThroughOf, outer=Additive, inner=Hadamard, inner_features=6)),
+    "film": Case(film),
 }
 
 # In a cell the sizes are the cell's to choose, which leaves out the forms that need O = X.

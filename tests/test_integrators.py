@@ -29,7 +29,17 @@ from multint import (
     Through,
     Tucker,
 )
-from multint.integrators import Normalised, flops, outermost_integrators, parameter_count, rank
+from multint.integrators import (
+    Normalised,
+    ScaledOf,
+    SumOf,
+    SwappedOf,
+    ThroughOf,
+    flops,
+    outermost_integrators,
+    parameter_count,
+    rank,
+)
 from tests.catalogue import INTEGRATORS, Sizes, normal, randomise
 
 ODD = Sizes(7, 5, 3)
@@ -51,9 +61,10 @@ def has_terms(f: Integrator) -> bool:
 BI_AFFINE = [name for name in INTEGRATORS if has_terms(build(name))]
 
 
-def test_all_but_the_gated_hypernetwork_and_normalised_forms_are_bi_affine():
+def test_all_but_these_forms_are_bi_affine():
     without = set(INTEGRATORS) - set(BI_AFFINE)
-    assert without == {name for name in INTEGRATORS if name.startswith(("gated", "hypernetwork", "normalised", "sum-"))}
+    forms = ("gated", "hypernetwork", "normalised", "sum-", "film")
+    assert without == {name for name in INTEGRATORS if name.startswith(forms)}
 
 
 @pytest.mark.parametrize("name", BI_AFFINE)
@@ -217,6 +228,12 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
         (lambda: Pairwise((7,), 3), "got 1 streams"),
+        (lambda: Pairwise(7, 5, 3), "Pairwise: features is 7, expected those of k ≥ 2 streams"),
+        (lambda: SumOf(7, 5, 3, Additive, nn.Bilinear), "SumOf: second gives a Bilinear, expected a multint.Integ"),
+        (lambda: SwappedOf(7, 5, 3, Diagonal), r"Diagonal: out_features is 3, expected x_features \(5\)"),
+        (lambda: ScaledOf(7, 5, 3, "a", Additive), "ScaledOf: scale is 'a', expected a number"),
+        (lambda: ThroughOf(7, 5, 3, Additive, Hadamard, 0), "ThroughOf: inner_features is 0, expected a whole number"),
+        (lambda: ThroughOf(7, 5, 3, Additive, Hadamard, "y"), "ThroughOf: inner_features is 'y', expected .* or 'out'"),
         (lambda: Normalised(7, 5, 5, integrator=Product), "Normalised: Product has no product in an nn.Linear"),
         (lambda: Normalised(7, 5, 1), "Normalised: norm is the layer normalisation of one feature"),
         (lambda: Normalised(7, 5, 3, integrator=nn.Bilinear), "integrator gives a Bilinear, expected a multint.Integ"),
@@ -315,6 +332,31 @@ def test_ranks():
     assert rank(Tucker(9, 8, 7, x_rank=3, z_rank=2)) == (6, 2, 3)
     with pytest.raises(MultintError, match="not bi-affine"):
         rank(Gated(7, 5, 3))
+
+
+features = st.integers(1, 80)
+
+
+@given(x=features, z=features, o=features)
+@settings(max_examples=50, deadline=None)
+def test_what_is_not_given_is_within_the_size_of_an_additive_block(x, z, o):
+    with torch.device("meta"):
+        low_rank, tucker = LowRank(x, z, o), Tucker(x, z, o)
+    factors = low_rank.x_factor, low_rank.z_factor, low_rank.out_factor
+    assert low_rank.rank == 1 or sum(parameter_count(factor) for factor in factors) <= o * (x + z)
+    assert parameter_count(tucker.core) <= o * (x + z)
+    assert tucker.x_rank <= x
+    assert tucker.z_rank <= z
+    head = Hypernetwork(x, z, o).head
+    assert head.z_features == 4 or parameter_count(head.interaction) <= o * (x + z)
+
+
+def test_what_is_not_given_stays_the_same_number():
+    """A checkpoint of a network that was named in one word is rebuilt by this rule."""
+    sizes = (64, 256, 1024)
+    tucker = Tucker(*sizes)
+    assert (LowRank(*sizes).rank, tucker.x_rank, tucker.z_rank, Hypernetwork(*sizes).features) == (243, 17, 17, 5)
+    assert (Tucker(3, 256, 8).x_rank, Tucker(256, 3, 8, x_rank=5).x_rank, Hypernetwork(64, 64, 8).features) == (3, 5, 4)
 
 
 def test_counts():

@@ -3,6 +3,7 @@
 import inspect
 import pkgutil
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -62,7 +63,9 @@ class Hint:
             raise self.misfit(path, name or cls.__name__)
         if not _fits(cls, filled):
             why = "it is abstract" if inspect.isabstract(cls) else f"its constructor does not take {filled} arguments"
-            raise ExperimentError(f"{path}: '{cls.__name__}' does not fit: {why}{choices_message('', self.choices())}")
+            nearest = "" if inspect.isabstract(cls) else cls.__name__
+            hint = choices_message(nearest, self.choices())
+            raise ExperimentError(f"{path}: '{cls.__name__}' does not fit: {why}{hint}")
         return filled
 
     def find(self, path: str, name: str) -> type | None:
@@ -115,6 +118,10 @@ class Hint:
         hint = choices_message(value, self.choices())
         if not self.takes_classes:
             return ExperimentError(f"{path}: '{value}' does not fit{hint}")
+        if cls := _known(value):
+            kinds = " or ".join(base.__name__ for base in self.bases)
+            says = (inspect.getdoc(cls) or "").partition("\n")[0].removesuffix(".")
+            return ExperimentError(f"{path}: '{value}' is no {kinds}: {says}{hint}")
         own = "A class of your own is named with its module, MODULE.Class, and --trust MODULE"
         return ExperimentError(f"{path}: '{value}' is no class to choose here{hint}. {own}")
 
@@ -130,6 +137,15 @@ class Hint:
                 is_public = "._" not in f"{cls.__module__}.{cls.__name__}"
                 if is_public and cls.__module__.partition(".")[0] in TRUSTED and _fits(cls, filled):
                     yield cls
+
+
+def _known(name: str) -> type | None:
+    """The project's class of that name, if its package exports it: it exists, but is of another kind."""
+    for package in ("multint", "models", "experiments"):
+        cls = getattr(sys.modules.get(package), name.removeprefix(f"{package}."), None)
+        if isinstance(cls, type):
+            return cls
+    return None
 
 
 @cache

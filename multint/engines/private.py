@@ -9,7 +9,6 @@ What is slow to import is imported where it is used: most programs never trace.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -182,23 +181,23 @@ def surroundings() -> str:
     return ""
 
 
+# A dict and not functools.cache, of which Dynamo warns where it looks into it.
+_DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function without torch.compile, which would unroll its loops, or trace the tracer."""
     # The public way to say so imports Dynamo, which would double the time that `import multint` takes. Where it is not
     # there, nobody compiles.
     if "torch._dynamo" not in sys.modules:
         return function(*arguments)
-    return _disabled(function)(*arguments)
+    if function not in _DISABLED:
+        _DISABLED[function] = torch.compiler.disable(function)
+    return _DISABLED[function](*arguments)
 
 
 # The mark itself, so that a frame which calls this breaks its graph here.
 uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    disabled: Callable[..., Any] = torch.compiler.disable(function)
-    return disabled
 
 
 def is_free(size: int) -> bool:

@@ -15,7 +15,8 @@ from multint.integrators.vectors import add_bias, vector
 class Diagonal(BiAffine):
     """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
 
-    It starts at the identity, y = x: A, B and b start at 0 and a at 1.
+    It starts at the identity, y = x: A, B and b start at 0 and a at 1. At other sizes it scales another map g:
+    `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x), which starts as g.
 
     Raises: OptionError where out_features differs from x_features.
     Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, the diagonal form.
@@ -30,7 +31,8 @@ class Diagonal(BiAffine):
         super().__init__(x_features, z_features, out_features)
         if out_features != x_features:
             raise OptionError(
-                f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x"
+                f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x; "
+                "for other sizes, SwappedOf and ThroughOf let it scale another map"
             )
         self.scale_projection = Projection("z", z_features, out_features, variance=0.0)
         self.shift_projection = Projection("z", z_features, out_features, variance=0.0)

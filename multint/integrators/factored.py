@@ -1,6 +1,13 @@
-"""Bilinear forms whose tensor is factored: far fewer parameters for the same kind of meeting."""
+"""Bilinear forms whose tensor is factored: far fewer parameters for the same kind of meeting.
+
+A rank that is not given follows from the sizes: the interaction has at most as many numbers as U (O, Z) and V (O, X)
+have together. Named without a rank, a form so costs about twice what an `Additive` of the same sizes does, and does not
+explode with them as `Bilinear` does. The rank that a task wants is still to be searched for.
+"""
 
 from __future__ import annotations
+
+import math
 
 from opt_einsum import contract
 from torch import Tensor
@@ -20,7 +27,8 @@ class LowRank(BiAffine):
     alone.
 
     Args:
-        rank: number of factors R.
+        rank: number of factors R; None for ⌊O(X + Z) / (O + X + Z)⌋ and at least 1, by which P, Q and R together
+            have at most O(X + Z) numbers, as U and V have.
         z_term, x_term: whether there is Uz, Vx.
         bias: what b starts at; None leaves it out.
 
@@ -33,12 +41,15 @@ class LowRank(BiAffine):
         x_features: int,
         z_features: int,
         out_features: int,
-        rank: int,
+        rank: int | None = None,
         z_term: bool = True,
         x_term: bool = True,
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
+        if rank is None:
+            # Checkpoints rebuild a network from its settings, so another rule here could no longer load them.
+            rank = max(1, out_features * (x_features + z_features) // (out_features + x_features + z_features))
         self.rank = positive(self, "rank", rank)
         variance = share(True, z_term, x_term)
         self.x_factor = Projection("x", x_features, rank)
@@ -67,7 +78,8 @@ class Tucker(BiAffine):
     The tensor is W[o,i,j] = Σ_pq G[o,p,q] R[p,i] Q[q,j].
 
     Args:
-        x_rank, z_rank: features of Qx and Rz.
+        x_rank, z_rank: features of Qx and Rz; None for ⌊√(X + Z)⌋ and at most the stream's own, by which G has at
+            most O(X + Z) numbers, as U and V have.
         z_term, x_term: whether there is Uz, Vx.
         bias: what b starts at; None leaves it out.
 
@@ -80,17 +92,20 @@ class Tucker(BiAffine):
         x_features: int,
         z_features: int,
         out_features: int,
-        x_rank: int,
-        z_rank: int,
+        x_rank: int | None = None,
+        z_rank: int | None = None,
         z_term: bool = True,
         x_term: bool = True,
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        self.x_rank, self.z_rank = positive(self, "x_rank", x_rank), positive(self, "z_rank", z_rank)
+        equal = math.isqrt(x_features + z_features)  # part of what a checkpoint means, as in LowRank
+        x_rank = min(equal, x_features) if x_rank is None else positive(self, "x_rank", x_rank)
+        z_rank = min(equal, z_features) if z_rank is None else positive(self, "z_rank", z_rank)
         for name, rank, features in (("x_rank", x_rank, x_features), ("z_rank", z_rank, z_features)):
             if rank > features:
                 raise OptionError(f"Tucker: {name} is {rank}, expected at most the stream's {features} features")
+        self.x_rank, self.z_rank = x_rank, z_rank
         variance = share(True, z_term, x_term)
         self.x_factor = Projection("x", x_features, x_rank)
         self.z_factor = Projection("z", z_features, z_rank)

@@ -25,7 +25,9 @@ class Hypernetwork(Integrator):
     P diag(·) Q, and `Diagonal` the diagonal alone. With `network=nn.Linear` the whole is bilinear in x and z.
 
     Args:
-        features: number of features G that g gives.
+        features: number of features G that g gives; None for 1 + ⌊Z/X⌋ and at least 4. By the first the default
+            head's tensor has at most as many numbers, O(X + Z), as an `Additive` of the sizes; below the second g(z)
+            tells too little. Another head is cheaper, and can be given more.
         head: factory `(X, G, O) -> Integrator` of the map applied to x.
         network: factory `(Z, G) -> module` of g, (..., Z) → (..., G).
 
@@ -39,11 +41,14 @@ class Hypernetwork(Integrator):
         x_features: int,
         z_features: int,
         out_features: int,
-        features: int,
+        features: int | None = None,
         head: Callable[[int, int, int], Integrator] = Bilinear,
         network: Callable[[int, int], nn.Module] = tanh_layer,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
+        if features is None:
+            # Checkpoints rebuild a network from its settings, so another rule here could no longer load them.
+            features = max(4, 1 + z_features // x_features)
         self.features = positive(self, "features", features)
         self.network = network(z_features, features)
         self.head = build(self, "head", head, x_features, features, out_features)

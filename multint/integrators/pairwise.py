@@ -39,7 +39,9 @@ class PairwiseTerms(NamedTuple):
 
 
 class Pairwise(nn.Module):
-    """y = Σ_{i<j} α_ij ⊙ W_i s_i ⊙ W_j s_j + Σ_i β_i ⊙ W_i s_i + b, for k ≥ 2 streams s_1 … s_k.
+    """Multiplicative integration of k ≥ 2 streams s_1 … s_k, where an `Integrator` takes two, x and z.
+
+    y = Σ_{i<j} α_ij ⊙ W_i s_i ⊙ W_j s_j + Σ_i β_i ⊙ W_i s_i + b.
 
     Each stream has one projection, shared by its k−1 pairs. For k = 2 it is `MultiplicativeIntegration`, with β in the
     order of the streams: `betas[0]` multiplies W_1 s_1 and so is that class's β2.
@@ -50,7 +52,8 @@ class Pairwise(nn.Module):
         features: the streams' features, at least two.
         alpha, beta, bias: what the learnt vectors (O,) start at, the same for every pair and every stream.
 
-    Raises: OptionError for fewer than two streams; ShapeError for streams that do not fit.
+    Raises: OptionError for fewer than two streams, or where it is built as an integrator of two; ShapeError for streams
+    that do not fit.
     Source: Wu et al. 2016, section 2.1, on k information flows.
     """
 
@@ -63,6 +66,11 @@ class Pairwise(nn.Module):
         bias: float | None = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(features, Sequence):
+            raise OptionError(
+                f"Pairwise: features is {features!r}, expected those of k ≥ 2 streams, as (X, Z). It does not fit "
+                "where an Integrator of two streams is built; MultiplicativeIntegration is that for k = 2"
+            )
         if len(features) < 2:
             raise OptionError(f"Pairwise: got {len(features)} streams (features), expected at least 2")
         self.features = tuple(positive(self, f"features[{i}]", n) for i, n in enumerate(features))
