@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.initialisation import Uniform
@@ -123,6 +124,20 @@ class LanguageModel(nn.Module):
         if self.output is not None:
             return Features(self.output(h, c), h, undropped, state)
         return Features(h if self.projection is None else self.projection(h), h, undropped, state)
+
+    def restarted(
+        self,
+        state: Any,  # the recurrent stack's
+        streams: Tensor,  # (B,) bool
+    ) -> Any:
+        """The state with the initial one in those of the streams."""
+        fields = (state,) if isinstance(state, Tensor) else tuple(state)
+        starts = zip(*self.recurrent.initial_states(len(streams)), strict=True)  # by field, of each layer
+        mixed = [
+            torch.where(streams.view(1, -1, *[1] * (old.ndim - 2)), torch.stack(start), old)
+            for start, old in zip(starts, fields, strict=True)
+        ]
+        return mixed[0] if isinstance(state, Tensor) else tuple(mixed)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         if self.embedding is None:

@@ -32,6 +32,24 @@ def softmax_cross_entropy(
     return _InPieces.apply(features, weight, bias, targets, dtype)  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def symbol_losses(
+    features: Tensor,  # (N, O)
+    weight: Tensor,  # (V, O)
+    bias: Tensor,  # (V,)
+    targets: Tensor,  # (N,) int64
+) -> Tensor:  # (N,)
+    """−log softmax(W o_n + b)[target_n] of each symbol, for evaluation, in pieces too."""
+    rows = max(1, LOGITS_BYTES // (4 * len(weight)))
+    pieces = zip(features.split(rows), targets.split(rows), strict=True)
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(nn.functional.linear(piece, weight, bias), wanted, reduction="none")
+            for piece, wanted in pieces
+        ]
+    )
+
+
 class _InPieces(torch.autograd.Function):
     """The gradients are made in the forward pass, while the logits are there, and scaled in the backward pass."""
 

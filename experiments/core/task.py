@@ -75,10 +75,13 @@ class Task(LightningModule, ABC):
 
     @abstractmethod
     def measure(self, batch: Any, stage: Stage) -> dict[str, Mean]:
-        """The means over a batch, by name: in training `loss`, which is minimised, and any others."""
+        """The means over a batch, by name: in training `loss`, which is minimised, and any others.
 
-    def metrics(self, means: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What is logged of the means, by name."""
+        A mean called `penalty` is minimised beside the loss.
+        """
+
+    def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Tensor]:
+        """What is logged of the means, by name: of a batch in training, of all that was seen in evaluation."""
         return means
 
     def show(self) -> str:
@@ -119,8 +122,11 @@ class Task(LightningModule, ABC):
         means = self.measure(batch, "train")
         # A metric of the processes' mean loss, which is not the mean of their metrics.
         reduced = {name: averaged(mean.value) for name, mean in means.items()}
-        self._log("train", self.metrics(reduced))
-        return {"loss": means["loss"].value, "weight": means["loss"].weight}
+        self._log("train", self.metrics(reduced, "train"))
+        objective = means["loss"].value
+        if "penalty" in means:
+            objective = objective + means["penalty"].value
+        return {"loss": objective, "weight": means["loss"].weight}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._means.update(self.measure(batch, "val"))
@@ -129,10 +135,10 @@ class Task(LightningModule, ABC):
         self._means.update(self.measure(batch, "test"))
 
     def on_validation_epoch_end(self) -> None:
-        self._log("val", self.metrics(self._means.compute()))
+        self._log("val", self.metrics(self._means.compute(), "val"))
 
     def on_test_epoch_end(self) -> None:
-        self._log("test", self.metrics(self._means.compute()))
+        self._log("test", self.metrics(self._means.compute(), "test"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = {

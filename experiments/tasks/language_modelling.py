@@ -1,12 +1,13 @@
 """Language modelling: predict each next symbol of a text."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
@@ -16,7 +17,7 @@ from experiments.core.processes import gathered, rank
 from experiments.core.programs import Example
 from experiments.core.task import Monitor, Stage, Task
 from experiments.data.text import Batch, Vocabulary
-from models import LanguageModel, sample
+from models import Features, LanguageModel, sample, softmax_cross_entropy, symbol_losses
 
 
 class LanguageModelling(Task):
@@ -26,12 +27,20 @@ class LanguageModelling(Task):
     streams; training, validation and test carry one each. Logged are the loss in nats, `bpc` in bits per symbol, and
     the perplexity.
 
+    A network that always carries its state meets the initial one once an epoch, and may never learn to leave it: an
+    evaluation then measures the start and not the model. So in training a stream returns to it now and then, and an
+    evaluation of several streams logs the worst of them as `worst_bpc`, and warns of those above log2 V bits, which is
+    what guessing takes.
+
     Checkpoints hold the vocabulary and the state carried in training as plain values: a resumed run has the losses of
     an uninterrupted one, and `weights_only=True` loads it.
 
     Args:
         network: factory `(V) -> LanguageModel`; it is called when the data's vocabulary is known.
-        optimizer, halve_after: see `Task`.
+        optimizer, halve_after: see `Task`. Dense gradients only: a softmax, tied or not, has one of every symbol.
+        restart: probability that a stream of training returns to the initial state before a window.
+        activation_penalty: α of the penalty α·mean(h²) on the stack's output after dropout (Merity et al. 2018).
+        change_penalty: β of the penalty β·mean((h_t − h_{t−1})²) on it before dropout.
     """
 
     monitor = Monitor("bpc", "min")
@@ -42,11 +51,22 @@ class LanguageModelling(Task):
         network: Callable[[int], LanguageModel],
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
         halve_after: int | None = None,
+        restart: float = 0.01,
+        activation_penalty: float = 0.0,
+        change_penalty: float = 0.0,
     ) -> None:
         super().__init__(optimizer, halve_after)
+        settings = {"restart": restart, "activation_penalty": activation_penalty, "change_penalty": change_penalty}
+        for name, value in settings.items():
+            if not 0 <= value <= (1 if name == "restart" else math.inf):
+                raise ExperimentError(
+                    f"LanguageModelling: {name} is {value}, expected at least 0, a probability at most 1."
+                )
+        self.restart, self.activation_penalty, self.change_penalty = restart, activation_penalty, change_penalty
         self._build_network = network
         self.vocabulary: Vocabulary | None = None
         self._carried: dict[Stage, Any] = {}
+        self._stream_losses: dict[Stage, Tensor] = {}  # (B,), of the evaluation under way
 
     def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
         vocabulary = getattr(data, "vocabulary", None)
@@ -64,15 +84,51 @@ class LanguageModelling(Task):
         count = batch.targets.numel()
         if count == 0:  # another process has the streams
             return {"loss": Mean(torch.zeros((), device=self.device), 0)}
-        assert self.network is not None
+        network = self.network
+        assert isinstance(network, LanguageModel)
         state = None if batch.starts else self._carried.get(stage)
-        logits, state = self.network(batch.inputs, state)
-        self._carried[stage] = pytree.tree_map(torch.Tensor.detach, state)
-        return {"loss": Mean(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), count)}
+        if state is not None and stage == "train" and self.restart:
+            state = network.restarted(state, torch.rand(batch.inputs.shape[1], device=self.device) < self.restart)
+        features = network.features(batch.inputs, state)
+        self._carried[stage] = pytree.tree_map(torch.Tensor.detach, features.state)
+        softmax = features.softmax.flatten(0, 1), network.decoder.weight, network.decoder.bias
+        if stage == "train":
+            loss = softmax_cross_entropy(*softmax, batch.targets.flatten())
+            return {"loss": Mean(loss, count)} | self._penalty(features, count)
+        losses = symbol_losses(*softmax, batch.targets.flatten()).view_as(batch.targets)
+        self._stream_losses[stage] = losses.sum(0) + (0 if batch.starts else self._stream_losses[stage])
+        return {"loss": Mean(losses.mean(), count)}
 
-    def metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         loss = means["loss"]
-        return {"loss": loss, "bpc": loss / math.log(2), "perplexity": loss.exp()}
+        metrics = {"loss": loss, "bpc": loss / math.log(2), "perplexity": loss.exp()}
+        if stage != "train":
+            metrics |= self._worst(loss, stage)
+        return metrics
+
+    def _penalty(self, features: Features, count: int) -> dict[str, Mean]:
+        if not (self.activation_penalty or self.change_penalty):
+            return {}
+        penalty = self.activation_penalty * features.recurrent.square().mean()
+        if len(features.undropped) > 1:
+            penalty = penalty + self.change_penalty * features.undropped.diff(dim=0).square().mean()
+        return {"penalty": Mean(penalty, count)}
+
+    def _worst(self, loss: Tensor, stage: Stage) -> dict[str, Tensor]:
+        """The bits per symbol of the worst stream, where there are several: all of them have as many symbols."""
+        assert self.vocabulary is not None
+        of_streams = torch.cat([losses.cpu() for losses in gathered(self._stream_losses.get(stage, torch.empty(0)))])
+        if len(of_streams) < 2:
+            return {}
+        bits = of_streams / of_streams.mean() * loss.cpu() / math.log(2)
+        lost = int((bits > math.log2(len(self.vocabulary))).sum())
+        if lost and rank() == 0 and not self.trainer.sanity_checking:
+            warnings.warn(
+                f"{lost} of {len(bits)} streams take more bits than guessing: they may have fallen into a state that "
+                "training never met. Raise --model.restart, or learn the initial state (learnt_state).",
+                stacklevel=2,
+            )
+        return {"worst_bpc": bits.max()}
 
     def show(self) -> str:
         return f"A sample of what it writes:\n\n{self.text('', 300, temperature=0.8)}"

@@ -29,13 +29,23 @@ class Direction(nn.Module):
         zoneout: for each field of the state, the probability of keeping the old value (Krueger et al. 2017).
         state_dropout: probability of dropping a feature of z in every integrator, the same at every step.
         weight_drop: probability of dropping an entry of the integrators' recurrent matrices (Merity et al. 2018).
+        learnt_state: the initial state is learnt: the cell's plus a parameter for each field, which starts at 0.
 
     Raises: OptionError where the cell has no integrator or no recurrent matrix to drop.
     """
 
-    def __init__(self, cell: Cell, zoneout: dict[str, float], state_dropout: float, weight_drop: float) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        zoneout: dict[str, float],
+        state_dropout: float,
+        weight_drop: float,
+        learnt_state: bool = False,
+    ) -> None:
         super().__init__()
         self.cell = cell
+        fields = cell.initial_state(1)._asdict() if learnt_state else {}
+        self.start = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(value)) for name, value in fields.items()})
         self.zoneout = zoneout
         self.state_dropout = state_dropout
         self.weight_drop = weight_drop
@@ -52,6 +62,13 @@ class Direction(nn.Module):
                 raise OptionError(f"weight_drop: {type(cell).__name__} has no integrator that names its z_weights")
             # By the parameter, since one that stands in several places is to be dropped once.
             self.dropped_weights += {self.get_parameter(name): name for name in names}.values()
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The state before the first step: the cell's, plus what was learnt."""
+        state = self.cell.initial_state(batch_size)
+        if not self.start:
+            return state
+        return type(state)(*(value + self.start[name] for name, value in state._asdict().items()))
 
     def run(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
         """Scan with the noise of one training pass, or without it in evaluation."""
@@ -71,7 +88,7 @@ class Direction(nn.Module):
         """The cell's step on the streams at one time, (B, ...)."""
         x = streams["x"]
         if "reset" in streams:
-            state = select(streams["reset"], self.cell.initial_state(x.shape[0]), state)
+            state = select(streams["reset"], self.initial_state(x.shape[0]), state)
         # Without masks nothing is set: the body of an exported loop may write to nothing outside it.
         masked = {name: hook for name, hook in self.hooks.items() if f"dropout.{name}" in streams}
         for name, hook in masked.items():

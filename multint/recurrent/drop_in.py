@@ -46,8 +46,8 @@ class RNN(_DropIn):
         nonlinearity: φ, "tanh" or "relu" as in `nn.RNN`, or any elementwise callable.
         bias: whether the integrator has its b.
         integrator: factory `(X, H, O) -> Integrator`.
-        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
-            `nn.RNN`.
+        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
+            are those of `nn.RNN`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -70,6 +70,7 @@ class RNN(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
         if isinstance(nonlinearity, str) and nonlinearity not in ACTIVATIONS:
@@ -79,7 +80,8 @@ class RNN(_DropIn):
         super().__init__(
             input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
-            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
+            learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -92,8 +94,8 @@ class LSTM(_DropIn):
         proj_size: features P of the output where it is projected, 0 for no projection.
         integrator: factory `(X, H, O) -> Integrator`.
         peepholes, forget_bias, memory_norm: as in `LSTMCell`.
-        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
-            `nn.LSTM`.
+        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
+            are those of `nn.LSTM`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -119,6 +121,7 @@ class LSTM(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
         cell = partial(
@@ -132,7 +135,8 @@ class LSTM(_DropIn):
         super().__init__(
             input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
-            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
+            learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
         self.proj_size = proj_size
 
@@ -144,8 +148,8 @@ class GRU(_DropIn):
         bias: whether the integrators have their b, and the candidate its b_r.
         integrator: factory `(X, H, O) -> Integrator`.
         reset_after: apply the reset after the product, as `nn.GRU` does; False applies it before (Wu et al. 2016, A.2).
-        zoneout, input_dropout, state_dropout, weight_drop, engine: as in `Recurrent`; the other arguments are those of
-            `nn.GRU`.
+        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
+            are those of `nn.GRU`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -168,6 +172,7 @@ class GRU(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
         cell = partial(
@@ -179,7 +184,8 @@ class GRU(_DropIn):
         super().__init__(
             input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
-            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop, engine=engine,
+            input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
+            learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
 
 

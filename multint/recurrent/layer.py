@@ -37,6 +37,7 @@ class Recurrent(nn.Module):
         state_dropout: the same for what each integrator reads of the state (Gal and Ghahramani 2016).
         weight_drop: probability of dropping an entry of the integrators' recurrent matrices, drawn once a pass
             (Merity et al. 2018). A tensor that both streams share, as in `Concat` and `Bilinear`, counts whole.
+        learnt_state: the state before the first step is learnt, for every direction of every layer.
         engine: what runs the scan over time (see `multint.scan`).
 
     Raises: OptionError for a setting out of range.
@@ -55,6 +56,7 @@ class Recurrent(nn.Module):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
         super().__init__()
@@ -77,7 +79,8 @@ class Recurrent(nn.Module):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
                 built = _built(cell, size, hidden_size)
-                self.directions.append(Direction(built, _zoneout(built, zoneout), state_dropout, weight_drop))
+                noise = _zoneout(built, zoneout), state_dropout, weight_drop
+                self.directions.append(Direction(built, *noise, learnt_state))
 
     @property
     def output_size(self) -> int:
@@ -143,8 +146,7 @@ class Recurrent(nn.Module):
 
     def _states(self, state: Any, sequences: Sequences) -> list[Any]:
         """The initial state of each direction of each layer."""
-        batch_size = sequences.xs.shape[1]
-        initial = [direction.cell.initial_state(batch_size) for direction in self.directions]  # type: ignore[union-attr, operator]
+        initial = self.initial_states(sequences.xs.shape[1])
         if state is None:
             return initial
         fields = (state,) if isinstance(state, Tensor) else tuple(state)
@@ -160,6 +162,10 @@ class Recurrent(nn.Module):
                     "directions, sequences, features"
                 )
         return [type(one)(*values) for one, *values in zip(initial, *fields, strict=True)]
+
+    def initial_states(self, batch_size: int) -> list[Any]:
+        """The state before the first step of each direction of each layer, fields (B, ...)."""
+        return [direction.initial_state(batch_size) for direction in self.directions]  # type: ignore[operator]
 
     def explain(self) -> Explanations:
         """How the last call ran, for each direction of each layer: the engine, why, the plan. To be printed.
