@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": Command(_TRAINING, "train, validate, test the best checkpoint", "--config CONFIG"),
     "validate": Command(_TRAINING, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
     "test": Command(_TRAINING, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
+    "summary": Command("experiments.core.summary", "parameters, work and memory of a network", "--config CONFIG"),
     "plot": Command("experiments.core.curves", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
     "sample": Command("experiments.sample", "text from a checkpoint", "CKPT --prompt TEXT"),
     "export": Command("experiments.core.export", "weights or a program from a checkpoint", "CKPT --format onnx"),

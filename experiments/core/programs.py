@@ -28,6 +28,7 @@ class Example(NamedTuple):
     arguments: tuple[Any, ...]  # tensors, or tuples of them such as a state
     inputs: dict[str, Axes]
     outputs: tuple[str, ...]
+    count: int  # of what the task counts, in this call
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
         """The sizes of each input, free ones by their names."""

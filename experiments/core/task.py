@@ -69,6 +69,13 @@ class Task(LightningModule, ABC):
     def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
         """What the network must know of the data, which are set up, as plain values: a checkpoint holds them."""
 
+    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The description from the data's settings and the sizes given alone, as if the data were there, for `summary`.
+
+        Raises ExperimentError where that does not say enough, or the task does not know how.
+        """
+        raise ExperimentError(f"{type(self).__name__}: this task cannot build its network without data.")
+
     @abstractmethod
     def build(self, description: dict[str, Any]) -> nn.Module:
         """The network for the data of this description."""

@@ -68,6 +68,12 @@ class LanguageModelling(Task):
         self._carried: dict[Stage, Any] = {}
         self._stream_losses: dict[Stage, Tensor] = {}  # (B,), of the evaluation under way
 
+    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        size = sizes.get("vocabulary_size") or getattr(data, "known_vocabulary_size", None)
+        if size is None:
+            raise ExperimentError("the vocabulary's size is not known without the data: give --vocabulary_size V.")
+        return {"vocabulary_size": size}
+
     def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
         vocabulary = getattr(data, "vocabulary", None)
         if vocabulary is None:
@@ -77,6 +83,8 @@ class LanguageModelling(Task):
         return {"vocabulary": vocabulary.state_dict()}
 
     def build(self, description: dict[str, Any]) -> LanguageModel:
+        if "vocabulary_size" in description:  # imagined
+            return self._build_network(description["vocabulary_size"])
         self.vocabulary = Vocabulary.from_state_dict(description["vocabulary"])
         return self._build_network(len(self.vocabulary))
 
@@ -140,7 +148,9 @@ class LanguageModelling(Task):
         fields = self.network.recurrent.directions[0].cell.initial_state(1)._fields  # type: ignore[union-attr, operator]
         inputs = {"tokens": {0: "T", 1: "B"}} | {name: {1: "B"} for name in fields}
         outputs = ("logits", *(f"new_{name}" for name in fields))
-        return Example((tokens, state), inputs, outputs), {"vocabulary_size": self.network.vocabulary_size}
+        return Example((tokens, state), inputs, outputs, tokens.numel()), {
+            "vocabulary_size": self.network.vocabulary_size
+        }
 
     def saved(self) -> dict[str, Any]:
         # The streams of all processes: any number of them can go on with their own.

@@ -1,0 +1,101 @@
+"""The command `summary`: how large a config's network is, without its data and without its memory."""
+
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError, building
+from experiments.core.parsing import OptionParser
+from experiments.core.task import Task
+from experiments.core.training import TrainingCommands
+
+
+def main(invocation: Invocation) -> None:
+    """Print the parameters by part, the multiply-adds, and the bytes that training keeps for the parameters.
+
+    Raises ExperimentError for a config that cannot be built, or one that needs its data to be.
+    """
+    parser = OptionParser(prog="python -m experiments summary", add_help=False, allow_abbrev=False)
+    parser.add_argument("--vocabulary_size", type=int, default=None)
+    sizes, rest = parser.parse_known_args(invocation.argv[1:])
+    if rest in ([], ["-h"], ["--help"]):
+        print("usage: python -m experiments summary --config CONFIG [--vocabulary_size V] [the options of fit]")
+        return
+    commands = _Parsed(["fit", *rest], invocation.trusted)
+    given = {name: size for name, size in vars(sizes).items() if size is not None}
+    for name, size in given.items():
+        if size < 1:
+            raise ExperimentError(f"--{name}: got {size}, expected at least 1.")
+    print(_summary(commands.model, commands.datamodule, given))
+
+
+class _Parsed(TrainingCommands):
+    """Reads the config and builds the task and the data, as `fit` would, and runs nothing."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:
+    with torch.device("meta"), building(f"{type(task).__name__}: the network"):
+        task.network = task.build(task.imagined(data, sizes)).eval()
+        optimizer = task.configure_optimizers()
+    counts = _parts(task.network)
+    total = sum(counts.values())
+    rows = {name: f"{count:,}" for name, count in counts.items()} | {"in all": f"{total:,} parameters"}
+    rows |= _work(task)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
+    state = size * _moments(optimizer)
+    rows["in memory"] = (
+        f"{_bytes(2 * size + state)}: parameters {_bytes(size)}, gradients {_bytes(size)}, "
+        f"{type(optimizer).__name__} {_bytes(state)}"
+    )
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _parts(network: nn.Module) -> dict[str, int]:
+    """The parameters of each part; one that two parts share is counted with the first."""
+    seen: set[int] = set()
+    counts: dict[str, int] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            part = name.partition(".")[0]
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def _work(task: Task) -> dict[str, str]:
+    """The multiply-adds of products, forward, for each of what the task counts; nothing where it cannot be called."""
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            example, _ = task.example()
+            counter.flop_counts.clear()
+            assert task.network is not None
+            task.network(*example.arguments)
+    except ExperimentError:
+        return {}
+    return {
+        f"for each of its {task.unit}": f"{counter.get_total_flops() // 2 // example.count:,} multiply-adds forward"
+    }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """The numbers that the optimiser keeps of each parameter, seen on one of its own kind."""
+    parameter = nn.Parameter(torch.zeros(7))
+    small = type(optimizer)([parameter], **optimizer.defaults)
+    parameter.grad = torch.ones(7)
+    small.step()
+    return sum(value.numel() == 7 for value in small.state[parameter].values() if isinstance(value, torch.Tensor))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
