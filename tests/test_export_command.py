@@ -179,7 +179,7 @@ class Branching(torch.nn.Module):
 
 def test_a_network_that_no_program_holds_is_one_message():
     with pytest.raises(ExperimentError, match=r"torch\.export cannot hold this network: ") as raised:
-        trace(Branching(), Example((torch.ones(3, 2),), {"x": {0: "T"}}, ("y",)))
+        trace(Branching(), Example((torch.ones(3, 2),), {"x": {0: "T"}}, ("y",), 3))
     assert len(str(raised.value).splitlines()) == 1
 
 

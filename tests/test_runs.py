@@ -164,20 +164,37 @@ def best_of(checkpoints):
     return torch.load(checkpoints / "best.ckpt", weights_only=True)["callbacks"]["Checkpoints"]["best_score"]
 
 
-def test_going_on_keeps_the_best_checkpoint_in_the_default_folder(text, tmp_path, monkeypatch, capsys):
-    """An overfitting run, whose later epochs are worse, by relative paths."""
+def test_going_on_keeps_the_best_checkpoint_in_the_default_folder(tmp_path, monkeypatch, capsys):
+    """A run that gets worse from epoch to epoch, by relative paths: its validation text is another language."""
     monkeypatch.chdir(tmp_path)
-    run = ("fit", *SMALL, f"--data.path={text}", "--model.optimizer.lr=0.3", "--name=bi")
-    assert main([*run, "--trainer.max_epochs=3"]) == 0
-    checkpoints = Path("runs/bi/version_0/checkpoints")
-    best, scores = best_of(checkpoints), []
-    on = ("--model.optimizer.lr=0.3", "--trainer.max_epochs=6", "--ckpt_path", str(checkpoints / "last.ckpt"))
-    assert main([*run, *on]) == 0
-    scores = [float(row["val/bpc"]) for row in read_metrics(checkpoints.parent / "metrics.csv") if "val/bpc" in row]
-    assert len(scores) == 6
-    assert best_of(checkpoints) == pytest.approx(min(scores))
-    assert min(scores) <= best
-    assert f"validation bpc   {min(scores):.4f}" in capsys.readouterr().out
+    Path("text.txt").write_text("ab" * 1000 + "ba" * 2 + "aabb" * 50)
+    run = ("fit", *SMALL, "--data.path=text.txt", "--data.valid=0.05", "--data.test=0.05", "--name=worse")
+    assert main([*run, "--trainer.max_epochs=2"]) == 0
+    checkpoints = Path("runs/worse/version_0/checkpoints")
+    best = (checkpoints / "best.ckpt").read_bytes()
+    assert main([*run, "--trainer.max_epochs=4", "--ckpt_path", str(checkpoints / "last.ckpt")]) == 0
+    rows = read_metrics(checkpoints.parent / "metrics.csv")
+    scores = [float(row["val/bpc"]) for row in rows if "val/bpc" in row]
+    assert len(scores) == 4
+    assert min(scores[2:]) > min(scores[:2]), "the epochs after going on are no worse"
+    assert (checkpoints / "best.ckpt").read_bytes() == best
+    *_, shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation bpc")]
+    assert shown.endswith(f" {min(scores):.4f}")
+
+
+def test_a_run_that_is_stopped_in_its_test_goes_on_with_it(finished, command, capsys):
+    rows = read_metrics(finished / "metrics.csv")
+    last = finished / "checkpoints" / "last.ckpt"
+    assert "test/bpc" in rows[-1]
+    # As if it had been stopped there: without the test's row.
+    lines = (finished / "metrics.csv").read_text().splitlines(keepends=True)
+    (finished / "metrics.csv").write_text("".join(lines[:-1]))
+    (finished / "curves.png").unlink()
+    capsys.readouterr()
+    assert main(command("--trainer.max_epochs=2", "--ckpt_path", str(last))) == 0
+    assert "test bpc" in capsys.readouterr().out
+    assert read_metrics(finished / "metrics.csv") == rows
+    assert (finished / "curves.png").is_file()
 
 
 def test_a_run_from_the_best_checkpoint_has_its_own_folder_and_the_best_of_before(finished, command, capsys):
@@ -219,14 +236,28 @@ def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(command, finis
     assert process.returncode == 2, out
     assert "Traceback" not in out
     assert f"Kept: {last}" in out
+    assert f"--ckpt_path {last}" in out
     assert last.read_bytes() == whole
     assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
-@pytest.mark.parametrize("size", [10**7, 10**9])
-def test_a_network_beyond_the_machines_memory_is_refused_before_it_is_built(size, command, capsys):
+def test_curves_that_cannot_be_drawn_leave_the_report(command, tmp_path, capsys):
+    assert main(command("--trainer.max_epochs=1")) == 0
+    capsys.readouterr()
+    run = tmp_path / "quickstart" / "version_0"
+    (run / "curves.png").unlink()
+    (run / "curves.png").mkdir()
+    assert main(command("--trainer.max_epochs=2", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))) == 0
+    out = capsys.readouterr().out
+    assert "test bpc" in out
+    assert "curves           not drawn: " in out
+
+
+@pytest.mark.parametrize(("size", "part"), [(10**7, "GiB of memory"), (10**9, "memory"), (10**21, "cannot be built")])
+def test_a_network_beyond_the_machines_memory_is_refused_before_it_is_built(size, part, command, capsys):
     shown = mistake(capsys, command(f"--model.network.recurrent.hidden_size={size}"))
-    assert "memory" in shown or "cannot be built" in shown
+    assert part in shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_a_checkpoint_of_a_network_beyond_the_machines_memory_is_refused(finished, tmp_path, capsys):

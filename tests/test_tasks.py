@@ -59,6 +59,25 @@ class Regression(Task):
         return "three times one is " + str(round(self.network(torch.ones(2))[0].item(), 1))
 
 
+class Untested(Points):
+    """Data without a test."""
+
+    test_dataloader = LightningDataModule.test_dataloader
+
+
+class Misnamed(Regression):
+    """It monitors what it does not measure."""
+
+    monitor = Monitor("accuracy", "max")
+
+
+class Lossless(Regression):
+    """It measures no loss."""
+
+    def measure(self, batch, stage):
+        return {"error": super().measure(batch, stage)["loss"]}
+
+
 class Line(nn.Linear):
     def __init__(self, features: int):
         super().__init__(features, features)
@@ -185,3 +204,35 @@ def test_a_checkpoint_of_another_task_or_of_other_data_is_refused(module, capsys
     assert "differ in the features" in capsys.readouterr().err
     assert main(["sample", last, "--trust", "own"]) == 2
     assert "writes no text" in capsys.readouterr().err
+
+
+REGRESSION = ("--model.network=own.Line", "--trainer.max_epochs=1")
+
+
+@few_workers
+def test_a_task_without_a_test_is_reported_without_one(module, capsys):
+    assert fit("--model=Regression", "--data=Untested", *REGRESSION) == 0
+    out = capsys.readouterr().out
+    assert "validation loss" in out
+    assert "test loss" not in out
+
+
+@few_workers
+@pytest.mark.parametrize(
+    ("task", "part"),
+    [("Misnamed", "its monitor is val/accuracy, not one of val/loss"), ("Lossless", "expected a loss")],
+)
+def test_a_task_that_contradicts_itself_is_one_message(task, part, module, capsys):
+    assert fit(f"--model={task}", "--data=Points", *REGRESSION, "--trainer.num_sanity_val_steps=0") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert part in shown
+
+
+@few_workers
+def test_weights_are_exported_of_a_task_that_knows_no_call(module, capsys):
+    assert fit("--model=Regression", "--data=Points", *REGRESSION) == 0
+    export = ("export", "runs/run/version_0/checkpoints/best.ckpt", "--trust", "own")
+    assert main([*export, "--format", "safetensors", "--output", "line.safetensors"]) == 0
+    assert main([*export, "--format", "onnx"]) == 2
+    assert "does not say how its network is called" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import shutil
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from experiments.core.errors import ExperimentError, writing
+from experiments.core.errors import ExperimentError, copy, writing
 from experiments.core.run_folder import RunFolder
 from experiments.core.task import Task
 
@@ -135,8 +134,12 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         assert isinstance(pl_module, Task)
-        metric = trainer.callback_metrics.get(pl_module.monitored)
-        score = math.nan if metric is None else metric.item()
+        if pl_module.monitored not in trainer.callback_metrics:
+            names = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ExperimentError(
+                f"{type(pl_module).__name__}: its monitor is {pl_module.monitored}, not one of {names}."
+            )
+        score = trainer.callback_metrics[pl_module.monitored].item()
         sign = 1 if pl_module.monitor.mode == "min" else -1
         is_best = math.isfinite(score) and (self.best_score is None or sign * score < sign * self.best_score)
         if is_best:
@@ -189,25 +192,17 @@ class Checkpoints(Checkpoint):
         # Written aside and moved, so that a crash while writing leaves the one of before. The best one first: a
         # `last.ckpt` that knows of a best one must not be there before it.
         aside = self.folder.checkpoints / "writing.part"
-        with writing(self.folder.checkpoints, self._what_is_kept()):
+        with writing(self.folder.checkpoints):
             try:
                 trainer.save_checkpoint(aside, weights_only=False)
                 if trainer.is_global_zero:
                     if is_best:
-                        _copy(aside, self.folder.best)
+                        copy(aside, self.folder.best)
                     os.replace(aside, self.folder.last)
             except OSError:
                 aside.unlink(missing_ok=True)
                 raise
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-
-    def _what_is_kept(self) -> str:
-        if not self.folder.last.is_file():
-            return "No checkpoint was written yet. Make room, or choose a folder by --trainer.default_root_dir."
-        return (
-            f"Kept: {self.folder.last}. Make room and go on from it: "
-            f"fit --config {self.folder.config} --ckpt_path {self.folder.last}"
-        )
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
@@ -223,14 +218,3 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     done = (trainer.fit_loop.total_batch_idx if every is None else batch_idx) + 1
     interval = trainer.val_check_batch or math.inf  # None where validations come by the clock
     return trainer.should_stop or done % (trainer.num_training_batches if math.isinf(interval) else interval) == 0
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy the file, without ever leaving half of it at the target."""
-    aside = target.with_suffix(".part")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)  # the same file by two names: no second write, and no second copy's room
-    except OSError:
-        shutil.copyfile(source, aside)
-    os.replace(aside, target)

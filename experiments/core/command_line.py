@@ -108,7 +108,7 @@ def _mistake(error: Exception) -> str | None:
 
 def _split_trust(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The modules of the --trust options, and the other arguments."""
-    parser = OptionParser(prog="python -m experiments", add_help=False, allow_abbrev=False)
+    parser = OptionParser(prog="python -m experiments", add_help=False)
     parser.add_argument("--trust", action="append", default=[], metavar="MODULE")
     known, rest = parser.parse_known_args(argv)
     return known.trust, rest

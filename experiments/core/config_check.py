@@ -147,6 +147,8 @@ def _value(setting: Setting, path: str, value: Any, before: Any, is_option: bool
         return value._replace(filled=hint.filled(path, value.cls))
     if value == "" and path in NEVER_EMPTY:
         raise ExperimentError(f"{path}: '' is empty. Give a name, or leave the option out.")
+    if value is None and setting.group:
+        raise ExperimentError(f"{path}: it is empty, expected settings, NAME: VALUE")
     if value is UNKNOWN or value is None or hint.accepts(value):
         return value
     # jsonargparse takes the path of a file for classes and for lists.
@@ -160,6 +162,8 @@ def _value(setting: Setting, path: str, value: Any, before: Any, is_option: bool
     if setting.group and not isinstance(value, dict):
         raise ExperimentError(f"{path}: '{value}' does not fit: expected settings, NAME: VALUE")
     if isinstance(value, list) and hint.items:
+        if None in value and not hint.items.accepts(None):
+            raise hint.items.misfit(path, None)
         old = before if isinstance(before, list) and len(before) == len(value) else [None] * len(value)
         return [_value(Setting(hint.items), path, item, last) for item, last in zip(value, old, strict=True)]
     if isinstance(value, dict) and is_option and hint.items and isinstance(before, list) and before:

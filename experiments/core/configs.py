@@ -44,10 +44,13 @@ def expanded(argv: Sequence[str]) -> list[str]:
     arguments = iter(argv)
     for argument in arguments:
         if argument in ("-c", "--config"):
-            file = next(arguments, None)
-            whole += [argument] if file is None else _chain(file)
-        elif argument.startswith(("-c", "--config=")):
-            whole += _chain(argument.removeprefix("--config").removeprefix("-c").removeprefix("="))
+            if (file := next(arguments, None)) is None:
+                raise ExperimentError(f"{argument}: a file must follow it.")
+            whole += _chain(file)
+        elif argument.startswith(("-c=", "--config=")):
+            whole += _chain(argument.partition("=")[2])
+        elif argument.partition("=")[0] == "--base":
+            raise ExperimentError("--base: a config names its own base. Give both: --config BASE --config CONFIG.")
         elif argument.startswith(("--model.", "--data.")) and argument.endswith("=null") and argument.count(".") > 1:
             name = argument.removeprefix("--").removesuffix("=null")
             whole.append(f"--config={{{name.replace('.', ': {')}: null{'}' * (name.count('.') + 1)}")
@@ -102,6 +105,7 @@ def load_yaml(text: str, source: str) -> Any:
 
     try:
         _check_extent(text, source)
+        _check_keys(yaml.compose(text, yaml.SafeLoader), source)
         return get_loader("yaml")(text)
     except yaml.MarkedYAMLError as error:
         saying = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
@@ -143,6 +147,19 @@ def _check_extent(text: str, source: str) -> None:
             )
 
 
+def _check_keys(node: yaml.Node | None, source: str) -> None:
+    """Raises ExperimentError for a key that stands twice in a mapping: YAML would take the last one silently."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ExperimentError(f"{source}: '{twice[0]}' stands twice in one place, line {node.start_mark.line + 1}.")
+        for _, value in node.value:
+            _check_keys(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, source)
+
+
 def _chain(config: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     file = os.path.realpath(config)
     if file in above:
@@ -150,5 +167,7 @@ def _chain(config: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     base = (read_config(config) or {}).get("base")
     if isinstance(base, str):
         folder = Path(config).parent if os.path.isfile(config) else Path()
+        if not (folder / base).is_file():
+            raise ExperimentError(f"{config}: its base '{base}' does not exist in {folder.absolute()}.")
         yield from _chain(str(folder / base), (*above, file))
     yield f"--config={config}"

@@ -1,5 +1,6 @@
 """Learning curves, from the metrics of one run or of several."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
 
 _STYLES = {"train": {"alpha": 0.4, "linewidth": 1.0}, "val": {"marker": ".", "linewidth": 1.5}}
+# Beyond it one sees nothing, and waits a minute for it.
+_MOST_PANELS = 20
 
 
 def main(invocation: Invocation) -> None:
@@ -38,6 +41,8 @@ def draw(
 
     curves = {name: _curves(path) for name, path in runs.items()}
     panels = sorted({metric for of_run in curves.values() for metric, _ in of_run})
+    if len(panels) > _MOST_PANELS:
+        raise ExperimentError(f"{output}: {len(panels)} metrics, expected at most {_MOST_PANELS}.")
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=metric, xlabel="step")
@@ -45,7 +50,7 @@ def draw(
             for stage, style in _STYLES.items():
                 if (metric, stage) in of_run:
                     steps, values = zip(*of_run[metric, stage], strict=True)
-                    axes.plot(steps, values, color=f"C{color % 10}", label=f"{name} {stage}", **style)
+                    axes.plot(steps, values, color=f"C{color % 10}", label=f"{name} {stage}".lstrip("_"), **style)
         axes.legend()
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise ExperimentError(f"{output}: expected a name that ends with .png, .svg or .pdf.")
@@ -56,11 +61,14 @@ def draw(
 def _curves(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """The points (step, value) by metric and stage."""
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in read_metrics(path):
-        for name, value in row.items():
-            stage, _, metric = name.partition("/")
-            if stage in _STYLES:
-                points.setdefault((metric, stage), []).append((int(row["step"]), float(value)))
+    try:
+        for row in read_metrics(path):
+            for name, value in row.items():
+                stage, _, metric = name.partition("/")
+                if stage in _STYLES:
+                    points.setdefault((metric, stage), []).append((int(row["step"]), float(value)))
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ExperimentError(f"{path}: no metrics file that `fit` wrote ({type(error).__name__}: {error}).") from error
     if not points:
         raise ExperimentError(f"{path}: no metrics of a training there. Give a run's folder, runs/NAME/version_N.")
     return points

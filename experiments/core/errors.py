@@ -1,6 +1,7 @@
 """The one error that a user of the command line can cause, and what its messages share."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -23,17 +24,32 @@ def building(what: str) -> Iterator[None]:
         # jsonargparse wraps what a constructor says in several lines of its own.
         if error.__cause__ is not None and (own := mistake_in(error.__cause__)):
             raise ExperimentError(str(own)) from error
-        raise ExperimentError(f"{what} cannot be built from these settings: {error}") from error
+        first_line = str(error).partition("\n")[0]  # torch adds its own stack
+        raise ExperimentError(f"{what} cannot be built from these settings: {first_line}") from error
 
 
 @contextmanager
-def writing(path: Path, what_is_kept: str = "") -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Makes an ExperimentError of a full disk, or a folder that may not be written, within."""
     try:
         yield
     except OSError as error:
-        where, why = error.filename or path, error.strerror or error
-        raise ExperimentError(f"{where}: cannot be written: {why}. {what_is_kept}".rstrip()) from error
+        raise ExperimentError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file as a whole or not at all, by a second name for it where that goes. Raises OSError."""
+    aside = target.with_suffix(".part")
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, aside)  # no second write, and no second copy's room
+        except OSError:
+            shutil.copyfile(source, aside)
+        os.replace(aside, target)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

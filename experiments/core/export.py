@@ -1,6 +1,7 @@
 """The command `export`: a checkpoint's network as weights, or as a program that runs without this project."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import nn
 
 from experiments.core.checkpoints import load_task, read_checkpoint
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError
+from experiments.core.errors import ExperimentError, write_text, writing
 from experiments.core.parsing import OptionParser
 from experiments.core.programs import Example, trace, write_onnx, write_program
 from experiments.core.weights import settings_path, write_weights
@@ -20,7 +21,7 @@ class _Exported(NamedTuple):
     """What is exported."""
 
     network: nn.Module
-    example: Example
+    example: Example | None  # None where the task knows none, and the format needs none
     settings: dict[str, Any]  # the network's class_path and init_args, the sizes that the data decided among them
     data: dict[str, Any]  # what users of the network need of the data, such as its vocabulary, as plain values
 
@@ -38,10 +39,12 @@ def _weights(given: _Exported, path: Path) -> None:
 
 
 def _program(given: _Exported, path: Path) -> None:
+    assert given.example is not None
     write_program(trace(given.network, given.example), path)
 
 
 def _onnx(given: _Exported, path: Path) -> None:
+    assert given.example is not None
     write_onnx(trace(given.network, given.example), given.example, path)
 
 
@@ -64,23 +67,27 @@ def main(invocation: Invocation) -> None:
     path = options.output or options.checkpoint.with_suffix(kind.suffix)
     if not path.parent.is_dir():
         raise ExperimentError(f"{path}: cannot be written: there is no folder {path.parent}")
-    given = _of(options.checkpoint)
-    try:
-        kind.write(given, path)
-        _write_settings(given, path)
-    except OSError as error:
-        raise ExperimentError(f"{path}: cannot be written: {error}") from error
+    given = _of(options.checkpoint, needs_example=options.format != "safetensors")
+    aside = path.with_name(f"{path.name}.part")
+    with writing(path):
+        try:
+            kind.write(given, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    write_text(settings_path(path), _settings(given))
     print(_summary(given, options.format, path))
 
 
-def _of(checkpoint: Path) -> _Exported:
+def _of(checkpoint: Path, needs_example: bool) -> _Exported:
     task = load_task(checkpoint)
     assert task.network is not None
     network = task.network.eval()
-    example, sizes = task.example()
-    settings = read_checkpoint(checkpoint)["hyper_parameters"]["network"]
-    settings = {"class_path": settings["class_path"], "init_args": sizes | settings.get("init_args", {})}
-    return _Exported(network, example, settings, task.description)
+    settings = read_checkpoint(checkpoint)["hyper_parameters"].get("network")
+    if not isinstance(settings, dict):
+        raise ExperimentError(f"{checkpoint}: the settings of a {type(task).__name__} name no network to rebuild.")
+    settings = {"class_path": settings["class_path"], "init_args": task.sizes() | settings.get("init_args", {})}
+    return _Exported(network, task.example() if needs_example else None, settings, task.description)
 
 
 def _check_libraries(name: str, kind: _Format) -> None:
@@ -93,15 +100,16 @@ def _check_libraries(name: str, kind: _Format) -> None:
             ) from error
 
 
-def _write_settings(given: _Exported, path: Path) -> None:
-    inputs = {name: list(shape) for name, shape in given.example.shapes().items()}
-    values = {"network": given.settings, **given.data, "inputs": inputs, "outputs": list(given.example.outputs)}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    settings_path(path).write_text(text, encoding="utf-8")
+def _settings(given: _Exported) -> str:
+    values = {"network": given.settings, **given.data}
+    if given.example is not None:
+        inputs = {name: list(shape) for name, shape in given.example.shapes().items()}
+        values |= {"inputs": inputs, "outputs": list(given.example.outputs)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def _summary(given: _Exported, name: str, path: Path) -> str:
-    if name == "safetensors":
+    if given.example is None:
         count = sum(parameter.numel() for parameter in given.network.parameters())
         contents = f"{count:,} parameters"
     else:

@@ -20,7 +20,8 @@ def refuse_beyond_memory(build: Callable[[], nn.Module]) -> None:
             parameters = list(build().parameters())
     except RuntimeError as error:
         if "overflow" in str(error):
-            raise ExperimentError(f"its sizes are beyond any memory ({error}). Lower them.") from error
+            reason = str(error).partition("\n")[0]
+            raise ExperimentError(f"its sizes are beyond any memory ({reason}). Lower them.") from error
         return
     except Exception:
         return

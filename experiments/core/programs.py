@@ -1,5 +1,6 @@
 """A network as a program of tensors alone, which runs without this project: torch.export's, and ONNX."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -66,7 +67,9 @@ def trace(network: nn.Module, example: Example) -> ExportedProgram:
 
 def write_program(program: ExportedProgram, path: Path) -> None:
     """Write the program for `torch.export.load(path).module()`, which takes the inputs in order."""
-    torch.export.save(program, path)
+    content = io.BytesIO()  # whose failures to be written are not torch's errors
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 def write_onnx(program: ExportedProgram, example: Example, path: Path) -> None:
@@ -84,7 +87,7 @@ def write_onnx(program: ExportedProgram, example: Example, path: Path) -> None:
             dynamic_shapes=(tuple(dict(axes) for axes in example.inputs.values()),),
         )
         assert translated is not None
-        translated.save(path)
+    translated.save(path)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """A run's folder, `ROOT/NAME/version_N`, and what lies in it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.core.errors import writing
+from experiments.core.errors import copy, writing
 
 
 class RunFolder:
@@ -59,7 +60,7 @@ class RunFolder:
         """Make the folder and see that it can be written to."""
         if self._path is None:
             self._path = self._new()
-        with writing(self._path):
+        with self._discarding(), writing(self._path):
             self.checkpoints.mkdir(exist_ok=True)
             if self._checkpoint is not None and not self.is_resumed:
                 self._copy_from(self._checkpoint)
@@ -72,6 +73,15 @@ class RunFolder:
         """Take away what `make` made, where no step was trained."""
         if not self.is_resumed and self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
+
+    @contextmanager
+    def _discarding(self) -> Iterator[None]:
+        """Leaves no folder where it cannot be filled."""
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
 
     def _new(self) -> Path:
         with writing(self._parent):
@@ -91,10 +101,10 @@ class RunFolder:
         """What the run was until the checkpoint: its metrics, and its best checkpoint."""
         metrics = checkpoint.parent.parent / "metrics.csv"
         if metrics.is_file():
-            shutil.copy(metrics, self.metrics)
+            shutil.copyfile(metrics, self.metrics)  # no second name: rows are added to it
         best = checkpoint.with_name("best.ckpt")
         if best.is_file():
-            shutil.copy(best, self.best)
+            copy(best, self.best)
 
 
 def _is_a_runs_last(checkpoint: Path) -> bool:

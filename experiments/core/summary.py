@@ -77,7 +77,7 @@ def _work(task: Task) -> dict[str, str]:
     """The multiply-adds of products, forward, for each of what the task counts; nothing where it cannot be called."""
     try:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            example, _ = task.example()
+            example = task.example()
             counter.flop_counts.clear()
             assert task.network is not None
             task.network(*example.arguments)

@@ -95,11 +95,12 @@ class Task(LightningModule, ABC):
         """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
         return ""
 
-    def example(self) -> tuple[Example, dict[str, Any]]:
-        """A call of the network, for `export` to trace, and those of its settings that the data decided.
+    def sizes(self) -> dict[str, Any]:
+        """Those of the network's settings that the data decided: with them `export` tells how it is rebuilt."""
+        return {}
 
-        Raises ExperimentError for a task that says neither.
-        """
+    def example(self) -> Example:
+        """A call of the network, for `export` to trace. Raises ExperimentError for a task that knows none."""
         raise ExperimentError(f"{type(self).__name__}: this task does not say how its network is called.")
 
     def saved(self) -> dict[str, Any]:
@@ -127,6 +128,10 @@ class Task(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         means = self.measure(batch, "train")
+        if "loss" not in means:
+            raise ExperimentError(
+                f"{type(self).__name__}: measure gives {', '.join(means)}, expected a loss in training."
+            )
         # A metric of the processes' mean loss, which is not the mean of their metrics.
         reduced = {name: averaged(mean.value) for name, mean in means.items()}
         self._log("train", self.metrics(reduced, "train"))

@@ -12,11 +12,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import SUPPRESS, ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.core import curves
@@ -39,8 +40,8 @@ logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 # Lightning's own affair with torch 2.13.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
-# How those of Lightning's RuntimeErrors begin that a setting causes once training is under way.
-MISTAKES = ("Early stopping conditioned on metric",)
+# How those of Lightning's and torch's errors begin that a setting causes once training is under way.
+MISTAKES = ("Early stopping conditioned on metric", "`val_check_interval`", "Function '")
 
 
 def main(invocation: Invocation) -> None:
@@ -95,7 +96,7 @@ class TrainingCommands(LightningCLI):
         parser.add_argument(
             "--tensorboard", type=bool, default=False, help="Write for TensorBoard too: pip install tensorboard."
         )
-        parser.add_argument("--base", type=str | None, default=None, help="A config that this one builds on.")
+        parser.add_argument("--base", type=str | None, default=None, help=SUPPRESS)  # read by `expanded`
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
         args = expanded(args)
@@ -103,6 +104,9 @@ class TrainingCommands(LightningCLI):
         self.config = parser.parse_args(args)
         command = self.config[self.config.subcommand]
         command.base = None  # its settings are here now
+        for name in ("val_check_interval", "log_every_n_steps"):
+            if command.trainer[name] == 0:
+                raise ExperimentError(f"trainer.{name}: 0 does not fit: expected more than 0")
         # A truth value asks Lightning for a random seed, or for none.
         if not 0 <= (command.seed_everything or 0) < 2**32:
             raise ExperimentError(
@@ -161,24 +165,25 @@ class TrainingCommands(LightningCLI):
         """Train, then test the best checkpoint and say what came of it."""
         try:
             self.trainer.fit(weights_only=True, **kwargs)
+            if self._beginning.was_reached or self._is_untested():
+                self._report(kwargs["model"])
+            elif not self.trainer.fast_dev_run:
+                self._refuse_to_go_on(kwargs["ckpt_path"])
         except SystemExit:
-            if self._checkpoints.was_stopped:
+            if not self.trainer.fast_dev_run:
                 _say(self._how_to_go_on())
             raise
-        except RuntimeError as error:
+        except ExperimentError as error:
+            if isinstance(error.__cause__, OSError):  # the disk is full, for example
+                raise ExperimentError(f"{error} {self._what_is_kept()}") from error
+            raise
+        except (RuntimeError, ValueError) as error:
             if str(error).startswith(MISTAKES):
-                raise ExperimentError(str(error)) from error
+                raise ExperimentError(str(error).partition("\n")[0]) from error
             raise
         finally:
             if rank_zero_only.rank == 0 and not self._beginning.was_reached:
                 self._folder.discard()
-        if not self._beginning.was_reached and not self.trainer.fast_dev_run:
-            raise ExperimentError(
-                f"{kwargs['ckpt_path']}: this run is finished. To go on, raise what ended it: --trainer.max_epochs, "
-                "--trainer.max_steps or --trainer.max_time."
-            )
-        if not self.trainer.fast_dev_run:
-            self._report(kwargs["model"])
 
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics of the validation data."""
@@ -190,15 +195,28 @@ class TrainingCommands(LightningCLI):
         with _callbacks_left_out():
             self.trainer.test(weights_only=True, **kwargs)
 
+    def _is_untested(self) -> bool:
+        """Whether a run goes on that was stopped after its last step, before its report."""
+        if self.trainer.fast_dev_run or not self._folder.is_resumed:
+            return False
+        return not any(name.startswith("test/") for row in read_metrics(self._folder.metrics) for name in row)
+
+    def _refuse_to_go_on(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            raise ExperimentError("there is nothing to train: max_epochs, max_steps or limit_train_batches is 0.")
+        raise ExperimentError(
+            f"{checkpoint}: this run is finished. To go on, raise what ended it: --trainer.max_epochs, "
+            "--trainer.max_steps or --trainer.max_time."
+        )
+
     def _report(self, task: Task) -> None:
+        if self.trainer.fast_dev_run:
+            return
         rows, name = {}, task.monitor.name
         diverged = self._divergence.step  # before the best checkpoint is loaded, which may know less
         if (score := self._checkpoints.best_score) is not None:
-            [scores] = self.trainer.test(
-                task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False
-            )
             rows[f"validation {name}"] = f"{score:.4f}"
-            rows[f"test {name}"] = f"{scores[f'test/{name}']:.4f}"
+            rows |= self._tested(task)
         elif task.monitored in self.trainer.callback_metrics:
             rows[f"validation {name}"] = f"{self.trainer.callback_metrics[task.monitored].item():.4f}"
         else:
@@ -212,12 +230,27 @@ class TrainingCommands(LightningCLI):
         if rank_zero_only.rank > 0:
             return
         if read_metrics(self._folder.metrics):
-            curves.draw({self._folder.path.name: self._folder.metrics}, self._folder.curves)
-            rows |= {"metrics": _shown(self._folder.metrics), "curves": _shown(self._folder.curves)}
+            rows |= {"metrics": _shown(self._folder.metrics), "curves": self._curves()}
         if score is not None and diverged is None:
             _say(f"\n{task.show()}\n")
         width = max(map(len, rows))
         _say("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+    def _tested(self, task: Task) -> dict[str, str]:
+        """The score of the best checkpoint in the test, where there is one."""
+        if not is_overridden("test_dataloader", task if self.datamodule is None else self.datamodule):
+            return {}
+        scores = self.trainer.test(task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False)
+        metric = f"test/{task.monitor.name}"
+        return {f"test {task.monitor.name}": f"{of_loader[metric]:.4f}" for of_loader in scores if metric in of_loader}
+
+    def _curves(self) -> str:
+        """Where the curves lie, or why they do not: by then the report must not fail."""
+        try:
+            curves.draw({self._folder.path.name: self._folder.metrics}, self._folder.curves)
+        except ExperimentError as error:
+            return f"not drawn: {error}"
+        return _shown(self._folder.curves)
 
     def _write_config(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -229,6 +262,11 @@ class TrainingCommands(LightningCLI):
     def _tensorboard(self) -> TensorBoardLogger:
         with building("the logger for TensorBoard"):
             return TensorBoardLogger(self._folder.path, name="", version="tensorboard")
+
+    def _what_is_kept(self) -> str:
+        if not self._folder.last.is_file():
+            return "No checkpoint was written. Make room, or choose another place by --trainer.default_root_dir."
+        return f"Kept: {_shown(self._folder.last)}. Make room. {self._how_to_go_on()}"
 
     def _how_to_go_on(self) -> str:
         if not self._folder.last.is_file():

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from experiments.core.errors import ExperimentError, choices_message, nearest_message
 from experiments.core.trust import TRUSTED, refusal
@@ -105,7 +106,8 @@ class Hint:
         """What a value can be, where that is a list of names."""
         if names := {cls.__name__ for hint in (self, self.items) if hint for cls in hint._offered()}:
             return sorted(names)
-        return [str(value) for member in self.plain if get_origin(member) is Literal for value in get_args(member)]
+        words = (str(value) for member in self.plain if get_origin(member) is Literal for value in get_args(member))
+        return list(dict.fromkeys(words))
 
     def misfit(self, path: str, value: Any) -> ExperimentError:
         """The error for a value that the hint does not take."""
@@ -134,7 +136,8 @@ class Hint:
             below = list(_below(base))
             is_foreign = base.__module__.partition(".")[0] in ("torch", "lightning")
             for cls in below if below and is_foreign else [base, *below]:
-                is_public = "._" not in f"{cls.__module__}.{cls.__name__}"
+                is_own = cls.__module__.startswith("experiments.core.")  # parts of the frame, which it puts in itself
+                is_public = "._" not in f"{cls.__module__}.{cls.__name__}" and not is_own
                 if is_public and cls.__module__.partition(".")[0] in TRUSTED and _fits(cls, filled):
                     yield cls
 
@@ -182,9 +185,14 @@ def _takes_classes(hint: Any) -> bool:
     return "--value.help" in _parser(Optional[hint])._option_string_actions  # noqa: UP045 (of a value)
 
 
+_SHOWN = {PositiveInt: "int above 0", PositiveFloat: "float above 0"}
+
+
 def _shown(hint: Any) -> str:
     if hint is type(None):
         return "null"
+    if hint in _SHOWN:
+        return _SHOWN[hint]
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return re.sub(r"(\w+\.)+", "", hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint))

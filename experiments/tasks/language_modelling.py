@@ -141,16 +141,18 @@ class LanguageModelling(Task):
     def show(self) -> str:
         return f"A sample of what it writes:\n\n{self.text('', 300, temperature=0.8)}"
 
-    def example(self) -> tuple[Example, dict[str, Any]]:
+    def sizes(self) -> dict[str, Any]:
+        assert self.vocabulary is not None
+        return {"vocabulary_size": len(self.vocabulary)}
+
+    def example(self) -> Example:
         assert isinstance(self.network, LanguageModel)
         tokens = torch.zeros(3, 2, dtype=torch.long)  # (T, B), which differ: else their axes would be taken for one
         _, state = self.network(tokens)
         fields = self.network.recurrent.directions[0].cell.initial_state(1)._fields  # type: ignore[union-attr, operator]
         inputs = {"tokens": {0: "T", 1: "B"}} | {name: {1: "B"} for name in fields}
         outputs = ("logits", *(f"new_{name}" for name in fields))
-        return Example((tokens, state), inputs, outputs, tokens.numel()), {
-            "vocabulary_size": self.network.vocabulary_size
-        }
+        return Example((tokens, state), inputs, outputs, tokens.numel())
 
     def saved(self) -> dict[str, Any]:
         # The streams of all processes: any number of them can go on with their own.

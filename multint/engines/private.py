@@ -181,6 +181,7 @@ def surroundings() -> str:
     return ""
 
 
+_WHY = 'this layer runs its own compiled scan; with engine="loop" its loop is compiled, unrolled'
 # A dict and not functools.cache, of which Dynamo warns where it looks into it.
 _DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -192,7 +193,7 @@ def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
     if "torch._dynamo" not in sys.modules:
         return function(*arguments)
     if function not in _DISABLED:
-        _DISABLED[function] = torch.compiler.disable(function)
+        _DISABLED[function] = torch.compiler.disable(function, reason=_WHY)
     return _DISABLED[function](*arguments)
 
 

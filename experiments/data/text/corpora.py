@@ -106,6 +106,8 @@ def read(path: Path, unit: Unit) -> Text:
         if not paths:
             raise ExperimentError(f"{path}: the directory holds no *.txt file. Give a text file, or rename yours.")
     else:
+        if path.exists() and not path.is_file():
+            raise ExperimentError(f"{path}: no regular file, expected a text file. Check --data.path.")
         paths = [path]
     texts = [_read_file(p) for p in paths]
     if not any(texts):
