@@ -143,9 +143,28 @@ def test_sampling_follows_the_distribution_of_the_top_k():
     assert_close(drawn.bincount(minlength=V) / 500, expected, atol=0.08, rtol=0, check_dtype=False)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": V - 1}, {"top_k": 2}], ids=str)
+def test_a_banned_symbol_is_never_drawn_and_the_others_are_as_before(settings):
+    net, banned = network(), [0, 3, 7]
+    assert not set(draw(net, banned=banned, **settings).tolist()) & set(banned)
+    assert set(draw(net, banned=range(1, V), **settings).tolist()) == {0}
+    # The same is drawn of a network that gives them no chance.
+    with torch.no_grad():
+        net.decoder.bias[banned] = -1e4
+    assert_close(draw(net, banned=banned, **settings), draw(net, **settings))
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"prompt": torch.zeros(0, dtype=torch.long)}, {"length": 0}, {"temperature": -1.0}, {"top_k": 0}],
+    [
+        {"prompt": torch.zeros(0, dtype=torch.long)},
+        {"length": 0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"banned": [V]},
+        {"banned": [-1]},
+        {"banned": range(V)},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_sampling_refuses_settings_out_of_range(settings):
