@@ -1,5 +1,6 @@
 """The command `sample`: text from a checkpoint."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,16 +27,19 @@ def main(invocation: Invocation) -> None:
     else:
         with building(f"sample: the generator of seed {options.seed}"):
             generator.manual_seed(options.seed)
-    print(task.text(options.prompt, options.length, options.temperature, options.top_k, generator))
+    if options.unk and (task.vocabulary is None or task.vocabulary.unknown is None):
+        warnings.warn("--unk: no effect, this network writes no words.", stacklevel=2)
+    print(task.text(options.prompt, options.length, options.temperature, options.top_k, generator, options.unk))
 
 
 def _parser() -> OptionParser:
     parser = OptionParser(prog="python -m experiments sample", description="Text from a checkpoint.")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
-    parser.add_argument("--prompt", default="", help="the text to go on from")
-    parser.add_argument("--length", type=int, default=500, help="symbols to write (500)")
+    parser.add_argument("--prompt", default="", help="the text to go on from; of words: with spaces between them")
+    parser.add_argument("--length", type=int, default=500, help="characters, bytes or words to write (500)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer text; 0: the likeliest (1.0)")
-    parser.add_argument("--top_k", type=int, default=None, help="draw from the K likeliest symbols only (all)")
+    parser.add_argument("--top_k", type=int, default=None, help="draw from the K likeliest only (all)")
+    parser.add_argument("--unk", action="store_true", help="let <unk>, any word outside the vocabulary, be drawn too")
     parser.add_argument(
         "--seed", type=int, default=None, help="the same seed gives the same text (a new one each time)"
     )

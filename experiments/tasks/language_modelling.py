@@ -16,7 +16,7 @@ from experiments.core.means import Mean
 from experiments.core.processes import gathered, rank
 from experiments.core.programs import Example
 from experiments.core.task import Monitor, Stage, Task
-from experiments.data.text import Batch, Vocabulary
+from experiments.data.text import Batch, Vocabulary, WordVocabulary, vocabulary_from
 from models import Features, LanguageModel, sample, softmax_cross_entropy, symbol_losses
 
 
@@ -56,15 +56,14 @@ class LanguageModelling(Task):
         change_penalty: float = 0.0,
     ) -> None:
         super().__init__(optimizer, halve_after)
-        settings = {"restart": restart, "activation_penalty": activation_penalty, "change_penalty": change_penalty}
-        for name, value in settings.items():
-            if not 0 <= value <= (1 if name == "restart" else math.inf):
-                raise ExperimentError(
-                    f"LanguageModelling: {name} is {value}, expected at least 0, a probability at most 1."
-                )
+        if not 0 <= restart <= 1:
+            raise ExperimentError(f"LanguageModelling: restart is {restart}, expected a probability.")
+        for name, value in {"activation_penalty": activation_penalty, "change_penalty": change_penalty}.items():
+            if not value >= 0:
+                raise ExperimentError(f"LanguageModelling: {name} is {value}, expected at least 0.")
         self.restart, self.activation_penalty, self.change_penalty = restart, activation_penalty, change_penalty
         self._build_network = network
-        self.vocabulary: Vocabulary | None = None
+        self.vocabulary: Vocabulary | WordVocabulary | None = None
         self._carried: dict[Stage, Any] = {}
         self._stream_losses: dict[Stage, Tensor] = {}  # (B,), of the evaluation under way
 
@@ -78,14 +77,15 @@ class LanguageModelling(Task):
         vocabulary = getattr(data, "vocabulary", None)
         if vocabulary is None:
             raise ExperimentError(
-                f"LanguageModelling: the data are {type(data).__name__}, expected data with a vocabulary, as TextData."
+                f"LanguageModelling: the data are {type(data).__name__}, expected data with a vocabulary, "
+                "as TextData or WordData."
             )
         return {"vocabulary": vocabulary.state_dict()}
 
     def build(self, description: dict[str, Any]) -> LanguageModel:
         if "vocabulary_size" in description:  # imagined
             return self._build_network(description["vocabulary_size"])
-        self.vocabulary = Vocabulary.from_state_dict(description["vocabulary"])
+        self.vocabulary = vocabulary_from(description["vocabulary"])
         return self._build_network(len(self.vocabulary))
 
     def measure(self, batch: Batch, stage: Stage) -> dict[str, Mean]:
@@ -171,14 +171,17 @@ class LanguageModelling(Task):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        unk: bool = False,
     ) -> str:
         """The prompt and what the network writes after it; see `models.sample`.
 
+        Of words, `<unk>` is drawn with `unk` only. Without a prompt the network reads the vocabulary's `start`.
         Raises ExperimentError for a symbol of the prompt that is not in the vocabulary.
         """
         assert self.vocabulary is not None
         assert self.network is not None
-        # Without a prompt the network reads the first symbol in order: in most texts the newline, or the space.
-        ids = (self.vocabulary.encode(prompt) if prompt else torch.zeros(1, dtype=torch.long)).to(self.device)
-        drawn = sample(self.network, ids, length, temperature, top_k, generator)
-        return self.vocabulary.decode(torch.cat([ids, drawn]) if prompt else drawn)
+        given = self.vocabulary.encode(prompt) if prompt else torch.empty(0, dtype=torch.long)
+        read = given if len(given) else torch.tensor([self.vocabulary.start])
+        banned = () if unk or self.vocabulary.unknown is None else (self.vocabulary.unknown,)
+        drawn = sample(self.network, read.to(self.device), length, temperature, top_k, generator, banned)
+        return self.vocabulary.decode(torch.cat([given, drawn.cpu()]))

@@ -3,5 +3,6 @@
 from experiments.data.text.text_data import TextData
 from experiments.data.text.vocabulary import Vocabulary
 from experiments.data.text.windows import Batch, Windows
+from experiments.data.text.words import WordVocabulary, vocabulary_from
 
-__all__ = ["Batch", "TextData", "Vocabulary", "Windows"]
+__all__ = ["Batch", "TextData", "Vocabulary", "Windows", "WordVocabulary", "vocabulary_from"]

@@ -48,6 +48,16 @@ class Vocabulary:
         """`{"unit": …, "symbols": […]}`, plain values only, so that checkpoints load with `weights_only=True`."""
         return {"unit": self.unit, "symbols": list(self.symbols)}
 
+    @property
+    def start(self) -> int:
+        """What a network reads first where nothing precedes: the first symbol, in most texts newline or space."""
+        return 0
+
+    @property
+    def unknown(self) -> None:
+        """No symbol stands for others."""
+        return None
+
     def encode(self, text: str | bytes) -> Tensor:
         """The indices of the text's symbols, (N,) int64; a byte vocabulary reads a `str` as UTF-8.
 
