@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from experiments.core.errors import ExperimentError
-from experiments.data import TextData
+from experiments.data import TextData, WordData
 from experiments.data.downloads import KnownFile
-from experiments.data.text import corpora
+from experiments.data.text import corpora, word_sources
 
 CONTENT = b"the quick brown fox " * 10_000
 
@@ -67,10 +67,11 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def zipped(name: str, content: bytes) -> bytes:
+def zipped(contents: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, content)
+        for name, content in contents.items():
+            archive.writestr(name, content)
     return file.getvalue()
 
 
@@ -167,7 +168,7 @@ def hutter(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     table = {
         name: (
             KnownFile("corpus", name, f"md5:{hashlib.md5(text).hexdigest()}"),
-            server.known(f"{name}.zip", zipped(name, text)),
+            server.known(f"{name}.zip", zipped({name: text})),
         )
         for name, text in content.items()
     }
@@ -185,7 +186,7 @@ def test_hutter_texts_are_split_by_count(
     if on_disk == "plain":
         (tmp_path / corpus).write_bytes(whole)
     if on_disk == "archive":
-        (tmp_path / f"{corpus}.zip").write_bytes(zipped(corpus, whole))
+        (tmp_path / f"{corpus}.zip").write_bytes(zipped({corpus: whole}))
     data = TextData(corpus, root=str(tmp_path), batch_size=4, length=10)  # type: ignore[arg-type]
     data.prepare_data()
     data.setup()
@@ -207,3 +208,50 @@ def test_penn_treebank_is_downloaded_and_rendered(
     splits = corpora.load("ptb", tmp_path)
     assert set(splits) == {"no it was n't\n<unk> N\n" * 200}
     assert server.requests == 3
+
+
+@pytest.mark.parametrize("on_disk", ["nothing", "plain", "archive", "plain by itself", "archive by itself"])
+def test_wikitext_is_read_from_its_archive_or_from_what_is_in_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: str
+) -> None:
+    texts = {"train": b" \n = a <unk> = \n" * 100, "valid": b" a b \n" * 10, "test": b" a \n \n" * 10}
+    archive = zipped({f"wikitext-2/wiki.{split}.tokens": text for split, text in texts.items()})
+    known = server.known("wikitext-2-v1.zip", archive)
+    monkeypatch.setattr(word_sources, "WIKITEXT", {"wikitext-2": known})
+    monkeypatch.setattr(word_sources, "TOKENS", {"wikitext-2": {"train": 600, "valid": 30, "test": 30}})
+    folder = tmp_path if on_disk.endswith("itself") else tmp_path / "wikitext-2"
+    folder.mkdir(exist_ok=True)
+    if on_disk.startswith("plain"):
+        for split, text in texts.items():
+            (folder / f"wiki.{split}.tokens").write_bytes(text)
+    if on_disk == "archive":
+        folder = tmp_path / "corpus"  # as `known` has it
+        folder.mkdir()
+    if on_disk.startswith("archive"):
+        (folder / "wikitext-2-v1.zip").write_bytes(archive)
+    for _ in range(2):
+        data = WordData("wikitext-2", root=str(tmp_path), batch_size=4, length=10)
+        data.prepare_data()
+        data.setup()
+        assert data.vocabulary.decode(data._streams["test"][:4]) == "a\n\na"
+        assert [data.vocabulary.words[i] for i in data._streams["valid"][:3]] == ["a", "<unk>", "<eos>"]
+    assert server.requests == (on_disk == "nothing")
+    assert len(list(tmp_path.rglob("words-*"))) == 1
+
+
+def test_other_texts_in_the_place_of_wikitext_are_refused(tmp_path: Path) -> None:
+    for split in word_sources.SPLITS:
+        (tmp_path / f"wiki.{split}.tokens").write_text("<unk> a b\n" * 100)
+    with pytest.raises(ExperimentError, match=r"not the published wikitext-103: .* 400 / 400 / 400 .*103,227,021"):
+        WordData("wikitext-103", root=str(tmp_path)).setup()
+
+
+def test_words_of_penn_treebank_are_downloaded(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = b" no it was n't \n <unk> N \n" * 200
+    monkeypatch.setattr(word_sources, "PTB", tuple(server.known(f"{name}.txt", words) for name in ("a", "b", "c")))
+    monkeypatch.setattr(word_sources, "TOKENS", {"ptb-words": dict.fromkeys(word_sources.SPLITS, 1600)})
+    data = WordData(root=str(tmp_path), batch_size=4, length=10)
+    data.prepare_data()
+    data.setup()
+    assert server.requests == 3
+    assert data.vocabulary.decode(data._streams["valid"][:8]) == "no it wasn't\n<unk> N\n"

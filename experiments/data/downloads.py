@@ -57,7 +57,7 @@ class KnownFile:
         home = self.home(root)
         if self.url is None:
             raise ExperimentError(f"{home}: no such file, and it has no address to download it from.")
-        # Not streamed: pooch leaves the connection of a refused request open, and no file here is above 40 MB.
+        # Not streamed: pooch leaves the connection of a refused request open, and no file here is above 200 MB.
         downloader = pooch.HTTPDownloader(chunk_size=1 << 16, stream=False)
         try:
             # pooch writes to a temporary file, renames it only when the checksum is right, and removes it otherwise.
