@@ -10,7 +10,7 @@ from experiments.core.training import TrainingCommands
 from experiments.tasks import LanguageModelling
 
 READY = [path for paths in ready_configs().values() for path in paths]
-VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205}
+VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205, "ptb-words": 10_000, "wikitext-103": 267_735}
 PAPERS_MILLIONS = {"text8_mi_rnn": 4.3, "text8_mi_lstm": 4.3, "hutter_mi_lstm": 18.9}
 
 
@@ -22,8 +22,18 @@ def character_model(symbols, embedding, hidden, gates):
     return table + layer + hidden * symbols + symbols
 
 
-# The others' sizes are not published.
+def word_model(symbols, embedding, hidden):
+    """The same of a tied word model: the embedding, one LSTM layer, the projection, and the softmax's bias."""
+    layer = 4 * hidden * (embedding + hidden) + 4 * hidden
+    return symbols * embedding + layer + hidden * embedding + embedding + symbols
+
+
+# The paper's counts for words are 88M, 105M and 110M, of which it does not determine the last.
 COUNTED = {
+    "ptb_words": word_model(10_000, 200, 400),
+    "wikitext103_lstm": 88_214_999,
+    "wikitext103_multdec": 105_008_631,
+    "wikitext103_multencdec": 107_179_767,
     "quickstart": character_model(97, 64, 256, gates=4),
     "ptb": character_model(50, 64, 256, gates=4),
     "ptb_paper": character_model(50, None, 2048, gates=1),
@@ -44,21 +54,22 @@ def built(config, *options):
         return Parsed(["fit", "--config", str(config), "--trainer.logger", "false", *options], [])
 
 
-@pytest.mark.parametrize("config", READY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", READY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config(config):
     commands = built(config)
     task, data = commands.model, commands.datamodule
     assert isinstance(task, LanguageModelling)
-    assert commands.config.fit.name == config.stem
+    name = commands.config.fit.name
+    assert name in (config.stem, f"{config.stem}_{config.parent.name}")
     with torch.device("meta"):
         network = task._build_network(VOCABULARY[data.corpus])
         logits, _ = network(torch.zeros(2, 1, dtype=torch.long))
     assert logits.shape == (2, 1, VOCABULARY[data.corpus])
     count = sum(p.numel() for p in network.parameters())
-    if config.stem in COUNTED:
-        assert count == COUNTED[config.stem]
+    if name in COUNTED:
+        assert count == COUNTED[name]
     else:
-        assert count / 1e6 == pytest.approx(PAPERS_MILLIONS[config.stem], abs=0.1)
+        assert count / 1e6 == pytest.approx(PAPERS_MILLIONS[name], abs=0.1)
     assert config.read_text().splitlines()[0].startswith("# "), "the overview shows the first line"
 
 
@@ -125,10 +136,30 @@ def test_a_config_names_a_drop_in_with_its_options(kind, tmp_path):
     assert (direction.state_dropout, direction.weight_drop) == (0.3, 0.4)
 
 
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [("wikitext103_lstm", "88,214,999"), ("wikitext103_multdec", "105,008,631")],
+)
+def test_the_summary_counts_without_data(config, count, capsys):
+    assert main(["summary", "--config", str(CONFIGS / "words" / f"{config}.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert f"in all                   {count} parameters" in out
+    assert "Adam" in out
+
+
+def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
+    quickstart = ["summary", "--config", str(CONFIGS / "characters/quickstart.yaml")]
+    assert main(quickstart) == 2
+    assert "--vocabulary_size" in capsys.readouterr().err
+    assert main([*quickstart, "--vocabulary_size=97", "--model.network.embedding_size=null"]) == 0
+    # 4·256·(97 + 256) of the recurrent layer and 256·97 of the softmax, and no embedding.
+    assert "386,304 multiply-adds" in capsys.readouterr().out
+
+
 def test_the_overview_shows_the_commands_and_the_configs(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 30
+    assert len(text.splitlines()) < 40
     for word in (
         "fit",
         "validate",

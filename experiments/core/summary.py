@@ -19,7 +19,7 @@ def main(invocation: Invocation) -> None:
 
     Raises ExperimentError for a config that cannot be built, or one that needs its data to be.
     """
-    parser = OptionParser(prog="python -m experiments summary", add_help=False, allow_abbrev=False)
+    parser = OptionParser(prog="python -m experiments summary", add_help=False)
     parser.add_argument("--vocabulary_size", type=int, default=None)
     sizes, rest = parser.parse_known_args(invocation.argv[1:])
     if rest in ([], ["-h"], ["--help"]):

@@ -241,8 +241,8 @@ class TrainingCommands(LightningCLI):
         if not is_overridden("test_dataloader", task if self.datamodule is None else self.datamodule):
             return {}
         scores = self.trainer.test(task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False)
-        metric = f"test/{task.monitor.name}"
-        return {f"test {task.monitor.name}": f"{of_loader[metric]:.4f}" for of_loader in scores if metric in of_loader}
+        metrics = {name: value for of_loader in scores for name, value in of_loader.items()}
+        return {name.replace("/", " "): f"{value:.4f}" for name, value in metrics.items()}
 
     def _curves(self) -> str:
         """Where the curves lie, or why they do not: by then the report must not fail."""

@@ -36,6 +36,7 @@ class StreamData(LightningDataModule, ABC):
     """
 
     symbols: ClassVar[str]  # what messages call them
+    published: ClassVar[Mapping[str, int]]  # the sizes of the named texts' vocabularies
 
     def __init__(
         self,
@@ -79,6 +80,11 @@ class StreamData(LightningDataModule, ABC):
     @abstractmethod
     def _encoded(self) -> Encoded:
         """The text as indices. Raises ExperimentError where it cannot be used."""
+
+    @property
+    def known_vocabulary_size(self) -> int | None:
+        """The published size of a named text's vocabulary, without the text; None where none is known."""
+        return None if self.path is not None else self.published.get(self.source)
 
     @property
     def vocabulary(self) -> Vocabulary | WordVocabulary:
