@@ -1,10 +1,7 @@
 """The command line: a run from a config to a sample, mistakes in one message, and what a config may name."""
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -324,21 +321,3 @@ def test_a_trusted_stranger_is_imported_and_trust_ends_with_the_command(stranger
     assert main([*argv, "--trust", "stranger", "--print_config"]) == 0
     assert stranger.exists()
     assert "--trust stranger" in message(capsys, *argv)
-
-
-def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(text, tmp_path):
-    command = [sys.executable, "-m", "experiments", "fit", *SMALL, f"--data.path={text}", "--trainer.max_epochs=-1"]
-    command += ["--trainer.max_time=00:00:01:00", f"--trainer.default_root_dir={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 60
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, out
-    *_, how = [line for line in out.splitlines() if line.startswith("python -m experiments fit")]
-    assert str(last) in how
-    steps = torch.load(last, weights_only=True)["global_step"]
-    assert main([*how.split()[3:], f"--trainer.max_steps={steps + 3}"]) == 0
-    assert torch.load(last, weights_only=True)["global_step"] == steps + 3

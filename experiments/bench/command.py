@@ -151,11 +151,8 @@ def _write(rows: list[Row], path: Path) -> None:
 
 def _plot(rows: list[Row], path: Path) -> None:
     """The ratios with their ranges, one line for each case and rival."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print('no plot: it needs matplotlib, pip install -c constraints.txt -e ".[bench]"')
-        return
+    from matplotlib.figure import Figure  # takes a second, which the first case need not wait for
+
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colours = {"vendor": "C0", "loop": "C1", "compiled step": "C2"}
