@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from models import softmax_cross_entropy
 from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
 
 MI_RNN = partial(RNN, integrator=MultiplicativeIntegration)
@@ -122,6 +123,35 @@ class BilinearCase(Case):
         return run
 
 
+@dataclass(frozen=True)
+class SoftmaxCase(Case):
+    """The softmax's loss in pieces against `cross_entropy` of all logits: T·B rows of X features, H symbols."""
+
+    @property
+    def rivals(self) -> list[str]:
+        return ["vendor"]
+
+    @property
+    def reference(self) -> str:
+        return "vendor"
+
+    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+        torch.manual_seed(0)
+        steps, rows, features, symbols = self.size
+        sizes = ((steps * rows, features), (symbols, features), (symbols,))
+        leaves = [torch.randn(*size, device=device).mul_(0.1).requires_grad_() for size in sizes]
+        targets = torch.randint(symbols, (steps * rows,), device=device)
+
+        def run() -> list[Tensor]:
+            if contender == "ours":
+                loss = softmax_cross_entropy(*leaves, targets)
+            else:
+                loss = nn.functional.cross_entropy(nn.functional.linear(*leaves), targets)
+            return [loss, *torch.autograd.grad(loss, leaves)]
+
+        return run
+
+
 def cases(device: str) -> list[Case]:
     """The cases for a kind of device; a GPU's also have the sizes of the papers, and have not been run yet."""
     lstm, gru = nn.LSTM, nn.GRU
@@ -138,6 +168,7 @@ def cases(device: str) -> list[Case]:
             Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
             Case("lstm-forward-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.9, 1.3, backward=False),
             BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
+            SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, nn.Identity, 0.77),
         ]
     found = [
         Case(f"lstm-{hidden}{suffix}", (50, 32, 128, hidden), MI_LSTM, lstm, target, dtype=dtype)
