@@ -90,7 +90,7 @@ def test_penalties_are_those_of_their_equations():
 
 
 class Trap(Cell):
-    """It stays in its initial state while x > 0, and is right from any other: training, which carries, never is there."""
+    """It stays in its initial state while x > 0, and is right from any other, as training with carried states is."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
