@@ -167,6 +167,7 @@ def best_of(checkpoints):
     return torch.load(checkpoints / "best.ckpt", weights_only=True)["callbacks"]["Checkpoints"]["best_score"]
 
 
+@pytest.mark.filterwarnings("ignore:.* streams take more bits than guessing")
 def test_going_on_keeps_the_best_checkpoint_in_the_default_folder(tmp_path, monkeypatch, capsys):
     """A run that gets worse from epoch to epoch, by relative paths: its validation text is another language."""
     monkeypatch.chdir(tmp_path)
