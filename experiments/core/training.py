@@ -170,11 +170,12 @@ class TrainingCommands(LightningCLI):
             elif not self.trainer.fast_dev_run:
                 self._refuse_to_go_on(kwargs["ckpt_path"])
         except SystemExit:
-            if not self.trainer.fast_dev_run:
-                _say(self._how_to_go_on())
+            # The other processes may not know the folder yet.
+            if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+                print(self._how_to_go_on())
             raise
         except ExperimentError as error:
-            if isinstance(error.__cause__, OSError):  # the disk is full, for example
+            if rank_zero_only.rank == 0 and isinstance(error.__cause__, OSError):  # the disk is full, for example
                 raise ExperimentError(f"{error} {self._what_is_kept()}") from error
             raise
         except (RuntimeError, ValueError) as error:
