@@ -136,7 +136,7 @@ class LanguageModelling(Task):
                 "training never met. Raise --model.restart, or learn the initial state (learnt_state).",
                 stacklevel=2,
             )
-        return {"worst_bpc": bits.max()}
+        return {"worst_bpc": bits.max().to(loss.device)}  # where processes exchange what is logged
 
     def show(self) -> str:
         return f"A sample of what it writes:\n\n{self.text('', 300, temperature=0.8)}"
