@@ -108,6 +108,8 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._find_best()
+        # Only the first process looks, and all must test the best one, or none.
+        self.best_score, self._best_step = trainer.strategy.broadcast((self.best_score, self._best_step))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._request_stop)
