@@ -166,6 +166,8 @@ class LanguageModel(nn.Module):
                 f"softmax, expected equal sizes: set output_size to {embedding_size} or embedding_size to {features}, "
                 "or project the output (proj_size of the LSTM cell)"
             )
+        # Logits of unit variance to begin with: `nn.Embedding`'s own normal numbers give them that of the features.
+        nn.init.normal_(self.embedding.weight, std=features**-0.5)
         self.decoder.weight = self.embedding.weight
 
 

@@ -303,9 +303,21 @@ def test_penn_treebank_is_the_published_character_stream() -> None:
         (None, {}, "no such file or directory"),
         (b"", {}, "empty, expected text"),
         (b"", {"unit": "bytes"}, "empty, expected text"),
-        (b"short", {}, r"5 symbols to train on, expected at least 1601: .*Lower --data.batch_size or --data.length"),
-        (b"x" * 2000, {"valid": 1e-4}, r"0 symbols held out by --data.valid, expected at least 2. Raise --data.valid"),
-        (b"x" * 2000, {"test": 1e-3, "eval_batch_size": 2}, r"2 symbols held out by --data.test, expected at least 3"),
+        (
+            b"short",
+            {},
+            r"4 symbols to train on, expected at least 1600: .*Lower --data.batch_size or --data.length",
+        ),
+        (
+            b"x" * 2000,
+            {"valid": 1e-4},
+            r"0 symbols held out by --data.valid, expected at least 1. Raise --data.valid",
+        ),
+        (
+            b"x" * 2000,
+            {"test": 1e-3, "eval_batch_size": 2},
+            r"1 symbols held out by --data.test, expected at least 2",
+        ),
         (b"good\xffbad", {}, r"byte 0xff at offset 4 is not UTF-8.*--data.unit=bytes"),
     ],
 )

@@ -233,8 +233,8 @@ def test_wikitext_is_read_from_its_archive_or_from_what_is_in_it(
         data = WordData("wikitext-2", root=str(tmp_path), batch_size=4, length=10)
         data.prepare_data()
         data.setup()
-        assert data.vocabulary.decode(data._streams["test"][:4]) == "a\n\na"
-        assert [data.vocabulary.words[i] for i in data._streams["valid"][:3]] == ["a", "<unk>", "<eos>"]
+        assert data.vocabulary.decode(data._streams["test"][1:5]) == "a\n\na"
+        assert [data.vocabulary.words[i] for i in data._streams["valid"][1:4]] == ["a", "<unk>", "<eos>"]
     assert server.requests == (on_disk == "nothing")
     assert len(list(tmp_path.rglob("words-*"))) == 1
 
@@ -254,4 +254,4 @@ def test_words_of_penn_treebank_are_downloaded(server: Server, tmp_path: Path, m
     data.prepare_data()
     data.setup()
     assert server.requests == 3
-    assert data.vocabulary.decode(data._streams["valid"][:8]) == "no it wasn't\n<unk> N\n"
+    assert data.vocabulary.decode(data._streams["valid"][1:9]) == "no it wasn't\n<unk> N\n"

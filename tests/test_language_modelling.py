@@ -34,13 +34,13 @@ def data(text, **settings):
     return TextData(path=str(text), **({"batch_size": 4, "length": 20, "eval_length": 50} | settings))
 
 
-def task(lr=0.2, cell=LSTMCell, hidden_size=12, **settings):
+def task(lr=0.2, cell=LSTMCell, hidden_size=12, optimizer=torch.optim.Adam, **settings):
     seed_everything(1, verbose=False)
 
     def network(symbols):
         return LanguageModel(symbols, lambda x: Recurrent(x, hidden_size, cell, state_dropout=0.1), 8, dropout=0.2)
 
-    return LanguageModelling(network, partial(torch.optim.Adam, lr=lr), **settings)
+    return LanguageModelling(network, partial(optimizer, lr=lr), **settings)
 
 
 def last(folder):
@@ -213,6 +213,62 @@ def test_a_symbol_outside_the_vocabulary_is_refused_in_a_prompt(text, tmp_path):
         prompted.text("é", 1)
 
 
-def test_halve_after_less_than_one_validation_is_refused():
-    with pytest.raises(ExperimentError, match="halve_after"):
-        task(halve_after=0)
+@pytest.mark.parametrize("setting", ["halve_after", "average_after"])
+def test_a_schedule_after_less_than_one_validation_is_refused(setting):
+    with pytest.raises(ExperimentError, match=setting):
+        task(**{setting: 0})
+
+
+class Weights(Callback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.of_step = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.of_step[trainer.global_step] = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+
+def averaging_task():
+    return task(10.0, optimizer=partial(torch.optim.ASGD, lambd=0), average_after=2)
+
+
+def averaging_run(folder, text, *callbacks, ckpt_path=None):
+    record, averaged = Record(), averaging_task()
+    settings = {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 40, "gradient_clip_val": 0.5}
+    of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, **settings)
+    of_run.fit(averaged, data(text), ckpt_path=ckpt_path, weights_only=True)
+    return record, averaged
+
+
+def test_the_mean_of_the_weights_begins_where_validation_stops_to_improve(text, tmp_path):
+    weights = Weights()
+    record, averaged = averaging_run(tmp_path, text, weights)
+    scores = record.validations
+    begins = next(4 * (i + 1) for i in range(3, 10) if scores[i] > min(scores[: i - 2]))
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    for name, value in weights.of_step[40].items():
+        mean = torch.stack([weights.of_step[step][name] for step in range(begins + 1, 41)]).mean(0)
+        assert_close(checkpoint["state_dict"][name], mean, rtol=1e-4, atol=1e-5)
+        assert_close(checkpoint["trained_state_dict"][name], value, rtol=0, atol=0)
+        assert_close(averaged.state_dict()[name], value, rtol=0, atol=0)
+    on = trainer(tmp_path / "on")
+    [score] = on.validate(averaging_task(), data(text), ckpt_path=last(tmp_path), weights_only=True, verbose=False)
+    assert score["val/bpc"] == pytest.approx(scores[-1], abs=1e-5)
+    assert scores[-1] < scores[begins // 4 - 1], "the mean is no better than the weights were"
+
+
+def test_a_resumed_run_with_means_equals_an_uninterrupted_one(text, tmp_path):
+    whole, _ = averaging_run(tmp_path / "whole", text)
+    first = Record()
+    with pytest.raises(SystemExit):
+        averaging_run(tmp_path, text, first, Interrupt(34, False))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    second, _ = averaging_run(tmp_path, text, ckpt_path=last(tmp_path))
+    assert first.steps + second.steps == whole.steps
+    assert first.validations + second.validations == whole.validations
+
+
+def test_means_of_an_optimizer_that_keeps_none_are_refused(text, tmp_path):
+    with pytest.raises(ExperimentError, match="the optimizer is Adam, expected ASGD"):
+        trainer(tmp_path, max_steps=1).fit(task(average_after=2), data(text))

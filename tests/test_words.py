@@ -40,7 +40,10 @@ def ready(**settings):
 
 
 def words_of(data, split):
-    return [data.vocabulary.words[i] for i in data._streams[split].tolist()]
+    """The words of a split, after the `<eos>` that its first word is predicted from."""
+    first, *words = [data.vocabulary.words[i] for i in data._streams[split].tolist()]
+    assert first == "<eos>"
+    return words
 
 
 def published(text):
@@ -80,11 +83,11 @@ def test_penn_treebank_has_the_published_tokens_and_vocabulary(tmp_path):
     for name in SPLITS:  # links, since the cache is written beside them
         (tmp_path / "ptb" / f"ptb.{name}.txt").symlink_to(DATA / "ptb" / f"ptb.{name}.txt")
     data = ready(root=str(tmp_path))
-    assert [len(data._streams[name]) for name in SPLITS] == [929_589, 73_760, 82_430]
+    assert [len(words_of(data, name)) for name in SPLITS] == [929_589, 73_760, 82_430]
     assert len(data.vocabulary) == 10_000
     assert data.vocabulary.words[:3] == ("the", "<unk>", "<eos>")
     assert words_of(data, "test") == published((DATA / "ptb" / "ptb.test.txt").read_text())
-    assert sum(batch.targets.numel() for batch in data.test_dataloader()) == 82_430 - 1
+    assert sum(batch.targets.numel() for batch in data.test_dataloader()) == 82_430
     assert caches(tmp_path / "ptb")
 
 
@@ -95,7 +98,7 @@ def test_wikitext_2_has_the_published_tokens(tmp_path):
     for name, file in (("train", "valid"), ("valid", "valid"), ("test", "test")):  # its training text is not at hand
         (tmp_path / f"wiki.{name}.tokens").symlink_to(DATA / "wikitext-2" / f"{file}.txt")
     data = ready(path=str(tmp_path))
-    assert [len(data._streams[name]) for name in ("valid", "test")] == [217_646, 245_569]
+    assert [len(words_of(data, name)) for name in ("valid", "test")] == [217_646, 245_569]
     assert words_of(data, "valid") == published((DATA / "wikitext-2" / "valid.txt").read_text(encoding="utf-8"))
 
 
@@ -132,9 +135,9 @@ def test_the_vocabulary_is_that_of_the_training_text_by_falling_counts(train, va
     assert set(words.vocabulary.words) == kept
     for split, text in (("train", train), ("valid", valid), ("test", valid)):
         expected = [word if word in kept else "<unk>" for word in published(text)]
-        assert [words.vocabulary.words[i] for i in words.streams[split].tolist()] == expected
+        assert [words.vocabulary.words[i] for i in words.streams[split].tolist()] == ["<eos>", *expected]
         assert words.unknown[split] == expected.count("<unk>")
-    got = words.streams["train"].bincount(minlength=len(kept)).tolist()
+    got = words.streams["train"][1:].bincount(minlength=len(kept)).tolist()
     assert got == sorted(got, reverse=True)
     assert not source.is_cut
 
@@ -240,7 +243,7 @@ def test_two_processes_encode_a_text_at_once_and_in_little_memory(tmp_path):
         out, errors = child.communicate()
         assert child.returncode == 0, errors
         tokens, kib = map(int, out.split())
-        assert tokens == 25 * 30_000 * 7
+        assert tokens == 1 + 25 * 30_000 * 7
         assert kib < 100_000, "a list of all words takes some 300,000"
     assert len(caches(tmp_path)) == 1
     assert not list(tmp_path.rglob("*.part"))
@@ -280,7 +283,7 @@ def test_a_text_without_lines_is_cut_at_words(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 1000)
     data = ready(path=str(tmp_path / "text.txt"), valid=0.1003, test=0.1, **TINY)
     assert all(set(words_of(data, name)) == {"word", "<eos>"} for name in SPLITS)
-    assert sum(len(stream) for stream in data._streams.values()) == 1003
+    assert sum(len(words_of(data, name)) for name in SPLITS) == 1003
 
 
 def test_a_directory_without_a_split_is_joined_by_path(tmp_path):
@@ -318,13 +321,21 @@ def test_a_split_is_known_by_its_names(tmp_path, names, valid):
         ({f"{n}.txt": "a" for n in ("train", "valid", "dev", "test")}, {}, "more than one split: .*dev.txt"),
         ({"a.txt": ""}, {}, "the training text is empty, expected words"),
         ({"a.txt": "\n \n" * 99}, {}, "the training text is empty, expected words"),
-        ({"a.txt": "a a a a"}, {}, r"to train on, expected at least 7: .*Lower --data.batch_size or --data.length"),
+        (
+            {"a.txt": "a a a a"},
+            {},
+            r"to train on, expected at least 6: .*Lower --data.batch_size or --data.length",
+        ),
         ({"a.txt": "a b c d\n" * 9}, {"min_count": 50}, r"No word occurs --data.min_count=50 times: lower it"),
-        ({"a.txt": "a b\n" * 20}, {"eval_batch_size": 9}, r"\d words held out by --data.valid, .*Raise --data.valid"),
+        (
+            {"a.txt": "a b\n" * 20},
+            {"eval_batch_size": 9},
+            r"\d words held out by --data.valid, .*Raise --data.valid",
+        ),
         (
             {"train.txt": "a b\n" * 9, "valid.txt": "", "test.txt": "a"},
             {},
-            "0 words in the valid text, expected at least 2. Lower --data.eval_batch_size, or use a longer text",
+            "0 words in the valid text, expected at least 1. Lower --data.eval_batch_size, or use a longer text",
         ),
         ({"a.txt": b"good\n" * 9 + b"go\xffod" * 9}, {}, r"a.txt: byte 0xff at offset 47 is not UTF-8.*Convert"),
     ],

@@ -8,6 +8,7 @@ from lightning import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from experiments.core.averaging import AverageWeights
 from experiments.core.errors import ExperimentError, building
 from experiments.core.means import Mean, StreamMeans
 from experiments.core.memory import refuse_beyond_memory
@@ -39,18 +40,21 @@ class Task(LightningModule, ABC):
     Args:
         optimizer: factory `(parameters) -> Optimizer`.
         halve_after: halve the learning rate after that many validations without a gain.
+        average_after: begin the mean of the weights at the first validation that is worse than the best of all but
+            so many before it; for the optimizer `ASGD`. See `AverageWeights`.
 
     Raises: ExperimentError for settings out of range, for a network that cannot be built or would not fit into the
     machine's memory, and for a checkpoint of another task, of other settings or of other data.
     """
 
-    monitor: ClassVar[Monitor]
+    monitor: Monitor  # of the class, or set before Task's own __init__
     unit: ClassVar[str] = "examples"  # what the weight of the loss counts
 
     def __init__(
         self,
         optimizer: Callable[[Iterable[Tensor]], Optimizer],
         halve_after: int | None = None,
+        average_after: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -60,9 +64,11 @@ class Task(LightningModule, ABC):
         self.network: nn.Module | None = None
         self.description: dict[str, Any] = {}
         self._build_optimizer = optimizer
-        self._halving: list[Callback] = []
+        self._schedules: list[Callback] = []
         if halve_after is not None:
-            self._halving = [HalveLearningRate(halve_after, self.monitored, self.monitor.mode)]
+            self._schedules.append(HalveLearningRate(halve_after, self.monitored, self.monitor.mode))
+        if average_after is not None:
+            self._schedules.append(AverageWeights(average_after, self.monitored, self.monitor.mode))
         self._means = StreamMeans()  # of the evaluation under way
 
     @abstractmethod
@@ -124,7 +130,7 @@ class Task(LightningModule, ABC):
             return self._build_optimizer(self.parameters())
 
     def configure_callbacks(self) -> list[Callback]:
-        return self._halving
+        return self._schedules
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         means = self.measure(batch, "train")

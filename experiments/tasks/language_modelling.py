@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -37,13 +37,14 @@ class LanguageModelling(Task):
 
     Args:
         network: factory `(V) -> LanguageModel`; it is called when the data's vocabulary is known.
-        optimizer, halve_after: see `Task`. Dense gradients only: a softmax, tied or not, has one of every symbol.
+        optimizer, halve_after, average_after: see `Task`. Dense gradients only: a softmax, tied or not, has one of
+            every symbol.
+        metric: what is shown, and decides which checkpoint is best: bits per symbol, or for words the perplexity.
         restart: probability that a stream of training returns to the initial state before a window.
         activation_penalty: α of the penalty α·mean(h²) on the stack's output after dropout (Merity et al. 2018).
         change_penalty: β of the penalty β·mean((h_t − h_{t−1})²) on it before dropout.
     """
 
-    monitor = Monitor("bpc", "min")
     unit = "symbols"
 
     def __init__(
@@ -51,11 +52,14 @@ class LanguageModelling(Task):
         network: Callable[[int], LanguageModel],
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
         halve_after: int | None = None,
+        average_after: int | None = None,
+        metric: Literal["bpc", "perplexity"] = "bpc",
         restart: float = 0.01,
         activation_penalty: float = 0.0,
         change_penalty: float = 0.0,
     ) -> None:
-        super().__init__(optimizer, halve_after)
+        self.monitor = Monitor(metric, "min")
+        super().__init__(optimizer, halve_after, average_after)
         if not 0 <= restart <= 1:
             raise ExperimentError(f"LanguageModelling: restart is {restart}, expected a probability.")
         for name, value in {"activation_penalty": activation_penalty, "change_penalty": change_penalty}.items():

@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
     """A text as indices into its vocabulary."""
 
     vocabulary: Vocabulary | WordVocabulary
-    streams: Mapping[str, Tensor]  # "train", "valid" and "test": (N,) of any integer type
+    streams: Mapping[str, Tensor]  # "train", "valid" and "test": (1 + N,) of any integer type, N to predict
     is_cut: bool  # by the fractions --data.valid and --data.test, where the text has no split of its own
 
 
@@ -75,7 +75,7 @@ class StreamData(LightningDataModule, ABC):
         self.batch_size, self.length = batch_size, length
         self.eval_batch_size, self.eval_length = eval_batch_size, eval_length
         self._vocabulary: Vocabulary | WordVocabulary | None = None
-        self._streams: Mapping[str, Tensor] = {}  # (N,) compact ids of each split
+        self._streams: Mapping[str, Tensor] = {}  # (1 + N,) compact ids of each split
 
     @abstractmethod
     def _encoded(self) -> Encoded:
@@ -104,7 +104,7 @@ class StreamData(LightningDataModule, ABC):
         if self._streams:
             return
         encoded = self._encoded()
-        self._check_lengths({name: len(stream) for name, stream in encoded.streams.items()}, encoded.is_cut)
+        self._check_lengths({name: max(len(stream) - 1, 0) for name, stream in encoded.streams.items()}, encoded.is_cut)
         self._vocabulary, self._streams = encoded.vocabulary, encoded.streams
 
     def train_dataloader(self) -> Windows:
@@ -128,21 +128,21 @@ class StreamData(LightningDataModule, ABC):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _check_lengths(self, got: dict[str, int], is_cut: bool) -> None:
-        needed = self.batch_size * self.length + 1
+        needed = self.batch_size * self.length
         if got["train"] < needed:
             raise ExperimentError(
-                f"{self.source}: {got['train']} {self.symbols} to train on, expected at least {needed}: one window of "
-                f"{self.length} for each of {self.batch_size} streams, and one more to predict last. "
+                f"{self.source}: {got['train']} {self.symbols} to train on, expected at least {needed}: one "
+                f"window of {self.length} for each of {self.batch_size} streams. "
                 "Lower --data.batch_size or --data.length, or use a longer text."
             )
         for split in ("valid", "test"):
-            if got[split] <= self.eval_batch_size:
+            if got[split] < self.eval_batch_size:
                 whence, remedy = f"in the {split} text", "Lower"
                 if is_cut:
                     whence, remedy = f"held out by --data.{split}", f"Raise --data.{split}, lower"
                 raise ExperimentError(
                     f"{self.source}: {got[split]} {self.symbols} {whence}, expected at least "
-                    f"{self.eval_batch_size + 1}. {remedy} --data.eval_batch_size, or use a longer text."
+                    f"{self.eval_batch_size}. {remedy} --data.eval_batch_size, or use a longer text."
                 )
 
     def _resume_at(self) -> int:

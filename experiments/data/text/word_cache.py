@@ -19,9 +19,9 @@ from experiments.data.text.word_encoding import INDEX, Settings, WordText, check
 from experiments.data.text.word_sources import SPLITS, Part
 from experiments.data.text.words import WordVocabulary
 
-# The layout of a cache file: a header of so many bytes, the indices of train, valid and test, the words in order, and
-# the checksum of all these.
-_FORMAT = 1
+# The layout of a cache file: a header of so many bytes, the indices of train, valid and test, each after an `<eos>`,
+# the words in order, and the checksum of all these.
+_FORMAT = 2
 _HEADER = 1024
 _CHECKSUM = 64
 _BLOCK = 1 << 20  # bytes in memory at once
@@ -32,7 +32,7 @@ class EncodedWords(NamedTuple):
     """The indices of a text, memory-mapped, and what they stand for."""
 
     vocabulary: WordVocabulary
-    streams: dict[str, Tensor]  # (N,) int32 of each split
+    streams: dict[str, Tensor]  # (1 + N,) int32 of each split: `<eos>`, then its words
     unknown: dict[str, int]  # how many of each split are <unk>
 
 
@@ -115,15 +115,13 @@ def _load(path: Path) -> EncodedWords | None:
         return None
     streams, place = {}, _HEADER
     for split in SPLITS:
-        length = header["tokens"][split]
+        length = 1 + header["tokens"][split]
         streams[split] = _mapped(path, place, length)
         place += length * INDEX.itemsize
     return EncodedWords(vocabulary, streams, header["unknown"])
 
 
 def _mapped(path: Path, place: int, length: int) -> Tensor:
-    if length == 0:
-        return torch.empty(0, dtype=torch.int32)
     # "c", since torch warns of an array that may not be written; a page is copied only where it is.
     return torch.from_numpy(np.memmap(path, INDEX, "c", place, (length,)))
 

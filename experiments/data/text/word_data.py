@@ -21,7 +21,8 @@ _CACHE = ".multint-cache"
 class WordData(StreamData):
     """A text's words, named or from disk, as windows over parallel contiguous streams.
 
-    White space separates words, and `<eos>` ends each line, empty lines too: so the published results count. The
+    White space separates words, and `<eos>` ends each line, empty lines too: so the published results count. The first
+    word is predicted from an `<eos>` before it, so that with one stream every word of a text is predicted once. The
     vocabulary is that of the training text alone, in the order of falling counts. `<eos>` and `<unk>` are always in it,
     whether or not the text has them; a word outside it is `<unk>`.
 
@@ -98,8 +99,9 @@ class WordData(StreamData):
             warn_of_idle("a directory that holds a split", {"--data.valid, --data.test": self._are_fractions_set})
         for split, count in words.unknown.items():
             if count and not words.unknown["train"]:
+                read = len(words.streams[split]) - 1
                 warnings.warn(
-                    f"{self.source}: {count} of the {len(words.streams[split])} words of the {split} text are {UNK}, "
+                    f"{self.source}: {count} of the {read} words of the {split} text are {UNK}, "
                     "which training has none of to learn from. --data.min_count=2 makes some, of rare words.",
                     stacklevel=2,
                 )
@@ -121,7 +123,7 @@ class WordData(StreamData):
                     f"No word occurs --data.min_count={self.settings.min_count} times: lower it, or give a longer text."
                 )
             raise ExperimentError(f"{self.source}: the training text is empty, expected words. {why}")
-        got = {split: len(stream) for split, stream in words.streams.items()}
+        got = {split: len(stream) - 1 for split, stream in words.streams.items()}
         if self.path is None and got != word_sources.TOKENS[self.corpus]:
             raise ExperimentError(
                 f"{source.folder}: this is not the published {self.corpus}: its splits have {_listed(got)} words, "

@@ -81,15 +81,17 @@ class Counts(NamedTuple):
 
 
 def encode_training(text: WordText, settings: Settings, file: IO[bytes]) -> tuple[WordVocabulary, Counts]:
-    """Write the training text's indices to the file, from where it stands on, and make the vocabulary.
+    """Write `<eos>` and the training text's indices to the file, from where it stands on, and make the vocabulary.
 
-    The vocabulary is in the order of falling counts, equal ones by the word. `<unk>` and `<eos>` are always in it.
-    The words get preliminary indices as they appear, which are replaced in the file once all are counted.
+    The first `<eos>` is what a network reads to predict the first word; it is not counted. The vocabulary is in the
+    order of falling counts, equal ones by the word. `<unk>` and `<eos>` are always in it. The words get preliminary
+    indices as they appear, which are replaced in the file once all are counted.
     """
     begin = file.tell()
     index: defaultdict[str, int] = defaultdict()
     index.default_factory = index.__len__  # a new word gets the next index
     index[EOS], index[UNK] = 0, 1
+    file.write(np.zeros(1, INDEX))
     counts = np.zeros(len(index), np.int64)
     for words in text:
         ids = np.fromiter(map(index.__getitem__, words), INDEX, len(words))
@@ -99,12 +101,13 @@ def encode_training(text: WordText, settings: Settings, file: IO[bytes]) -> tupl
         counts = more
     words, final = _chosen(list(index), counts, settings)
     vocabulary, tokens = WordVocabulary(words), int(counts.sum())
-    _replace(file, begin, tokens, final)
+    _replace(file, begin, 1 + tokens, final)
     return vocabulary, Counts(tokens, int(counts[final == vocabulary.unknown].sum()))
 
 
 def encode_held_out(text: WordText, vocabulary: WordVocabulary, file: IO[bytes]) -> Counts:
-    """Write the text's indices to the file, from where it stands on."""
+    """Write `<eos>` and the text's indices to the file, from where it stands on."""
+    file.write(np.array([vocabulary.start], INDEX))
     index = {word: i for i, word in enumerate(vocabulary.words)}
     tokens = unknown = 0
     for words in text:
