@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.initialisation import Uniform
 from multint import Integrator, Recurrent
 from multint.errors import OptionError, ShapeError
+from multint.integrators import build
 from multint.recurrent.masks import locked_mask
 
 Factory = Callable[[int, int, int], Integrator]
@@ -53,8 +54,8 @@ class LanguageModel(nn.Module):
         tied: A is the embedding's matrix (Press and Wolf 2017).
         initialise: fills the matrices anew after they are built; None leaves every part its own initialisation.
 
-    Raises: ShapeError for tied weights that differ in size, OptionError for settings out of range or without effect and
-    for a stack that is bidirectional, which would read the symbols that it predicts, or `batch_first`.
+    Raises: ShapeError for tied weights and for parts of other sizes, OptionError for settings out of range and for a
+    stack that is bidirectional, which would read the symbols that it predicts, or `batch_first`.
     Source: Jayakumar et al. 2020, section 5 (language modelling).
     """
 
@@ -81,12 +82,12 @@ class LanguageModel(nn.Module):
         self.dropout, self.locked, self.word_dropout = dropout, locked, word_dropout
         symbol = vocabulary_size if embedding_size is None else embedding_size  # X
         self.embedding = nn.Embedding(vocabulary_size, symbol) if embedding_size is not None else None
-        self.encoder = encoder(symbol, context_size, symbol) if encoder is not None else None
+        self.encoder = build(self, "encoder", encoder, symbol, context_size, symbol) if encoder is not None else None
         self.recurrent = recurrent(symbol)
-        _check_stack(self.recurrent)
+        _check_stack(self.recurrent, symbol)
         hidden = self.recurrent.output_size  # H
         features = output_size or (symbol if tied and output is not None else hidden)  # O
-        self.output = output(hidden, context_size, features) if output is not None else None
+        self.output = build(self, "output", output, hidden, context_size, features) if output is not None else None
         is_projected = output is None and output_size is not None
         self.projection = nn.Linear(hidden, features) if is_projected else None
         of_input = encoder is not None or (output is not None and context == "input")
@@ -184,7 +185,12 @@ def _check_probabilities(**probabilities: float) -> None:
             raise OptionError(f"LanguageModel: {name} is {probability}, expected a probability in [0, 1)")
 
 
-def _check_stack(recurrent: Recurrent) -> None:
+def _check_stack(recurrent: Recurrent, symbol: int) -> None:
+    if recurrent.input_size != symbol:
+        raise ShapeError(
+            f"LanguageModel: recurrent reads {recurrent.input_size} features, expected {symbol}, those of a symbol: "
+            "its factory is called with them"
+        )
     reasons = {
         "bidirectional": "its backward direction reads the symbols to predict",
         "batch_first": "the tokens are time-major, (T, B)",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from multint.errors import OptionError, ShapeError
+
 # Bytes of the logits that are held at once, in float32.
 LOGITS_BYTES = 1 << 26
 
@@ -22,9 +24,13 @@ def softmax_cross_entropy(
     the gradients need: they are never all in memory, and nothing is computed twice. That way has no second derivative.
     Under autocast the products are in its dtype, sums and exponentials in float32.
 
+    Raises: ShapeError for tensors whose sizes do not go together; OptionError for targets that are no integers, or, on
+    a CPU, outside 0 … V − 1. (A GPU's own assertion says so there.)
+
     (Not torch 2.13's `linear_cross_entropy` in chunks: torch 2.12 has none, and its loss in float32 was off in the
     fourth digit on a CPU.)
     """
+    _check(features, weight, bias, targets)
     if len(features) * len(weight) * 4 <= LOGITS_BYTES:
         return nn.functional.cross_entropy(nn.functional.linear(features, weight, bias), targets)
     dtype = features.dtype
@@ -40,7 +46,8 @@ def symbol_losses(
     bias: Tensor,  # (V,)
     targets: Tensor,  # (N,) int64
 ) -> Tensor:  # (N,)
-    """−log softmax(W o_n + b)[target_n] of each symbol, for evaluation, in pieces too."""
+    """−log softmax(W o_n + b)[target_n] of each symbol, for evaluation, in pieces too. Raises as the mean does."""
+    _check(features, weight, bias, targets)
     rows = max(1, LOGITS_BYTES // (4 * len(weight)))
     pieces = zip(features.split(rows), targets.split(rows), strict=True)
     return torch.cat(
@@ -49,6 +56,29 @@ def symbol_losses(
             for piece, wanted in pieces
         ]
     )
+
+
+def _check(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (features, weight, bias, targets)]
+    if (
+        (features.ndim, weight.ndim) != (2, 2)
+        or features.shape[1] != weight.shape[1]
+        or bias.shape != weight.shape[:1]
+        or targets.shape != features.shape[:1]
+    ):
+        raise ShapeError(
+            f"softmax: features, weight, bias and targets have the shapes {', '.join(map(str, shapes))}, expected "
+            "(N, O), (V, O), (V,) and (N,)"
+        )
+    if targets.dtype != torch.int64:
+        raise OptionError(f"softmax: targets are {targets.dtype}, expected torch.int64")
+    if targets.device.type == "cpu" and len(targets):
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= len(weight):
+            outside = lowest if lowest < 0 else highest
+            raise OptionError(
+                f"softmax: a target is {outside}, expected 0 to {len(weight) - 1}, the vocabulary's indices"
+            )
 
 
 class _InPieces(torch.autograd.Function):

@@ -30,7 +30,7 @@ def word_model(symbols, embedding, hidden):
 
 # The paper's counts for words are 88M, 105M and 110M, of which it does not determine the last.
 COUNTED = {
-    "ptb_words": word_model(10_000, 200, 400),
+    "ptb_words": word_model(10_000, 128, 256),
     "wikitext103_lstm": 88_214_999,
     "wikitext103_multdec": 105_008_631,
     "wikitext103_multencdec": 107_179_767,

@@ -156,11 +156,14 @@ def test_a_tied_output_embedding_has_the_embeddings_size_by_itself(tokens):
         ({"output_size": 0}, "output_size is 0"),
         ({"word_dropout": 1.0}, "word_dropout is 1.0"),
         ({"tied": True, "output_size": OUT + 1}, "output_size to 5"),
+        ({"output": lambda h, c, o: Bilinear(h, c, o + 1)}, r"output gives a Bilinear of the sizes .* = \(4, 32, 5\)"),
+        ({"encoder": lambda x, c, o: torch.nn.Bilinear(x, c, o)}, "encoder gives a Bilinear, expected a multint.Integ"),
+        ({"recurrent": lambda size: Recurrent(7, H, RNNCell)}, "recurrent reads 7 features, expected 5"),
     ],
 )
 def test_bad_settings_are_refused(settings, part):
     with pytest.raises(MultintError, match=part):
-        LanguageModel(V, lambda size: Recurrent(size, H, RNNCell), X, **settings)
+        LanguageModel(V, **{"recurrent": lambda size: Recurrent(size, H, RNNCell), "embedding_size": X} | settings)
 
 
 def test_a_dropped_word_is_dropped_wherever_it_stands():

@@ -6,7 +6,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from models import softmax_loss
-from models.softmax_loss import softmax_cross_entropy
+from models.softmax_loss import softmax_cross_entropy, symbol_losses
+from multint import MultintError
 
 N, O, V = 23, 5, 11  # noqa: E741
 
@@ -65,6 +66,29 @@ def test_evaluation_makes_no_gradients(pieces):
         loss = softmax_cross_entropy(*tensors, targets)
     assert not loss.requires_grad
     assert_close(loss, functional.cross_entropy(functional.linear(*tensors), targets).detach())
+
+
+@pytest.mark.parametrize("rows", [1, 1000])
+@pytest.mark.parametrize("of", [softmax_cross_entropy, symbol_losses])
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (
+            lambda o, W, b, wanted: (o, W, b, wanted.index_fill(0, torch.tensor(3), V)),
+            "is 11, expected 0 to 10",
+        ),
+        (lambda o, W, b, wanted: (o, W, b, wanted.index_fill(0, torch.tensor(3), -100)), "a target is -100"),
+        (lambda o, W, b, wanted: (o, W, b, wanted[:-1]), r"\(23, 5\), \(11, 5\), \(11,\), \(22,\), expected"),
+        (lambda o, W, b, wanted: (o, W, b[:-1], wanted), "expected"),
+        (lambda o, W, b, wanted: (o[:, 1:], W, b, wanted), "expected"),
+        (lambda o, W, b, wanted: (o, W, b, wanted.double()), "targets are torch.float64, expected torch.int64"),
+    ],
+)
+def test_bad_arguments_are_refused_in_pieces_and_at_once(rows, of, change, part, monkeypatch):
+    monkeypatch.setattr(softmax_loss, "LOGITS_BYTES", 4 * V * rows)
+    tensors, targets = arguments()
+    with pytest.raises(MultintError, match=part):
+        of(*change(*tensors, targets))
 
 
 def test_a_frozen_softmax_gives_the_features_their_gradient(pieces):

@@ -8,7 +8,7 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 """
 
 from multint.integrators.additive import Additive, Concat
-from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, outermost_integrators
+from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, build, outermost_integrators
 from multint.integrators.bilinear import Bilinear
 from multint.integrators.compose import Krause, Swapped
 from multint.integrators.diagonal import Diagonal, Gated
@@ -48,6 +48,7 @@ __all__ = [
     "Through",
     "ThroughOf",
     "Tucker",
+    "build",
     "flops",
     "outermost_integrators",
     "parameter_count",
