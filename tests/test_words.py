@@ -430,14 +430,25 @@ def test_a_prompt_with_a_word_outside_the_vocabulary_is_refused(word):
         writer("he", "the", "<unk>", ",", "<eos>").text(f"the {word}", 1)
 
 
-def test_words_train_and_write_by_config(tmp_path, capsys):
+def test_words_train_as_awd_lstm_does_and_write_by_config(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the cat , which sat on the mat .\n" * 200)
-    network = "{embedding_size: 8, recurrent: {hidden_size: 8, cell: LSTMCell}}"
-    options = [f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=5"]
-    base = ["fit", "--config", str(CONFIGS / "words/_task.yaml"), "--config", f"model: {{network: {network}}}"]
-    assert main([*base, *options, "--data.batch_size=4", "--trainer.accelerator=cpu"]) == 0
-    capsys.readouterr()
+    stack = "{hidden_size: 8, cell: LSTMCell, num_layers: 2, input_dropout: 0.2, state_dropout: 0.2, weight_drop: 0.5}"
+    network = f"{{embedding_size: 8, output: Bilinear, locked: true, word_dropout: 0.1, recurrent: {stack}}}"
+    optimizer = "{class_path: ASGD, init_args: {lr: 1, lambd: 0, weight_decay: 1.0e-6}}"
+    schedule = "activation_penalty: 2, change_penalty: 1, average_after: 1"
+    model = f"model: {{network: {network}, optimizer: {optimizer}, {schedule}}}"
+    base = ["fit", "--config", str(CONFIGS / "words/_task.yaml"), "--config", model]
+    options = [f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--data.batch_size=4"]
+    trainer = [
+        "max_steps=5",
+        "val_check_interval=2",
+        "precision=bf16-mixed",
+        "accelerator=cpu",
+        "enable_model_summary=false",
+    ]
+    assert main([*base, *options, *(f"--trainer.{option}" for option in trainer)]) == 0
+    assert "validation perplexity" in capsys.readouterr().out
     checkpoint = str(tmp_path / "run/version_0/checkpoints/last.ckpt")
     assert main(["sample", checkpoint, "--prompt=the cat ,", "--length=20"]) == 0
     out = capsys.readouterr().out
