@@ -76,7 +76,14 @@ class LanguageModel(nn.Module):
         initialise: Uniform | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(embedding_size=embedding_size, output_size=output_size, context_size=context_size)
+        _check_sizes(
+            vocabulary_size=vocabulary_size,
+            embedding_size=embedding_size,
+            output_size=output_size,
+            context_size=context_size,
+        )
+        if context not in ("input", "state"):
+            raise OptionError(f"LanguageModel: context is {context!r}, expected 'input' or 'state'")
         _check_probabilities(dropout=dropout, word_dropout=word_dropout)
         self.vocabulary_size = vocabulary_size
         self.dropout, self.locked, self.word_dropout = dropout, locked, word_dropout
@@ -161,7 +168,9 @@ class LanguageModel(nn.Module):
         return nn.functional.dropout(values, self.dropout)
 
     def _tie(self, embedding_size: int | None, features: int) -> None:
-        if self.embedding is None or embedding_size != features:
+        if self.embedding is None:
+            raise OptionError("LanguageModel: tied weights without an embedding: give an embedding_size")
+        if embedding_size != features:
             raise ShapeError(
                 f"LanguageModel: tied weights with embedding_size {embedding_size} and {features} features before the "
                 f"softmax, expected equal sizes: set output_size to {embedding_size} or embedding_size to {features}, "

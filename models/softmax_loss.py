@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from multint.errors import OptionError, ShapeError
+from multint.errors import FormError, OptionError, ShapeError
 
 # Bytes of the logits that are held at once, in float32.
 LOGITS_BYTES = 1 << 26
@@ -21,7 +20,8 @@ def softmax_cross_entropy(
     """−1/N Σ_n log softmax(W o_n + b)[target_n], as `cross_entropy(linear(features, weight, bias), targets)`.
 
     Where the logits (N, V) would take more than 64 MiB they are made a few rows at a time, and with them at once what
-    the gradients need: they are never all in memory, and nothing is computed twice. That way has no second derivative.
+    the gradients need: they are never all in memory, and nothing is computed twice. That way has no second derivative,
+    and says so where one is asked for.
     Under autocast the products are in its dtype, sums and exponentials in float32.
 
     Raises: ShapeError for tensors whose sizes do not go together; OptionError for targets that are no integers, or, on
@@ -52,7 +52,8 @@ def symbol_losses(
     pieces = zip(features.split(rows), targets.split(rows), strict=True)
     return torch.cat(
         [
-            nn.functional.cross_entropy(nn.functional.linear(piece, weight, bias), wanted, reduction="none")
+            # In float32 at least: the mean of many losses in bfloat16 has two digits.
+            nn.functional.cross_entropy(_exact(nn.functional.linear(piece, weight, bias)), wanted, reduction="none")
             for piece, wanted in pieces
         ]
     )
@@ -114,13 +115,35 @@ class _InPieces(torch.autograd.Function):
                 d_features[start : start + rows] = d_logits @ matrix
                 _add_product(d_weight, d_logits, piece)
         if with_gradients:
-            ctx.save_for_backward(d_features, d_weight.to(weight.dtype), d_bias.to(bias.dtype))
+            gradients = d_features, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+            ctx.save_for_backward(*gradients, features, weight, bias)
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *(saved * gradient for saved in ctx.saved_tensors), None, None
+        saved = ctx.saved_tensors
+        # Tied to what they depend on, so that a second derivative is no constant's.
+        scaled = (_Once.apply(d * gradient, of) for d, of in zip(saved[:3], saved[3:], strict=True))
+        return *scaled, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, of: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise FormError(
+            "softmax_cross_entropy: a loss that is made in pieces has no second derivative; take "
+            "torch.nn.functional.cross_entropy of all logits where they fit into memory"
+        )
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _add_product(

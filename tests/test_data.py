@@ -360,7 +360,6 @@ def test_a_setting_out_of_range_is_refused_at_construction(settings: dict[str, f
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"path": "text.txt", "corpus": "ptb"}, "--data.corpus"),
         ({"path": "text.txt", "root": "data"}, "--data.root"),
         ({"root": "data"}, "--data.root"),
         ({"corpus": "ptb", "valid": 0.1}, "--data.valid"),

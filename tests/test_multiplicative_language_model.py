@@ -158,6 +158,9 @@ def test_a_tied_output_embedding_has_the_embeddings_size_by_itself(tokens):
         ({"tied": True, "output_size": OUT + 1}, "output_size to 5"),
         ({"output": lambda h, c, o: Bilinear(h, c, o + 1)}, r"output gives a Bilinear of the sizes .* = \(4, 32, 5\)"),
         ({"encoder": lambda x, c, o: torch.nn.Bilinear(x, c, o)}, "encoder gives a Bilinear, expected a multint.Integ"),
+        ({"encoder": Bilinear(X, C, X)}, "encoder is a Bilinear, expected a factory"),
+        ({"tied": True, "embedding_size": None}, "give an embedding_size"),
+        ({"context": "output"}, "context is 'output', expected 'input' or 'state'"),
         ({"recurrent": lambda size: Recurrent(7, H, RNNCell)}, "recurrent reads 7 features, expected 5"),
     ],
 )

@@ -60,6 +60,22 @@ def test_pieces_under_autocast_are_as_exact_as_the_whole(pieces):
         assert (mine - true).norm() <= 1.5 * (its - true).norm() + 1e-3 * true.norm()
 
 
+def test_the_losses_of_evaluation_are_those_of_the_whole(pieces):
+    tensors, targets = arguments()
+    losses = functional.cross_entropy(functional.linear(*tensors), targets, reduction="none").detach()
+    assert_close(symbol_losses(*tensors, targets), losses, rtol=1e-12, atol=1e-12)
+    rounded = symbol_losses(*(tensor.bfloat16() for tensor in tensors), targets)
+    assert rounded.dtype == torch.float32
+
+
+def test_a_second_derivative_in_pieces_is_refused(pieces):
+    tensors, targets = arguments()
+    gradients = torch.autograd.grad(softmax_cross_entropy(*tensors, targets), tensors, create_graph=True)
+    norm = sum(gradient.square().sum() for gradient in gradients) + tensors[1].pow(3).sum()
+    with pytest.raises(MultintError, match="no second derivative"):
+        norm.backward()
+
+
 def test_evaluation_makes_no_gradients(pieces):
     tensors, targets = arguments()
     with torch.no_grad():

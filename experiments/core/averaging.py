@@ -18,8 +18,8 @@ class AverageWeights(Callback):
     """Non-monotonically triggered averaging, NT-ASGD, by the averages that torch's `ASGD` keeps.
 
     The mean of the weights begins at the first validation whose score is worse than the best of all but the `after`
-    validations before it. From then on validations, tests and the weights in checkpoints are those of the mean;
-    training goes on with its own weights, which checkpoints hold too.
+    validations before it. From then on the validations of the run and the weights in checkpoints are those of the
+    mean; training goes on with its own weights, which checkpoints hold too.
 
     Raises: ExperimentError for an `after` below 1, and for another optimizer.
     Source: Merity et al. 2018 (AWD-LSTM), algorithm 1.
@@ -43,11 +43,14 @@ class AverageWeights(Callback):
                     group["t0"] = math.inf  # until then the mean is the weights themselves
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _exchange(trainer)
+        if trainer.state.fn == "fit":
+            _exchange(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
         _exchange(trainer)
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self._metric not in trainer.callback_metrics:
+        if trainer.sanity_checking or self._metric not in trainer.callback_metrics:
             return
         score = self._sign * trainer.callback_metrics[self._metric].item()
         if score > min(self._scores[: -self._after], default=math.inf):
@@ -77,9 +80,10 @@ class AverageWeights(Callback):
 def _begin(optimizer: torch.optim.Optimizer) -> None:
     """Let the mean begin with the next step, where it has not begun."""
     for group in optimizer.param_groups:
-        if math.isinf(group["t0"]):
-            # `ASGD` weighs each step by its number as of the step before.
-            group["t0"] = max(float(optimizer.state[parameter]["step"]) for parameter in group["params"]) - 1
+        # A parameter without a gradient has no state.
+        steps = [float(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state]
+        if steps and math.isinf(group["t0"]):
+            group["t0"] = max(steps) - 1  # `ASGD` weighs each step by its number as of the step before
 
 
 def _means(trainer: Trainer) -> dict[Tensor | None, Tensor]:

@@ -15,6 +15,10 @@ class ExperimentError(Exception):
     """
 
 
+class WritingError(ExperimentError):
+    """What a full disk, or a folder that may not be written, makes of a run."""
+
+
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Makes an ExperimentError of what a constructor raises within: its arguments are the user's settings."""
@@ -30,11 +34,11 @@ def building(what: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes an ExperimentError of a full disk, or a folder that may not be written, within."""
+    """Makes a WritingError of what the system says within."""
     try:
         yield
     except OSError as error:
-        raise ExperimentError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise WritingError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
 def copy(source: Path, target: Path) -> None:
@@ -53,7 +57,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all. Raises ExperimentError where that fails; what was there then stays."""
+    """Write a file as a whole or not at all. Raises WritingError where that fails; what was there then stays."""
     aside = path.with_suffix(".part")
     with writing(path):
         try:

@@ -52,11 +52,12 @@ def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:
     rows = {name: f"{count:,}" for name, count in counts.items()} | {"in all": f"{total:,} parameters"}
     rows |= _work(task)
     size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
-    state = size * _moments(optimizer)
-    rows["in memory"] = (
-        f"{_bytes(2 * size + state)}: parameters {_bytes(size)}, gradients {_bytes(size)}, "
-        f"{type(optimizer).__name__} {_bytes(state)}"
-    )
+    moments, name = _moments(optimizer), type(optimizer).__name__
+    kept = f"parameters {_bytes(size)}, gradients {_bytes(size)}, {name}"
+    if moments is None:
+        rows["in memory"] = f"{kept}'s own not known"
+    else:
+        rows["in memory"] = f"{_bytes((2 + moments) * size)}: {kept} {_bytes(moments * size)}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
@@ -88,13 +89,20 @@ def _work(task: Task) -> dict[str, str]:
     }
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> int:
-    """The numbers that the optimiser keeps of each parameter, seen on one of its own kind."""
-    parameter = nn.Parameter(torch.zeros(7))
+def _moments(optimizer: torch.optim.Optimizer) -> int | None:
+    """The numbers that the optimiser keeps of each parameter, seen on one of its own kind.
+
+    None for one that keeps other shapes, as Adafactor does, or does not step by gradients alone, as LBFGS.
+    """
+    parameter = nn.Parameter(torch.zeros(5, 7))
     small = type(optimizer)([parameter], **optimizer.defaults)
-    parameter.grad = torch.ones(7)
-    small.step()
-    return sum(value.numel() == 7 for value in small.state[parameter].values() if isinstance(value, torch.Tensor))
+    parameter.grad = torch.ones(5, 7)
+    try:
+        small.step()
+    except (RuntimeError, TypeError):
+        return None
+    sizes = [value.numel() for value in small.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return sizes.count(35) if set(sizes) <= {1, 35} else None
 
 
 def _bytes(count: int) -> str:

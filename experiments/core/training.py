@@ -27,7 +27,7 @@ from experiments.core.command_line import Invocation
 from experiments.core.config_check import check_config
 from experiments.core.configs import expanded
 from experiments.core.divergence import Divergence
-from experiments.core.errors import ExperimentError, building, write_text
+from experiments.core.errors import ExperimentError, WritingError, building, write_text
 from experiments.core.metrics_file import MetricsFile, read_metrics
 from experiments.core.progress import progress_bar
 from experiments.core.randomness import RandomState
@@ -174,9 +174,9 @@ class TrainingCommands(LightningCLI):
             if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
                 print(self._how_to_go_on())
             raise
-        except ExperimentError as error:
-            if rank_zero_only.rank == 0 and isinstance(error.__cause__, OSError):  # the disk is full, for example
-                raise ExperimentError(f"{error} {self._what_is_kept()}") from error
+        except WritingError as error:
+            if rank_zero_only.rank == 0:
+                raise WritingError(f"{error} {self._what_is_kept()}") from error
             raise
         except (RuntimeError, ValueError) as error:
             if str(error).startswith(MISTAKES):

@@ -242,6 +242,11 @@ def build(
 
     Raises: OptionError where the factory gives something else; ShapeError where it gives other sizes.
     """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise OptionError(
+            f"{type(owner).__name__}: {argument} is a {type(factory).__name__}, expected a factory (X, Z, O) -> "
+            "Integrator, such as the class"
+        )
     integrator = factory(x_features, z_features, out_features)
     gives = f"{type(owner).__name__}: {argument} gives a {type(integrator).__name__}"
     if not isinstance(integrator, Integrator):

@@ -140,9 +140,12 @@ class StreamData(LightningDataModule, ABC):
                 whence, remedy = f"in the {split} text", "Lower"
                 if is_cut:
                     whence, remedy = f"held out by --data.{split}", f"Raise --data.{split}, lower"
+                remedy = f"{remedy} --data.eval_batch_size, or use a longer text."
+                if self.eval_batch_size == 1 and not is_cut:
+                    remedy = "Use a longer text."
                 raise ExperimentError(
                     f"{self.source}: {got[split]} {self.symbols} {whence}, expected at least "
-                    f"{self.eval_batch_size}. {remedy} --data.eval_batch_size, or use a longer text."
+                    f"{self.eval_batch_size}. {remedy}"
                 )
 
     def _resume_at(self) -> int:

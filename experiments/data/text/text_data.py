@@ -52,7 +52,6 @@ class TextData(StreamData):
         warn_of_idle(
             "--data.path" if path is not None else f"the corpus {corpus}",
             {
-                "--data.corpus": path is not None and corpus != "pydoc",
                 "--data.root": root is not None and not is_downloaded,
                 "--data.valid, --data.test": (valid, test) != (HELD_OUT, HELD_OUT) and is_downloaded,
             },

@@ -80,7 +80,6 @@ class WordData(StreamData):
         warn_of_idle(
             "--data.path" if path is not None else f"the corpus {corpus}",
             {
-                "--data.corpus": path is not None and corpus != "ptb-words",
                 "--data.root": root is not None and path is not None,
                 "--data.valid, --data.test": self._are_fractions_set and path is None,
             },

@@ -1,5 +1,6 @@
 """Words to indices, in one pass over a text of any size."""
 
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -25,6 +26,8 @@ class Settings(NamedTuple):
 
 class WordText:
     """The words of some files, in blocks: white space separates them, and `<eos>` ends each line, empty ones too.
+
+    A byte order mark at the start of a file is left out.
 
     Raises ExperimentError for bytes that are not UTF-8.
     """
@@ -56,7 +59,7 @@ class WordText:
             rest, place = block[cut:], place + cut
             last = block[-1:]
         self._read.append(digest.hexdigest())
-        if place + len(rest) > part.start:
+        if place + len(rest) > part.start and (place > 0 or rest != BOM_UTF8):
             yield _split(rest, part, place)
             if last not in b"\r\n":
                 yield [EOS]
@@ -119,6 +122,8 @@ def encode_held_out(text: WordText, vocabulary: WordVocabulary, file: IO[bytes])
 
 
 def _split(block: bytes, part: Part, place: int) -> list[str]:
+    if place == 0 and block.startswith(BOM_UTF8):
+        block, place = block.removeprefix(BOM_UTF8), len(BOM_UTF8)
     try:
         text = block.decode("utf-8")
     except UnicodeDecodeError as error:
