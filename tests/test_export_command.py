@@ -118,7 +118,7 @@ def states(network):
     return inputs[1:]
 
 
-# Run without the site, whose path leads to this library; the site's packages are put there by hand.
+# Run without the environment and the site, whose path leads to this library; the site's packages are put there by hand.
 ELSEWHERE = """
 import importlib.util, sys
 sys.path.append(sys.argv[1])
@@ -139,7 +139,7 @@ def test_programs_run_in_a_process_without_this_library(checkpoints, tmp_path):
         exported(checkpoint, "torch_export", f"--output={output}")
         torch.save(list(calls(load_task(checkpoint).network.eval())), f"{paths[-1]}.calls")
     packages = str(Path(torch.__file__).parent.parent)
-    command = [sys.executable, "-S", "-W", "ignore", "-c", ELSEWHERE, packages, *paths]
+    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", ELSEWHERE, packages, *paths]
     subprocess.run(command, check=True, cwd=tmp_path)
 
 

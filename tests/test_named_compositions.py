@@ -68,11 +68,11 @@ model:
     return str(path)
 
 
-@pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("integrator", IN_YAML)
-def test_a_config_names_a_composition(integrator, cell, tmp_path):
-    maps = outermost_integrators(cells("--config", own_config(tmp_path, integrator, cell), cell=cell))
-    assert maps
+def test_a_config_names_a_composition(integrator, tmp_path):
+    """In a GRU, which builds it twice, for two sizes of the output."""
+    maps = outermost_integrators(cells("--config", own_config(tmp_path, integrator, "GRUCell"), cell="GRUCell"))
+    assert len({f.out_features for f in maps.values()}) == 2
     for f in maps.values():
         g = IN_YAML[integrator](f.x_features, f.z_features, f.out_features)
         assert isinstance(f, type(g))

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,11 +130,19 @@ def test_streams_that_processes_cannot_share_are_refused(text):
         data.setup()
 
 
-@pytest.fixture
-def finished(command, tmp_path):
+@pytest.fixture(scope="module")
+def two_epochs(text, tmp_path_factory):
     """The folder of a run of two epochs."""
-    assert main(command("--trainer.max_epochs=2")) == 0
-    return tmp_path / "quickstart" / "version_0"
+    folder = tmp_path_factory.mktemp("runs")
+    limits = (f"--data.path={text}", f"--trainer.default_root_dir={folder}", "--trainer.max_epochs=2")
+    assert main(["fit", *SMALL, *limits]) == 0
+    return folder / "quickstart" / "version_0"
+
+
+@pytest.fixture
+def finished(two_epochs, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(two_epochs, tmp_path / "quickstart" / "version_0")
 
 
 def mistake(capsys, arguments):
@@ -156,7 +165,7 @@ def test_a_finished_run_says_so_and_leaves_no_folder(name, finished, command, ca
 
 
 def test_a_run_that_its_time_ended_says_so(command, tmp_path, capsys):
-    limits = ("--trainer.max_epochs=1000", "--trainer.max_time=00:00:00:02")
+    limits = ("--trainer.max_epochs=1000", "--trainer.max_time=00:00:00:01")
     assert main(command(*limits)) == 0
     last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
     assert "max_time" in mistake(capsys, command(*limits, "--ckpt_path", str(last)))

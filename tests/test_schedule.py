@@ -1,4 +1,4 @@
-"""The schedule of every cell: it is checked, it prints, and its checker finds what is wrong."""
+"""Every cell: what its schedule gives is the loop's; it is checked, it prints, and its checker finds what is wrong."""
 
 import re
 from dataclasses import replace
@@ -10,13 +10,21 @@ from multint import explain
 from multint.engines import schedule as schedules
 from multint.engines.schedule import At, Call, Contraction, Extent, Product, Sum, check
 from multint.integrators import outermost_integrators
-from tests.both_engines import built
+from tests.both_engines import built, compare
 from tests.catalogue import CELLS, INPUT_SIZE, TYPICAL, normal
 
 
 def whole(name):
     """The schedule that gives a catalogued cell all its gradients."""
     return explain(built(name), normal(4, 3, INPUT_SIZE), engine="fused")._program.whole()
+
+
+@pytest.mark.usefixtures("eager", "poisoned")
+@pytest.mark.parametrize("name", CELLS)
+def test_every_cell(name):
+    cell = built(name)
+    for steps, rows in ((4, 3), (1, 1), (1, 5)):
+        compare(cell, steps, rows)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import SUPPRESS, ArgumentParser
+import yaml
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -65,11 +66,12 @@ class TrainingCommands(LightningCLI):
     """
 
     def __init__(self, argv: list[str], trusted: list[str]) -> None:
+        self._command, *options = argv
         self._trusted = trusted
         super().__init__(
             Task,
             subclass_mode_model=True,
-            args=argv,
+            args=options,
             seed_everything_default=0,
             save_config_callback=None,
             trainer_defaults={"enable_autolog_hparams": False},
@@ -77,10 +79,10 @@ class TrainingCommands(LightningCLI):
             auto_configure_optimizers=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:
+        """The one command that is run: a parser takes time to make."""
         skipped = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
-        return dict.fromkeys(("fit", "validate", "test"), skipped)
+        return {self._command: skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="run", help="The run's folder below runs/.")
@@ -100,9 +102,14 @@ class TrainingCommands(LightningCLI):
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
         args = expanded(args)
-        check_config(self._subcommand_parsers[args[0]], args[1:])
-        self.config = parser.parse_args(args)
-        command = self.config[self.config.subcommand]
+        # By the command's own parser: the one above it would go through everything a second time. Where there is one
+        # above, --print_config waits for it; and without it, the classes are built without Lightning's notes of them.
+        own = self._subcommand_parsers[self._command]
+        check_config(own, args)
+        del own.parent_parser
+        command = own.parse_args(args)
+        own.parent_parser = parser
+        self.config = Namespace({"subcommand": self._command, self._command: command})
         command.base = None  # its settings are here now
         for name in ("val_check_interval", "log_every_n_steps"):
             if command.trainer[name] == 0:
@@ -121,6 +128,14 @@ class TrainingCommands(LightningCLI):
             raise ExperimentError(f"{self.config.subcommand} needs a checkpoint: --ckpt_path CKPT.")
         if path is not None:
             read_checkpoint(Path(path))
+
+    def _dump_config(self) -> None:
+        # What Lightning keeps of the config in checkpoints. Its own would validate once more what was parsed.
+        if not hasattr(self, "config_dump"):
+            text = self._parser(self._command).dump(
+                self.config[self._command], skip_validation=True, skip_unset=False, skip_link_targets=False
+            )
+            self.config_dump = yaml.safe_load(text)
 
     def before_instantiate_classes(self) -> None:
         if threads := self._get(self.config, "threads"):
