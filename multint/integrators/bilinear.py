@@ -47,7 +47,7 @@ class TensorProduct(nn.Module):
         # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
         by_outer = math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features
         by_x, by_z = x_rows * out_features * z_features, z_rows * out_features * x_features
-        if by_outer <= min(by_x, by_z):
+        if by_outer < min(by_x, by_z):
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
             return _linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
         if by_x <= by_z:
@@ -143,11 +143,14 @@ class LowerOrder(nn.Module):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
+        if self.z_projection is None and self.x_projection is None:
+            return add_bias(y, self.bias)
+        # The bias goes with one of the products, so that no kernel is its own.
         if self.z_projection is not None:
-            y = y + self.z_projection(z)
+            y = y + self.z_projection.plus(z, self.bias)
         if self.x_projection is not None:
-            y = y + self.x_projection(x)
-        return add_bias(y, self.bias)
+            y = y + self.x_projection.plus(x, self.bias if self.z_projection is None else None)
+        return y
 
     def terms(
         self,

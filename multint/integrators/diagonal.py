@@ -9,7 +9,7 @@ from multint.errors import SquareError
 from multint.integrators.base import BiAffine, Integrator
 from multint.integrators.init import Projection
 from multint.integrators.terms import Terms
-from multint.integrators.vectors import add_bias, vector
+from multint.integrators.vectors import vector
 
 
 class Diagonal(BiAffine):
@@ -45,8 +45,8 @@ class Diagonal(BiAffine):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        scale = add_bias(self.scale_projection(z), self.scale_bias)
-        return torch.addcmul(add_bias(self.shift_projection(z), self.shift_bias), scale, x.to(scale.dtype))
+        scale = self.scale_projection.plus(z, self.scale_bias)
+        return torch.addcmul(self.shift_projection.plus(z, self.shift_bias), scale, x.to(scale.dtype))
 
     def terms(self) -> Terms:
         A, B = self.scale_projection.weight, self.shift_projection.weight
@@ -90,7 +90,7 @@ class Gated(Integrator):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        return add_bias(self.x_projection(x), self.x_bias) * add_bias(self.z_projection(z), self.z_bias).sigmoid()
+        return self.x_projection.plus(x, self.x_bias) * self.z_projection.plus(z, self.z_bias).sigmoid()
 
 
 def _sigmoid_moments(shift: float) -> tuple[float, float]:
