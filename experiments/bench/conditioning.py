@@ -159,14 +159,6 @@ def low_rank_by_hand(f: LowRank) -> Written:
     return Written(w, layer)
 
 
-def low_rank_einsum(f: LowRank) -> Written:
-    """The factors in one einsum."""
-    w = _own(f)
-    factors = w["x_factor.weight"], w["z_factor.weight"], w["out_factor.weight"]
-    lower = _lower(w)
-    return Written(w, lambda x, z: torch.einsum("bj,bi,rj,ri,or->bo", x, z, *factors) + lower(x, z))
-
-
 def film_by_hand(f: Projected) -> Written:
     """A linear layer, scaled and shifted by what one linear layer makes of the context."""
     w = _own(f)
@@ -313,7 +305,7 @@ FORMS: dict[str, tuple[Callable[..., Integrator], dict[str, Callable[..., Writte
     "concat": (Concat, {"concat + Linear": concat_and_linear}),
     "mi": (MultiplicativeIntegration, {"by hand": mi_by_hand}),
     "bilinear": (Bilinear, {"nn.Bilinear": torch_bilinear, "einsum": bilinear_einsum, "vmap": bilinear_vmap}),
-    "low-rank": (LowRank, {"by hand": low_rank_by_hand, "einsum": low_rank_einsum}),
+    "low-rank": (LowRank, {"by hand": low_rank_by_hand}),
     "film": (Projected, {"by hand": film_by_hand}),
     "hypernetwork": (
         partial(Hypernetwork, features=16),
