@@ -5,8 +5,10 @@ Each part is tried at its first use. Where it is missing or wrong, the answer is
 
 from __future__ import annotations
 
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +43,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     # trial or record it. They are the caller's thread's alone.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_agrees_with_mm, dtype).result()
+
+
+@cache
+def mkl_is_at_home() -> bool:
+    """Whether `mm` is MKL's on a processor of MKL's maker: there it is faster than `linear`, by 10 to 30 %."""
+    cpuinfo = Path("/proc/cpuinfo")
+    described = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in described
 
 
 def _agrees_with_mm(dtype: torch.dtype) -> bool:

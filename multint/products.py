@@ -29,6 +29,8 @@ def differentiable_product(
     fits = left.dtype == right.dtype and left.shape[1] == right.shape[0]  # else let mm say so
     if torch.compiler.is_compiling() or not fits or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
         return left @ right
+    if left.dtype == torch.float32 and onednn.mkl_is_at_home():  # a single product, in no order made ready for it
+        return left @ right
     return _Product.apply(left, right)  # type: ignore[no-untyped-call]
 
 

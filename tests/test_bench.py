@@ -9,9 +9,11 @@ import torch
 
 from experiments.__main__ import main
 from experiments.bench import command, measure
-from experiments.bench.cases import BilinearCase, Case, cases
+from experiments.bench.case import Case
+from experiments.bench.cases import BilinearCase, SoftmaxCase, cases
+from experiments.bench.conditioning import FORMS, ConditionalCase, bilinear_einsum, conditional_cases
 from experiments.core.errors import ExperimentError
-from multint import LSTM, from_torch
+from multint import LSTM, Bilinear, from_torch
 from multint.engines.kernel import eager_pieces
 
 SMALL = Case("small", (4, 3, 5, 6), LSTM, torch.nn.LSTM)
@@ -31,6 +33,38 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
 def test_mistakes_are_one_message(arguments, capsys):
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", [*FORMS, "generated"])
+def test_a_conditional_layer_is_what_is_written_today(name):
+    (case,) = (case for case in conditional_cases() if case.name.startswith(f"{name}-") and case.size[2] < 1024)
+    small = dataclasses.replace(case, size=(1, 5, 8, 8), context=4)
+    assert small.rivals
+    measure.check(small, "cpu")
+
+
+def test_a_conditional_layer_that_is_off_is_not_timed():
+    case = ConditionalCase("off", (1, 5, 8, 8), Bilinear, context=4, written={"einsum": bilinear_einsum})
+    measure.check(case, "cpu")
+    half = dataclasses.replace(case, written={"half": lambda f: bilinear_einsum(f)._replace(named=halved)})
+    with pytest.raises(ExperimentError, match=r"our gradient 3 is off by 1\.0e\+00 from the half's"):
+        measure.check(half, "cpu")
+
+
+def halved(gradients):
+    return {name: gradient / 2 for name, gradient in gradients.items()}
+
+
+def test_a_case_without_a_rival_tells_its_time_and_what_it_takes_above_its_gradients(monkeypatch, tmp_path, capsys):
+    wide = SoftmaxCase("softmax-10000", (4, 4, 8, 10_000), torch.nn.Identity, alone=True)
+    monkeypatch.setattr(command, "cases", lambda device: [wide])
+    fresh = measure.Fresh(0.5, 10 * 2**20, 4 * 2**20)
+    monkeypatch.setattr(command, "first_calls", lambda case, device: ({}, fresh, fresh))
+    assert main(["bench", "--rounds=2", f"--out={tmp_path}"]) == 0
+    (row,) = csv.DictReader((tmp_path / "cpu.csv").read_text().splitlines())
+    assert float(row["ours_ms"]) > 0
+    assert (row["rival"], row["ratio"], row["ours_MiB"], row["ours_above_MiB"]) == ("", "", "10", "6")
+    assert "(6 above outputs and gradients)" in capsys.readouterr().out
 
 
 def test_names_are_unique_on_every_device():

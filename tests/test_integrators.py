@@ -15,6 +15,7 @@ from multint import (
     Additive,
     BiAffine,
     Bilinear,
+    Conditional,
     Diagonal,
     Gated,
     Hadamard,
@@ -31,6 +32,7 @@ from multint import (
 )
 from multint.integrators import (
     Normalised,
+    Projected,
     ScaledOf,
     SumOf,
     SwappedOf,
@@ -63,7 +65,7 @@ BI_AFFINE = [name for name in INTEGRATORS if has_terms(build(name))]
 
 def test_all_but_these_forms_are_bi_affine():
     without = set(INTEGRATORS) - set(BI_AFFINE)
-    forms = ("gated", "hypernetwork", "normalised", "sum-", "film")
+    forms = ("gated", "hypernetwork", "normalised", "sum-", "film", "conditional")
     assert without == {name for name in INTEGRATORS if name.startswith(forms)}
 
 
@@ -172,7 +174,8 @@ def test_gradcheck(name):
 def test_unit_variance_in_gives_unit_variance_out(name, sizes):
     torch.manual_seed(0)
     # One module has the luck of its draw: the mean over several is what the initialisation promises.
-    modules = [INTEGRATORS[name](sizes) for _ in range(30)]
+    draws = 300 if name.startswith("conditional") and sizes == ODD else 30  # of several layers, and few features
+    modules = [INTEGRATORS[name](sizes) for _ in range(draws)]
     with torch.no_grad():
         variances = [f(torch.randn(512, sizes.x), torch.randn(512, sizes.z)).var() for f in modules]
     terms = 3 if name.startswith("normalised") else 1  # of unit variance each, since each is normalised
@@ -197,7 +200,7 @@ def test_wrong_features_and_leading_shapes_are_named(name):
     kind = type(f).__name__
     with pytest.raises(MultintError, match=rf"{kind}: x has 8 features, expected 7 \(x_features\)"):
         f(normal(2, 8), normal(2, 5))
-    with pytest.raises(MultintError, match=rf"{kind}: z has 4 features, expected 5 \(z_features\)"):
+    with pytest.raises(MultintError, match=rf"{kind}: {f.z_name} has 4 features, expected 5 \({f.z_name}_features\)"):
         f(normal(2, 7), normal(2, 4))
     with pytest.raises(MultintError, match=r"leading shapes \(2,\) and \(3,\) do not broadcast"):
         f(normal(2, 7), normal(3, 5))
@@ -312,6 +315,38 @@ def test_a_hypernetwork_measures_its_network_without_a_trace():
     assert f.scale == 1.0
     assert f.network.training
     assert f.network[0].num_batches_tracked == 0
+
+
+GENERATORS = {
+    "default": {},
+    "linear": {"network": nn.Linear},
+    "sigmoid": {"network": lambda z, g: nn.Sequential(nn.Linear(z, g), nn.Sigmoid())},  # of a mean far from 0
+    "deep": {"network": lambda z, g: nn.Sequential(nn.Linear(z, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, g))},
+    "stack": {"network": lambda z, g: Context(Conditional(z, 3, g, hidden=16))},
+}
+
+
+class Context(nn.Module):
+    """A generator with a learnt stream of its own."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.context = f, nn.Parameter(torch.randn(f.z_features))
+
+    def forward(self, z):
+        return self.f(z, self.context)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("head", [Bilinear, LowRank, Diagonal, Projected, MultiplicativeIntegration, Gated])
+@pytest.mark.parametrize("width", [16, 128, 1024])
+def test_a_generated_layer_starts_with_unit_variance_for_any_generator(generator, head, width):
+    torch.manual_seed(0)
+    settings = {"features": 16, "head": head} | GENERATORS[generator]
+    layers = [Hypernetwork(width, 32, width, **settings) for _ in range({16: 12, 128: 4, 1024: 1}[width])]
+    with torch.no_grad():
+        variances = [f(torch.randn(64, width), torch.randn(64, 32)).var() for f in layers]
+    assert 0.8 <= torch.stack(variances).mean() <= 1.2
 
 
 def test_streams_that_broadcast_both_ways_take_the_small_intermediate():

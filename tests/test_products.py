@@ -51,6 +51,19 @@ def assert_near(actual, expected, dtype):
     torch.testing.assert_close(error, torch.zeros_like(error), rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.fixture(autouse=True)
+def away(monkeypatch):
+    """As on a processor of another maker than MKL's, whose products would all be mm."""
+    monkeypatch.setattr(onednn, "mkl_is_at_home", lambda: False)
+
+
+def test_mkl_multiplies_on_its_makers_processor(monkeypatch, calls):
+    monkeypatch.setattr(onednn, "mkl_is_at_home", lambda: True)
+    left, right = factors(torch.float32)
+    torch.testing.assert_close(differentiable_product(left, right), left @ right, rtol=0, atol=0)
+    assert calls == []
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of what oneDNN is given to multiply, its trial left out."""

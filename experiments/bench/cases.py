@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
+from experiments.bench.case import Case
+from experiments.bench.conditioning import conditional_cases
 from models import softmax_cross_entropy
 from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
 
@@ -17,76 +18,6 @@ MI_RNN = partial(RNN, integrator=MultiplicativeIntegration)
 MI_LSTM = partial(LSTM, integrator=MultiplicativeIntegration)
 MI_GRU = partial(GRU, integrator=MultiplicativeIntegration, reset_after=False)
 ADDITIVE_GRU = partial(GRU, integrator=Additive)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: our layer by the engine `fused` against a vendor's layer of the same sizes, and others."""
-
-    name: str
-    size: tuple[int, int, int, int]  # T, B, X, H
-    ours: Callable[..., nn.Module]
-    vendor: Callable[..., nn.Module]
-    at_least: float | None = None  # the ratio t(vendor) / t(ours) that is aimed at
-    at_least_loop: float | None = None  # and t(loop) / t(ours)
-    backward: bool = True
-    dtype: torch.dtype = torch.float32  # of the products, by autocast
-    packed: bool = False  # lengths uniform in [T/5, T]
-
-    @property
-    def rivals(self) -> list[str]:
-        """What our layer is measured against."""
-        return ["vendor", "loop", "compiled step"]
-
-    @property
-    def reference(self) -> str:
-        """The rival that computes the same, to check our layer by."""
-        return "loop"
-
-    def arguments(self, device: str) -> list[Tensor]:
-        """The inputs and the cotangent of the output."""
-        torch.manual_seed(0)
-        steps, rows, inputs, hidden = self.size
-        x = torch.randn(steps, rows, inputs, device=device, requires_grad=self.backward)
-        return [x, torch.randn(steps, rows, hidden, device=device)]
-
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
-        """A function that runs the contender once and gives its output and gradients."""
-        torch.manual_seed(0)
-        _, _, inputs, hidden = self.size
-        x, cotangent = self.arguments(device)
-        lengths = torch.randint(self.size[0] // 5, self.size[0] + 1, self.size[1:2]) if self.packed else None
-        if lengths is not None:
-            lengths[0] = self.size[0]
-        if contender == "vendor":
-            module = self.vendor(inputs, hidden).to(device)
-        else:
-            module = self.ours(inputs, hidden, engine="fused" if contender == "ours" else "loop").to(device)
-        if contender == "compiled step":
-            torch.compiler.reset()  # its limit of compilations is for all cases together
-            for direction in module.directions:
-                direction.step = torch.compile(direction.step)
-
-        def forward() -> Tensor:
-            if lengths is None:
-                return module(x)[0]
-            if contender == "vendor":
-                return module(pack_padded_sequence(x, lengths, enforce_sorted=False))[0].data
-            return module(x, lengths=lengths)[0]
-
-        def run() -> list[Tensor]:
-            with (
-                torch.set_grad_enabled(self.backward),
-                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
-            ):
-                output = forward()
-            if not self.backward:
-                return [output]
-            leaves = [x, *module.parameters()]
-            chosen = cotangent if output.ndim == 3 else cotangent.flatten(0, 1)[: len(output)]
-            return [output, *torch.autograd.grad(output, leaves, chosen.to(output.dtype))]
-
-        return run
 
 
 @dataclass(frozen=True)
@@ -98,8 +29,8 @@ class BilinearCase(Case):
         return ["vendor"]
 
     @property
-    def reference(self) -> str:
-        return "vendor"
+    def references(self) -> list[str]:
+        return self.rivals
 
     def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
@@ -127,13 +58,15 @@ class BilinearCase(Case):
 class SoftmaxCase(Case):
     """The softmax's loss in pieces against `cross_entropy` of all logits: T·B rows of X features, H symbols."""
 
-    @property
-    def rivals(self) -> list[str]:
-        return ["vendor"]
+    alone: bool = False  # where all logits are too many
 
     @property
-    def reference(self) -> str:
-        return "vendor"
+    def rivals(self) -> list[str]:
+        return [] if self.alone else ["vendor"]
+
+    @property
+    def references(self) -> list[str]:
+        return self.rivals
 
     def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
@@ -168,7 +101,9 @@ def cases(device: str) -> list[Case]:
             Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
             Case("lstm-forward-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.9, 1.3, backward=False),
             BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
-            SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, nn.Identity, 0.77),
+            SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, at_least=0.77),
+            SoftmaxCase("softmax-267735", (64, 64, 256, 267_735), nn.Identity, alone=True),
+            *conditional_cases(),
         ]
     found = [
         Case(f"lstm-{hidden}{suffix}", (50, 32, 128, hidden), MI_LSTM, lstm, target, dtype=dtype)

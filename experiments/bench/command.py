@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from experiments.bench.cases import Case, cases
-from experiments.bench.measure import check, first_calls, kernels, side_by_side, vendor_fault
+from experiments.bench.case import Case
+from experiments.bench.cases import cases
+from experiments.bench.measure import alone, check, first_calls, kernels, side_by_side, vendor_fault
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError
 from experiments.core.parsing import OptionParser
@@ -20,6 +21,7 @@ from experiments.core.parsing import OptionParser
 COLUMNS = (
     "case", "T", "B", "X", "H", "dtype", "passes", "rival", "rival_ms", "ours_ms", "ratio", "ratio_min", "ratio_max",
     "at_least", "first_call_s", "second_process_s", "rival_MiB", "ours_MiB",
+    "ours_above_MiB",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -42,7 +44,7 @@ def main(invocation: Invocation) -> None:
         raise ExperimentError(f"bench: {options.out} cannot be a folder for results ({error.strerror})") from error
     print("\n".join(_conditions(options.device)))
     print("ratio: t(rival) / t(ours), the median over rounds and its range; higher is better")
-    print(f"\n{'case':<18} {'rival':<14} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
+    print(f"\n{'case':<22} {'rival':<15} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
     rows: list[Row] = []
     try:
         for case in chosen:
@@ -102,44 +104,61 @@ def _measure(case: Case, device: str, rounds: int, quick: bool) -> list[Row]:
     # The vendor's failure alone is forgiven: there is nothing to compare with, and it says nothing of our layer.
     fault = vendor_fault(case, device)
     if fault is not None:
-        print(f"{case.name:<18} left out, as the vendor's layer cannot run here: {fault}", flush=True)
+        print(f"{case.name:<22} left out, as the vendor's layer cannot run here: {fault}", flush=True)
         return []
     check(case, device)
     steps, batch_size, inputs, hidden = case.size
     shared: Row = {"case": case.name, "T": steps, "B": batch_size, "X": inputs, "H": hidden}
     shared |= {"dtype": str(case.dtype).removeprefix("torch."), "passes": "both" if case.backward else "forward"}
-    rows = []
-    for rival in case.rivals:
-        if quick and rival == "compiled step":
-            continue
-        taken = side_by_side(case, rival, device, rounds)
-        aim = {"vendor": case.at_least, "loop": case.at_least_loop}.get(rival)
-        row = shared | {
-            "rival": rival,
-            "rival_ms": round(median(taken.rival) * 1e3, 2),
-            "ours_ms": round(median(taken.ours) * 1e3, 2),
-            "ratio": round(median(taken.ratios), 2),
-            "ratio_min": round(min(taken.ratios), 2),
-            "ratio_max": round(max(taken.ratios), 2),
-            "at_least": aim,
-        }
-        rows.append(row)
-        print(
-            f"{case.name:<18} {rival:<14} {row['rival_ms']:>9.1f} {row['ours_ms']:>9.1f} {row['ratio']:>6.2f} "
-            f"{row['ratio_min']:>6.2f}-{row['ratio_max']:<6.2f} {aim or '':>9}",
-            flush=True,
-        )
-    if device == "cuda":
-        print(f"{'':<18} the vendor's kernels: {', '.join(kernels(case))}")
+    rows = [
+        shared | _compared(case, rival, device, rounds)
+        for rival in case.rivals
+        if not (quick and rival == "compiled step")
+    ]
+    if not rows:
+        rows = [shared | {"ours_ms": round(median(alone(case, device, rounds)) * 1e3, 2)}]
+        print(f"{case.name:<22} {'none':<15} {'':>9} {rows[0]['ours_ms']:>9.1f}", flush=True)
+    if device == "cuda" and "vendor" in case.rivals:
+        print(f"{'':<22} the vendor's kernels: {', '.join(kernels(case))}")
     if not quick:
-        vendor, cold, warm = first_calls(case, device)
-        rows[0] |= {"first_call_s": round(cold.first_call, 1), "second_process_s": round(warm.first_call, 1)}
-        line = f"{'':<18} first call {cold.first_call:.1f} s, in a second process {warm.first_call:.1f} s"
-        if vendor.peak is not None and warm.peak is not None:
-            rows[0] |= {"rival_MiB": vendor.peak // 2**20, "ours_MiB": warm.peak // 2**20}
-            line += f"; memory of a run {rows[0]['ours_MiB']} MiB, the vendor's {rows[0]['rival_MiB']} MiB"
-        print(line, flush=True)
+        _tell(case, device, rows)
     return rows
+
+
+def _compared(case: Case, rival: str, device: str, rounds: int) -> Row:
+    taken = side_by_side(case, rival, device, rounds)
+    aim = case.aim(rival)
+    row = {
+        "rival": rival,
+        "rival_ms": round(median(taken.rival) * 1e3, 2),
+        "ours_ms": round(median(taken.ours) * 1e3, 2),
+        "ratio": round(median(taken.ratios), 2),
+        "ratio_min": round(min(taken.ratios), 2),
+        "ratio_max": round(max(taken.ratios), 2),
+        "at_least": aim,
+    }
+    print(
+        f"{case.name:<22} {rival:<15} {row['rival_ms']:>9.1f} {row['ours_ms']:>9.1f} {row['ratio']:>6.2f} "
+        f"{row['ratio_min']:>6.2f}-{row['ratio_max']:<6.2f} {aim or '':>9}",
+        flush=True,
+    )
+    return row
+
+
+def _tell(case: Case, device: str, rows: list[Row]) -> None:
+    """Print and note the first calls and the memory, measured in processes of their own."""
+    rivals, cold, warm = first_calls(case, device)
+    rows[0] |= {"first_call_s": round(cold.first_call, 1), "second_process_s": round(warm.first_call, 1)}
+    line = f"{'':<22} first call {cold.first_call:.1f} s, in a second process {warm.first_call:.1f} s"
+    if warm.peak is not None:
+        above = max(0, warm.peak - warm.results)
+        for row in rows:
+            row |= {"ours_MiB": warm.peak // 2**20, "ours_above_MiB": above // 2**20}
+            if (rival := rivals.get(row.get("rival", ""))) is not None and rival.peak is not None:
+                row["rival_MiB"] = rival.peak // 2**20
+        line += f"; memory of a run {warm.peak / 2**20:.0f} MiB ({above / 2**20:.0f} above outputs and gradients)"
+        line += "".join(f", {who} {fresh.peak / 2**20:.0f} MiB" for who, fresh in rivals.items() if fresh.peak)
+    print(line, flush=True)
 
 
 def _write(rows: list[Row], path: Path) -> None:
@@ -150,12 +169,15 @@ def _write(rows: list[Row], path: Path) -> None:
 
 
 def _plot(rows: list[Row], path: Path) -> None:
-    """The ratios with their ranges, one line for each case and rival."""
+    """The ratios with their ranges, one line for each case and rival, where there is one."""
     from matplotlib.figure import Figure  # takes a second, which the first case need not wait for
 
+    rows = [row for row in rows if "ratio" in row]
+    if not rows:
+        return
+    colours = {rival: f"C{i}" for i, rival in enumerate(dict.fromkeys(row["rival"] for row in rows))}
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"vendor": "C0", "loop": "C1", "compiled step": "C2"}
     for rival, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=rival)
     axes.legend()

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.bench.cases import Case, cases
+from experiments.bench.case import Case
+from experiments.bench.cases import cases
 from experiments.core.errors import ExperimentError
 from multint.errors import in_a_line
 
 # Seconds that one measurement takes at least: short runs are repeated within it.
 SHORTEST = 0.02
+LONGEST = 60.0  # that a contender without a rival is measured for
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -43,26 +45,37 @@ class Fresh:
 
     first_call: float  # seconds, tracing and compilation included, but not the import of torch
     peak: int | None  # bytes that one run takes beyond what was there before; None where the system does not tell
+    results: int  # bytes of these that it gives: outputs and gradients
 
 
 def check(case: Case, device: str) -> None:
-    """Raise unless our layer's output and gradients are those of the reference, each by its norm."""
-    ours, reference = (case.build(contender, device)() for contender in ("ours", case.reference))
-    for i, (actual, expected) in enumerate(zip(ours, reference, strict=True)):
-        error = float((actual - expected).detach().float().norm() / expected.detach().float().norm())
-        if not error <= TOLERANCE[case.dtype]:
-            what = "output" if i == 0 else f"gradient {i}"
-            raise ExperimentError(f"{case.name}: our {what} is off by {error:.1e} from the {case.reference}'s")
+    """Raise unless our layer's output and gradients are those of the references, each by its norm."""
+    ours = case.build("ours", device)() if case.references else []
+    for reference in case.references:
+        for i, (actual, expected) in enumerate(zip(ours, case.build(reference, device)(), strict=True)):
+            error = float((actual - expected).detach().float().norm() / expected.detach().float().norm())
+            if not error <= TOLERANCE[case.dtype]:
+                what = "output" if i == 0 else f"gradient {i}"
+                raise ExperimentError(f"{case.name}: our {what} is off by {error:.1e} from the {reference}'s")
 
 
 def vendor_fault(case: Case, device: str) -> str | None:
     """Why the vendor's layer cannot run the case here, such as bf16 on a processor without it; None where it can."""
+    if "vendor" not in case.rivals:
+        return None
     run = case.build("vendor", device)
     try:
         run()
     except RuntimeError as error:
         return in_a_line(error)
     return None
+
+
+def alone(case: Case, device: str, rounds: int) -> list[float]:
+    """Our times in seconds, at most that many, for a case without a rival; after one run to warm up."""
+    run = case.build("ours", device)
+    first = _time(run, 1, device)
+    return [_time(run, 1, device) for _ in range(max(1, min(rounds, int(LONGEST / first))))]
 
 
 def side_by_side(case: Case, rival: str, device: str, rounds: int) -> Rounds:
@@ -94,11 +107,12 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def first_calls(case: Case, device: str) -> tuple[Fresh, Fresh, Fresh]:
-    """The vendor's layer and ours, each in a new process; ours first with an empty cache of compiled code, then not."""
+def first_calls(case: Case, device: str) -> tuple[dict[str, Fresh], Fresh, Fresh]:
+    """Each in a new process: the rivals that are told of, and ours, first with an empty cache of compiled code."""
     with tempfile.TemporaryDirectory() as cache:
-        one, two, three = (_in_process(case.name, who, device, cache) for who in ("vendor", "ours", "ours"))
-    return one, two, three
+        rivals = {who: _in_process(case.name, who, device, cache) for who in case.told}
+        cold, warm = (_in_process(case.name, "ours", device, cache) for _ in range(2))
+    return rivals, cold, warm
 
 
 def _in_process(name: str, contender: str, device: str, cache: str) -> Fresh:
@@ -116,12 +130,12 @@ def _fresh(name: str, contender: str, device: str) -> Fresh:
     (case,) = (case for case in cases(device) if case.name == name)
     run = case.build(contender, device)
     start = time.perf_counter()
-    run()
+    results = sum(result.numel() * result.element_size() for result in run())
     _synchronize(device)
     first_call = time.perf_counter() - start
     before = _reset_peak(device)
     run()
-    return Fresh(first_call, None if before is None else _peak(device) - before)
+    return Fresh(first_call, None if before is None else _peak(device) - before, results)
 
 
 def _reset_peak(device: str) -> int | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from multint.integrators.base import BiAffine
 from multint.integrators.init import Projection, fill, share
 from multint.integrators.terms import Terms, bias_term
-from multint.integrators.vectors import add_bias, vector
+from multint.integrators.vectors import vector
 
 
 class Additive(BiAffine):
@@ -39,7 +39,7 @@ class Additive(BiAffine):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        return add_bias(self.x_projection(x) + self.z_projection(z), self.bias)
+        return self.x_projection(x) + self.z_projection.plus(z, self.bias)
 
     def terms(self) -> Terms:
         U, V = self.z_projection.weight, self.x_projection.weight
@@ -75,9 +75,10 @@ class Concat(BiAffine):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        leading = torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
-        both = torch.cat([x.expand(*leading, -1), z.expand(*leading, -1)], dim=-1)
-        return add_bias(self.projection(both), self.bias)
+        if x.shape[:-1] != z.shape[:-1]:
+            leading = torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+            x, z = x.expand(*leading, -1), z.expand(*leading, -1)
+        return self.projection.plus(torch.cat([x, z], dim=-1), self.bias)
 
     def terms(self) -> Terms:
         V, U = self.projection.weight.split([self.x_features, self.z_features], dim=1)

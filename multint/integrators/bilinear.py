@@ -47,20 +47,31 @@ class TensorProduct(nn.Module):
         # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
         by_outer = math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features
         by_x, by_z = x_rows * out_features * z_features, z_rows * out_features * x_features
-        if by_outer <= min(by_x, by_z):
+        if by_outer < min(by_x, by_z):
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
             return _linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
         if by_x <= by_z:
             matrix = _linear(x, rearrange(W, "o z x -> (o z) x"))
             matrix = rearrange(matrix, "... (o z) -> ... o z", o=out_features)
-            return torch.matmul(matrix, z.unsqueeze(-1)).squeeze(-1)
+            return _apply(matrix, z)
         matrix = _linear(z, rearrange(W, "o z x -> (o x) z"))
         matrix = rearrange(matrix, "... (o x) -> ... o x", o=out_features)
-        return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
+        return _apply(matrix, x)
 
     def extra_repr(self) -> str:
         out_features, z_features, x_features = self.weight.shape
         return f"{x_features}, {z_features}, {out_features}"
+
+
+def _apply(
+    matrix: Tensor,  # (..., O, I)
+    x: Tensor,  # (..., I)
+) -> Tensor:  # (..., O)
+    """The product of each matrix with its vectors; the leading shapes broadcast."""
+    if matrix.shape[:-2] == x.shape[:-1]:
+        return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
+    # matmul would write out a copy of a matrix for every vector that shares it.
+    return torch.einsum("...oi,...i->...o", matrix, x)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -71,8 +82,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 class Bilinear(BiAffine):
     """y = zᵀWx + Uz + Vx + b, with the full tensor W (O, Z, X).
 
-    Equals a linear hypernetwork: y = W'(z)x + b'(z) with W'(z) = zᵀW + V and b'(z) = Uz + b. With every lower-order
-    term left out it is the second-order RNN's term.
+    Equals a linear hypernetwork: y = W'(z)x + b'(z) with W'(z) = zᵀW + V and b'(z) = Uz + b, each one matrix times z.
+    Its mixed derivative ∂²y/∂x∂z is W everywhere, where a ReLU network on [x; z] has none almost everywhere; with
+    W = U = 0 it is a linear layer; with every lower-order term left out it is the second-order RNN's term.
 
     Args:
         z_term: whether there is Uz.
@@ -131,11 +143,14 @@ class LowerOrder(nn.Module):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
+        if self.z_projection is None and self.x_projection is None:
+            return add_bias(y, self.bias)
+        # The bias goes with one of the products, so that no kernel is its own.
         if self.z_projection is not None:
-            y = y + self.z_projection(z)
+            y = y + self.z_projection.plus(z, self.bias)
         if self.x_projection is not None:
-            y = y + self.x_projection(x)
-        return add_bias(y, self.bias)
+            y = y + self.x_projection.plus(x, self.bias if self.z_projection is None else None)
+        return y
 
     def terms(
         self,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from multint.errors import OptionError
+from multint.errors import SquareError
 from multint.integrators.base import BiAffine, Integrator
 from multint.integrators.init import Projection
 from multint.integrators.terms import Terms
-from multint.integrators.vectors import add_bias, vector
+from multint.integrators.vectors import vector
 
 
 class Diagonal(BiAffine):
-    """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
+    """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: FiLM, a hypernetwork of diagonal W'(z), so O = X.
 
     It starts at the identity, y = x: A, B and b start at 0 and a at 1. At other sizes it scales another map g:
-    `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x), which starts as g.
+    `Projected(X, Z, O)` is y = a(z) ⊙ Vx + b(z), and `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x),
+    which starts as g.
 
-    Raises: OptionError where out_features differs from x_features.
+    Raises: SquareError where out_features differs from x_features.
     Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, the diagonal form.
     """
 
@@ -30,9 +31,9 @@ class Diagonal(BiAffine):
     ) -> None:
         super().__init__(x_features, z_features, out_features)
         if out_features != x_features:
-            raise OptionError(
+            raise SquareError(
                 f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x; "
-                "for other sizes, SwappedOf and ThroughOf let it scale another map"
+                "for other sizes, Projected lets it scale a linear map of x, ThroughOf and SwappedOf any other map"
             )
         self.scale_projection = Projection("z", z_features, out_features, variance=0.0)
         self.shift_projection = Projection("z", z_features, out_features, variance=0.0)
@@ -44,8 +45,8 @@ class Diagonal(BiAffine):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        scale = add_bias(self.scale_projection(z), self.scale_bias)
-        return torch.addcmul(add_bias(self.shift_projection(z), self.shift_bias), scale, x.to(scale.dtype))
+        scale = self.scale_projection.plus(z, self.scale_bias)
+        return torch.addcmul(self.shift_projection.plus(z, self.shift_bias), scale, x.to(scale.dtype))
 
     def terms(self) -> Terms:
         A, B = self.scale_projection.weight, self.shift_projection.weight
@@ -59,6 +60,8 @@ class Diagonal(BiAffine):
 
 class Gated(Integrator):
     """y = (Vx + c) ⊙ σ(Uz + d): the gated linear unit over two streams. Not bi-affine, so it has no `terms()`.
+
+    With z = x it is `torch.nn.functional.glu` of one linear layer with 2·O outputs.
 
     Args:
         bias: what c and d start at; None leaves both out.
@@ -87,7 +90,7 @@ class Gated(Integrator):
         x: Tensor,  # (..., X)
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
-        return add_bias(self.x_projection(x), self.x_bias) * add_bias(self.z_projection(z), self.z_bias).sigmoid()
+        return self.x_projection.plus(x, self.x_bias) * self.z_projection.plus(z, self.z_bias).sigmoid()
 
 
 def _sigmoid_moments(shift: float) -> tuple[float, float]:

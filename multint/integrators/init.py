@@ -6,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from multint.integrators.vectors import add_bias
 
 LARGEST_VARIANCE = 1e4  # where a term is told to start almost at 0, its matrices need not make up for it
 
@@ -23,6 +26,16 @@ class Projection(nn.Linear):
         fill(self.weight, variance / in_features)
         self.x_weights = ("weight",) if "x" in stream else ()
         self.z_weights = ("weight",) if "z" in stream else ()
+
+    def plus(
+        self,
+        stream: Tensor,  # (..., I)
+        bias: nn.Parameter | None,  # (O,)
+    ) -> Tensor:  # (..., O)
+        """The product and a bias that its owner has, in one kernel unless a hook acts on the product itself."""
+        if bias is None or self._forward_hooks or self._forward_pre_hooks:
+            return add_bias(self(stream), bias)
+        return functional.linear(stream, self.weight, bias)
 
 
 def fill(weight: Tensor, variance: float) -> None:
