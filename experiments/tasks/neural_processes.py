@@ -112,7 +112,7 @@ class NeuralProcesses(Task):
     def show(self) -> str:
         network = self._network()
         cap = -math.log(network.floor * math.sqrt(2 * math.pi)) if network.floor else math.inf
-        head = f"Nats per target, held out; ± 95 % over tasks. σ is at least {network.floor:g}, so they are at most {cap:.3f}."
+        head = f"Nats per held-out target; ± 95 % over tasks. σ is at least {network.floor:g}, so at most {cap:.3f}."
         if network.latent is not None:
             head += f" Of {self.eval_samples} draws of z."
         return "\n\n".join([head, *(table(name, scores, self.buckets) for name, scores in self._tested.items())])
