@@ -4,6 +4,7 @@ An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a
 """
 
 from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
+from multint.conditional import Conditional
 from multint.engines import explain, scan
 from multint.errors import MultintError
 from multint.integrators import (
@@ -50,6 +51,8 @@ __all__ = [
     "Sum",
     "Swapped",
     "Through",
+    # networks on a context
+    "Conditional",
     # cells
     "Cell",
     "GRUCell",

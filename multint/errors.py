@@ -13,6 +13,10 @@ class OptionError(MultintError):
     """A setting is unknown or out of its range."""
 
 
+class SquareError(OptionError):
+    """An integrator that needs as many outputs as x has features was asked for other sizes."""
+
+
 class EngineError(MultintError):
     """An engine asked for by name, or an exported program, cannot take a cell; the message says what is in the way."""
 

@@ -15,6 +15,7 @@ from multint import (
     Bilinear,
     Cell,
     Concat,
+    Conditional,
     Diagonal,
     Gated,
     GRUCell,
@@ -29,7 +30,7 @@ from multint import (
     Tucker,
 )
 from multint.cells import HiddenState
-from multint.integrators import Krause, Normalised, ScaledOf, SumOf, SwappedOf, ThroughOf
+from multint.integrators import Krause, Normalised, Projected, ScaledOf, SumOf, SwappedOf, ThroughOf
 
 Factory = Callable[[int, int, int], Integrator]
 
@@ -43,6 +44,7 @@ class Sizes(NamedTuple):
 class Case(NamedTuple):
     build: Factory
     square: bool = False  # O must equal X
+    in_cells: bool = True  # whether the laws of cells hold for cells with it too: each takes the tests seconds
 
     def __call__(self, sizes: Sizes) -> Integrator:
         return self.build(sizes.x, sizes.z, sizes.x if self.square else sizes.out)
@@ -70,6 +72,9 @@ def mixed_sum(x: int, z: int, o: int) -> Integrator:
 def gated_sum(x: int, z: int, o: int) -> Integrator:
     return 0.7 * Gated(x, z, o) + Hadamard(x, z, o) * 0.7
 
+
+# Smooth, for derivatives by differences.
+conditional = partial(Conditional, hidden=24, activation=torch.tanh)
 
 # The compositions as a config names them.
 named_sum = partial(
@@ -109,10 +114,17 @@ INTEGRATORS: dict[str, Case] = {
     "named-sum": Case(named_sum),
     "named-through": Case(partial(ThroughOf, outer=Additive, inner=Hadamard, inner_features=6)),
     "film": Case(film),
+    "projected": Case(Projected, in_cells=False),
+    "conditional": Case(partial(conditional, integrator=LowRank, residual=True, norm=nn.LayerNorm), in_cells=False),
+    "conditional-plain": Case(partial(conditional, integrator=None), in_cells=False),
+    "conditional-skip": Case(partial(conditional, integrator=Concat, layers=2), in_cells=False),
+    "conditional-film": Case(partial(conditional, integrator=Diagonal), in_cells=False),
 }
 
 # In a cell the sizes are the cell's to choose, which leaves out the forms that need O = X.
-IN_CELLS: dict[str, Factory] = {name: case.build for name, case in INTEGRATORS.items() if not case.square}
+IN_CELLS: dict[str, Factory] = {
+    name: case.build for name, case in INTEGRATORS.items() if case.in_cells and not case.square
+}
 
 
 class LeakyState(NamedTuple):
@@ -153,6 +165,7 @@ class DecayCell(Cell):
 CELLS: dict[str, Callable[[int, int], Cell]] = {
     **{f"rnn-{name}": partial(RNNCell, integrator=f) for name, f in IN_CELLS.items()},
     "rnn-linear": partial(RNNCell, activation=nn.Identity()),
+    "rnn-conditional": partial(RNNCell, integrator=partial(conditional, integrator=Diagonal, hidden=6)),
     "rnn-relu-norm": partial(RNNCell, integrator=Normalised, activation=torch.relu),
     **{
         f"lstm-{name}": partial(LSTMCell, integrator=IN_CELLS[name])

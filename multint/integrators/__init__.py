@@ -10,7 +10,7 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 from multint.integrators.additive import Additive, Concat
 from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, outermost_integrators
 from multint.integrators.bilinear import Bilinear
-from multint.integrators.compose import Krause, Swapped
+from multint.integrators.compose import Krause, Projected, Swapped
 from multint.integrators.diagonal import Diagonal, Gated
 from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
@@ -38,6 +38,7 @@ __all__ = [
     "Normalised",
     "Pairwise",
     "PairwiseTerms",
+    "Projected",
     "Scaled",
     "ScaledOf",
     "Sum",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,12 @@ class Integrator(nn.Module, ABC):
     Raises: OptionError for a number of features below 1; ShapeError for streams that do not fit.
     """
 
+    z_name: ClassVar[str] = "z"  # what errors call the stream z
+
     def __init__(self, x_features: int, z_features: int, out_features: int) -> None:
         super().__init__()
         self.x_features = positive(self, "x_features", x_features)
-        self.z_features = positive(self, "z_features", z_features)
+        self.z_features = positive(self, f"{self.z_name}_features", z_features)
         self.out_features = positive(self, "out_features", out_features)
 
     @abstractmethod
@@ -53,7 +56,7 @@ class Integrator(nn.Module, ABC):
     ) -> Tensor:  # (..., O)
         """`integrate(x, z)` for streams that fit; a ShapeError for others."""
         check_features(self, "x", x, self.x_features, "x_features")
-        check_features(self, "z", z, self.z_features, "z_features")
+        check_features(self, self.z_name, z, self.z_features, f"{self.z_name}_features")
         if x.shape[:-1] != z.shape[:-1]:
             check_leading(self, x, z)
         return self.integrate(x, z)

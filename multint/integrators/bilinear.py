@@ -53,14 +53,25 @@ class TensorProduct(nn.Module):
         if by_x <= by_z:
             matrix = _linear(x, rearrange(W, "o z x -> (o z) x"))
             matrix = rearrange(matrix, "... (o z) -> ... o z", o=out_features)
-            return torch.matmul(matrix, z.unsqueeze(-1)).squeeze(-1)
+            return _apply(matrix, z)
         matrix = _linear(z, rearrange(W, "o z x -> (o x) z"))
         matrix = rearrange(matrix, "... (o x) -> ... o x", o=out_features)
-        return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
+        return _apply(matrix, x)
 
     def extra_repr(self) -> str:
         out_features, z_features, x_features = self.weight.shape
         return f"{x_features}, {z_features}, {out_features}"
+
+
+def _apply(
+    matrix: Tensor,  # (..., O, I)
+    x: Tensor,  # (..., I)
+) -> Tensor:  # (..., O)
+    """The product of each matrix with its vectors; the leading shapes broadcast."""
+    if matrix.shape[:-2] == x.shape[:-1]:
+        return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
+    # matmul would write out a copy of a matrix for every vector that shares it.
+    return torch.einsum("...oi,...i->...o", matrix, x)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -38,7 +38,12 @@ def check_leading(owner: nn.Module, *streams: Tensor) -> None:
         torch.broadcast_shapes(*leading)
     except RuntimeError:
         shown = " and ".join(map(str, leading))
+        short, long = sorted(leading, key=len)[:: len(leading) - 1]
+        hint = ""
+        if len(short) < len(long) and long[: len(short)] == short:  # one of z (B, Z) for each set of x (B, N, X)
+            shape = (*short, *[1] * (len(long) - len(short)))
+            hint = f". They are matched from the right: unsqueeze the shorter to {shape}"
         raise ShapeError(
             f"{type(owner).__name__}: the streams' leading shapes {shown} do not broadcast; "
-            "expected equal sizes, or 1 where one stream is shared"
+            f"expected equal sizes, or 1 where one stream is shared{hint}"
         ) from None

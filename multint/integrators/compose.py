@@ -1,12 +1,18 @@
-"""Compositions that no operator writes: the streams changed over, and a published pair of maps."""
+"""Compositions that no operator writes: the streams changed over, x projected first, and a published pair of maps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from multint.integrators.additive import Additive
-from multint.integrators.base import BiAffine, Integrator, Through, check_parts, parts_weights, terms_of
+from multint.integrators.base import BiAffine, Integrator, Through, build, check_parts, parts_weights, terms_of
+from multint.integrators.diagonal import Diagonal
 from multint.integrators.hadamard import Hadamard
+from multint.integrators.init import Projection
 from multint.integrators.terms import Terms
 
 
@@ -39,6 +45,53 @@ class Swapped(BiAffine):
     def terms(self) -> Terms:
         W, U, V, b = terms_of(self.integrator)
         return Terms(W.transpose(1, 2), V, U, b)
+
+
+class Projected(BiAffine):
+    """y = f(Vx, z): a linear map V of x, and then an f with as many inputs as outputs.
+
+    By default y = a(z) ⊙ Vx + b(z), FiLM after a linear layer, which `Diagonal` cannot be by itself at O ≠ X.
+
+    Args:
+        integrator: factory `(O, Z, O) -> Integrator` of f.
+
+    Raises: OptionError where the factory gives no integrator; ShapeError where it gives other sizes; FormError by
+    `terms()` where f has none.
+    Source: Perez et al. 2018, whose FiLM follows a layer's matrix.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        integrator: Callable[[int, int, int], Integrator] = Diagonal,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        self.projection = Projection("x", x_features, out_features)
+        self.integrator = build(self, "integrator", integrator, out_features, z_features, out_features)
+
+    @classmethod
+    def of(cls, integrator: Callable[[int, int, int], Integrator]) -> Callable[[int, int, int], Projected]:
+        """The factory `(X, Z, O) -> Projected` of an integrator."""
+        return partial(cls, integrator=integrator)
+
+    def integrate(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        return self.integrator(self.projection(x), z)
+
+    @property
+    def x_weights(self) -> tuple[str, ...]:
+        """The projection alone: x reaches f through nothing else."""
+        return ("projection.weight",)
+
+    def terms(self) -> Terms:
+        W, U, V, b = terms_of(self.integrator)
+        P = self.projection.weight
+        return Terms(torch.einsum("ozm,mx->ozx", W, P), U, V @ P, b)
 
 
 class Krause(Through):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from multint.errors import OptionError
+from multint.errors import SquareError
 from multint.integrators.base import BiAffine, Integrator
 from multint.integrators.init import Projection
 from multint.integrators.terms import Terms
@@ -16,9 +16,10 @@ class Diagonal(BiAffine):
     """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
 
     It starts at the identity, y = x: A, B and b start at 0 and a at 1. At other sizes it scales another map g:
-    `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x), which starts as g.
+    `Projected(X, Z, O)` is y = a(z) ⊙ Vx + b(z), and `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x),
+    which starts as g.
 
-    Raises: OptionError where out_features differs from x_features.
+    Raises: SquareError where out_features differs from x_features.
     Source: Perez et al. 2018 (FiLM); Jayakumar et al. 2020, the diagonal form.
     """
 
@@ -30,9 +31,9 @@ class Diagonal(BiAffine):
     ) -> None:
         super().__init__(x_features, z_features, out_features)
         if out_features != x_features:
-            raise OptionError(
+            raise SquareError(
                 f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x; "
-                "for other sizes, SwappedOf and ThroughOf let it scale another map"
+                "for other sizes, Projected lets it scale a linear map of x, ThroughOf and SwappedOf any other map"
             )
         self.scale_projection = Projection("z", z_features, out_features, variance=0.0)
         self.shift_projection = Projection("z", z_features, out_features, variance=0.0)
