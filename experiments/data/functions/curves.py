@@ -127,4 +127,4 @@ class Curves(FunctionData):
         sets = {
             name: functions for name, functions in self._sets["test"].items() if isinstance(functions, GaussianProcess)
         }
-        return {"curves": curves(sets, self.eval_sizes, predict, self.eval_seed)}
+        return {"predictions": curves(sets, self.eval_sizes, predict, self.eval_seed)}
