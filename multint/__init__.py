@@ -4,7 +4,7 @@ An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a
 """
 
 from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
-from multint.conditional import Conditional
+from multint.conditional import Conditional, condition
 from multint.engines import explain, scan
 from multint.errors import MultintError
 from multint.integrators import (
@@ -53,6 +53,7 @@ __all__ = [
     "Through",
     # networks on a context
     "Conditional",
+    "condition",
     # cells
     "Cell",
     "GRUCell",

@@ -10,7 +10,9 @@ from multint import (
     Additive,
     Bilinear,
     Concat,
+    Conditional,
     Diagonal,
+    Gated,
     GRUCell,
     Hadamard,
     Hypernetwork,
@@ -142,14 +144,102 @@ def test_bilinear_alone_is_torch_bilinear():
     exact(g(x, z), f(x, z))
 
 
-def test_the_mixed_derivative_is_the_interaction():
-    """∂²f/∂x∂z = W (Jayakumar et al. 2020): what an additive block has none of."""
-    f = randomise(LowRank(X, Z, OUT, rank=2).double())
+def test_bilinear_is_a_linear_hypernetwork_as_two_matrices():
+    """One matrix writes the weights W'(z) = zᵀW + V, another the bias b'(z) = Uz + b, a layer for each row."""
+    f = randomise(Bilinear(X, Z, OUT).double())
+    W, U, V, b = f.terms()
+    weights = nn.functional.linear(z, W.transpose(1, 2).flatten(0, 1), V.flatten()).view(6, OUT, X)
+    biases = nn.functional.linear(z, U, b)
+    exact(f(x, z), torch.func.vmap(nn.functional.linear)(x, weights, biases))
+
+
+def test_film_is_diagonal():
+    """Perez et al. 2018: γ(z) ⊙ x + β(z), where one linear layer gives γ and β."""
+    f = randomise(Diagonal(X, Z, X).double())
+    weight = torch.cat([f.scale_projection.weight, f.shift_projection.weight])
+    gamma, beta = nn.functional.linear(z, weight, torch.cat([f.scale_bias, f.shift_bias])).chunk(2, -1)
+    exact(f(x, z), gamma * x + beta)
+
+
+def test_glu_is_gated():
+    """Dauphin et al. 2017, where both streams are the same: one linear layer, of which a half gates the other."""
+    f = randomise(Gated(X, X, OUT).double())
+    weight = torch.cat([f.x_projection.weight, f.z_projection.weight])
+    exact(f(x, x), nn.functional.glu(nn.functional.linear(x, weight, torch.cat([f.x_bias, f.z_bias]))))
+
+
+def test_scaled_dot_product_attention_from_integrators():
+    """Every query token meets every key token in a low-rank form, and the attention of it its value in a Hadamard."""
+    D = 4
+    queries, keys = normal(2, 6, X), normal(2, 9, Z, seed=2)
+    score = LowRank(X, Z, 1, rank=D, z_term=False, x_term=False, bias=None).double()
+    score.out_factor.weight.data.fill_(D**-0.5)
+    mix = Hadamard(1, Z, OUT, bias=None).double()
+    mix.x_projection.weight.data.fill_(1.0)
+    pairs = queries.unsqueeze(2), keys.unsqueeze(1)  # (B, I, 1, X) and (B, 1, J, Z)
+    attention = score(*pairs).softmax(dim=2)  # (B, I, J, 1)
+    projected = queries @ score.x_factor.weight.T, keys @ score.z_factor.weight.T, keys @ mix.z_projection.weight.T
+    exact(mix(attention, pairs[1]).sum(2), nn.functional.scaled_dot_product_attention(*projected))
+
+
+def test_distmult_is_low_rank():
+    """Yang et al. 2015: a triple (s, r, o) scores Σ_d e_s[d] w_r[d] e_o[d], here of all relations r at once."""
+    entities, relations, D = 8, 3, 4
+    f = LowRank(entities, entities, relations, rank=D, z_term=False, x_term=False, bias=None).double()
+    f.z_factor.weight = f.x_factor.weight  # one embedding of the entities, and a symmetric score
+    embedding, vectors = f.x_factor.weight.T, f.out_factor.weight
+    s, o = torch.tensor([0, 3, 7]), torch.tensor([5, 3, 1])
+    one_hot = torch.eye(entities, dtype=torch.float64)
+    exact(f(one_hot[s], one_hot[o]), (embedding[s].unsqueeze(1) * vectors * embedding[o].unsqueeze(1)).sum(-1))
+
+
+def test_the_ladder_networks_combinator_is_mi_and_a_stack_of_it():
+    """The vanilla combinator of Pezeshki et al. 2016: a form for each pair of units (z̃, u), plus ω·σ of another."""
+    linear = MultiplicativeIntegration(X, X, X)
+    sigmoid = Conditional(X, X, X, X, 2, MultiplicativeIntegration, torch.sigmoid, gain=1)
+    combinator = randomise((linear + sigmoid).double())
+    inner, outer = sigmoid.layers
+    for f in (linear, inner):  # each unit meets its own copy
+        f.x_projection.weight.data, f.z_projection.weight.data = torch.eye(X).double(), torch.eye(X).double()
+    outer.x_projection.weight.data = torch.eye(X).double()
+    for absent in (outer.alpha, outer.beta1, outer.bias):
+        absent.data.zero_()
+    noisy, above = normal(6, X), normal(6, X, seed=2)
+    first, second = (f.bias + f.beta2 * noisy + f.beta1 * above + f.alpha * noisy * above for f in (linear, inner))
+    exact(combinator(noisy, above), first + outer.beta2 * second.sigmoid())
+
+
+def test_without_interaction_and_context_it_is_a_linear_layer():
+    """W = U = 0: the strict inclusion of Jayakumar et al. 2020."""
+    f = randomise(Bilinear(X, Z, OUT).double())
+    for name in f.z_weights:
+        f.get_parameter(name).data.zero_()
+    exact(f(x, z), nn.functional.linear(x, f.lower.x_projection.weight, f.lower.bias))
+
+
+def mixed_derivative(f):
+    """∂²f_o/∂z_i∂x_j at one point."""
 
     def z_jacobian(one_x):
         return torch.func.jacrev(lambda one_z: f(one_x, one_z))(z[0])
 
-    exact(torch.func.jacrev(z_jacobian)(x[0]), f.terms().W)
+    return torch.func.jacrev(z_jacobian)(x[0])
+
+
+@pytest.mark.parametrize("integrator", [MultiplicativeIntegration, Bilinear, LowRank, Hadamard])
+def test_the_mixed_derivative_is_the_interaction(integrator):
+    """∂²f/∂x∂z = W (Jayakumar et al. 2020), everywhere."""
+    f = randomise(integrator(X, Z, OUT).double())
+    assert f.terms().W.any()
+    exact(mixed_derivative(f), f.terms().W)
+
+
+def test_the_mixed_derivative_of_an_additive_block_and_of_a_relu_network_is_zero():
+    """The network is piecewise linear in [x; z], so almost everywhere no stream changes what the other does."""
+    network = randomise(Conditional(X, Z, OUT, integrator=None).double())
+    assert torch.func.jacrev(network)(x[0], z[0]).any()
+    for f in (network, randomise(Additive(X, Z, OUT).double())):
+        torch.testing.assert_close(mixed_derivative(f), torch.zeros(OUT, Z, X).double(), rtol=0, atol=0)
 
 
 def test_multiplicative_lstm_from_parts():

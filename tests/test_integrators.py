@@ -15,6 +15,7 @@ from multint import (
     Additive,
     BiAffine,
     Bilinear,
+    Conditional,
     Diagonal,
     Gated,
     Hadamard,
@@ -31,6 +32,7 @@ from multint import (
 )
 from multint.integrators import (
     Normalised,
+    Projected,
     ScaledOf,
     SumOf,
     SwappedOf,
@@ -313,6 +315,38 @@ def test_a_hypernetwork_measures_its_network_without_a_trace():
     assert f.scale == 1.0
     assert f.network.training
     assert f.network[0].num_batches_tracked == 0
+
+
+GENERATORS = {
+    "default": {},
+    "linear": {"network": nn.Linear},
+    "sigmoid": {"network": lambda z, g: nn.Sequential(nn.Linear(z, g), nn.Sigmoid())},  # of a mean far from 0
+    "deep": {"network": lambda z, g: nn.Sequential(nn.Linear(z, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, g))},
+    "stack": {"network": lambda z, g: Context(Conditional(z, 3, g, hidden=16))},
+}
+
+
+class Context(nn.Module):
+    """A generator with a learnt stream of its own."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.context = f, nn.Parameter(torch.randn(f.z_features))
+
+    def forward(self, z):
+        return self.f(z, self.context)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("head", [Bilinear, LowRank, Diagonal, Projected, MultiplicativeIntegration, Gated])
+@pytest.mark.parametrize("width", [16, 128, 1024])
+def test_a_generated_layer_starts_with_unit_variance_for_any_generator(generator, head, width):
+    torch.manual_seed(0)
+    settings = {"features": 16, "head": head} | GENERATORS[generator]
+    layers = [Hypernetwork(width, 32, width, **settings) for _ in range({16: 12, 128: 4, 1024: 1}[width])]
+    with torch.no_grad():
+        variances = [f(torch.randn(64, width), torch.randn(64, 32)).var() for f in layers]
+    assert 0.8 <= torch.stack(variances).mean() <= 1.2
 
 
 def test_streams_that_broadcast_both_ways_take_the_small_intermediate():

@@ -82,8 +82,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 class Bilinear(BiAffine):
     """y = zᵀWx + Uz + Vx + b, with the full tensor W (O, Z, X).
 
-    Equals a linear hypernetwork: y = W'(z)x + b'(z) with W'(z) = zᵀW + V and b'(z) = Uz + b. With every lower-order
-    term left out it is the second-order RNN's term.
+    Equals a linear hypernetwork: y = W'(z)x + b'(z) with W'(z) = zᵀW + V and b'(z) = Uz + b, each one matrix times z.
+    Its mixed derivative ∂²y/∂x∂z is W everywhere, where a ReLU network on [x; z] has none almost everywhere; with
+    W = U = 0 it is a linear layer; with every lower-order term left out it is the second-order RNN's term.
 
     Args:
         z_term: whether there is Uz.

@@ -13,7 +13,7 @@ from multint.integrators.vectors import add_bias, vector
 
 
 class Diagonal(BiAffine):
-    """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: a diagonal W'(z), so O = X.
+    """y = a(z) ⊙ x + b(z), with a(z) = Az + a and b(z) = Bz + b: FiLM, a hypernetwork of diagonal W'(z), so O = X.
 
     It starts at the identity, y = x: A, B and b start at 0 and a at 1. At other sizes it scales another map g:
     `Projected(X, Z, O)` is y = a(z) ⊙ Vx + b(z), and `Swapped(Diagonal(O, X, O)) @ g` is y = a(x) ⊙ g(x, z) + b(x),
@@ -60,6 +60,8 @@ class Diagonal(BiAffine):
 
 class Gated(Integrator):
     """y = (Vx + c) ⊙ σ(Uz + d): the gated linear unit over two streams. Not bi-affine, so it has no `terms()`.
+
+    With z = x it is `torch.nn.functional.glu` of one linear layer with 2·O outputs.
 
     Args:
         bias: what c and d start at; None leaves both out.

@@ -24,7 +24,8 @@ class LowRank(BiAffine):
     """y = P((Qx) ⊙ (Rz)) + Uz + Vx + b: the tensor W[o,i,j] = Σ_r P[o,r] R[r,i] Q[r,j] has CP rank `rank`.
 
     With `z_term=False` this is the multiplicative RNN's map (Sutskever et al. 2011), with both terms off its factor
-    alone.
+    alone. The latter with O = 1 and P = 1/√R is how a query x and a key z meet in scaled dot-product attention, and for
+    one-hot entities x and z with Q = R, and a row of P for every relation, DistMult (Yang et al. 2015).
 
     Args:
         rank: number of factors R; None for ⌊O(X + Z) / (O + X + Z)⌋ and at least 1, by which P, Q and R together

@@ -64,7 +64,8 @@ class MultiplicativeIntegration(BiAffine):
     """y = α ⊙ Wx ⊙ Uz + β1 ⊙ Uz + β2 ⊙ Wx + b.
 
     α = 0, β1 = β2 = 1 is the additive block; α = 1 is eq. 3. The papers' settings differ by task: text8 MI-RNN
-    (2, .5, .5, 0), text8 MI-LSTM (1, .5, .5, 0), Hutter, skip-thought and reader (1, 1, 1, 0).
+    (2, .5, .5, 0), text8 MI-LSTM (1, .5, .5, 0), Hutter, skip-thought and reader (1, 1, 1, 0). With W = U = I it is
+    the form in which a ladder network's combinator joins each unit with its copy (Rasmus et al. 2015).
 
     Args:
         alpha, beta1, beta2, bias: what the learnt vectors (O,) α, β1, β2 and b start at.

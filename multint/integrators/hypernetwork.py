@@ -24,6 +24,9 @@ class Hypernetwork(Integrator):
     Such a map is `head(x, g(z))` for a bi-affine head: `Bilinear` writes all of W', `LowRank` a W' of low rank,
     P diag(·) Q, and `Diagonal` the diagonal alone. With `network=nn.Linear` the whole is bilinear in x and z.
 
+    It starts with unit-variance y on unit-variance streams, for any network g and any head: what g gives is measured
+    when the module is built, and brought to the scale that the head is initialised for.
+
     Args:
         features: number of features G that g gives; None for 1 + ⌊Z/X⌋ and at least 4. By the first the default
             head's tensor has at most as many numbers, O(X + Z), as an `Additive` of the sizes; below the second g(z)
