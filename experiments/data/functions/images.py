@@ -102,6 +102,10 @@ class Images(FunctionData):
         self.root, self.size, self.path, self.test_path, self.valid = root, size, path, test_path, valid
         self.alphabets = {"valid": valid_alphabets, "test": test_alphabets}
 
+    @property
+    def features(self) -> tuple[int, int]:
+        return 2, 1
+
     def _functions(self) -> dict[str, Mapping[str, Functions]]:
         splits = self._omniglot() if self.path is None else self._file(Path(self.path).expanduser())
         pixels = splits["train"].shape[1] * splits["train"].shape[2]

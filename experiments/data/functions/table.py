@@ -103,6 +103,10 @@ class Table(FunctionData):
         self.path, self.group, self.x, self.y, self.delimiter = Path(path).expanduser(), group, x, y, delimiter
         self.standardise, self.held_out = standardise, {"valid": valid, "test": test}
 
+    @property
+    def features(self) -> tuple[int, int]:
+        return len(self.x), len(self.y)
+
     def _functions(self) -> dict[str, Mapping[str, Functions]]:
         groups = read_table(self.path, self.group, self.x, self.y, self.delimiter)
         self._check(groups)
