@@ -33,12 +33,12 @@ def log_likelihood(
 
     The logarithm of a mean over draws is too low on average, less so the more draws.
     """
-    _check_targets(network, targets)
+    targets = _checked(network, targets)
     if network.latent is None:
-        each = point_log_density(network(context, targets.x), targets).sum(-1) / targets.counts
+        each = _point_log_density(network(context, targets.x), targets).sum(-1) / targets.counts
         return LogLikelihood(each, each)
     z = network.prior(context).sample(_at_least_one(samples), generator)
-    of_points = point_log_density(network(context, targets.x, z), targets)  # (K, B, N)
+    of_points = _point_log_density(network(context, targets.x, z), targets)  # (K, B, N)
     marginal = _log_mean_exp(of_points).sum(-1) / targets.counts
     return LogLikelihood(marginal, _log_mean_exp(of_points.sum(-1)) / targets.counts)
 
@@ -56,10 +56,10 @@ def importance_weighted(
     On average it is below the joint log-likelihood and rises with the draws. With one draw it is an ELBO.
     Source: Burda et al. 2016, equation 8.
     """
-    _check_targets(network, targets)
+    targets = _checked(network, targets)
     prior, posterior = network.prior(context), network.prior(everything)
     z = posterior.sample(_at_least_one(samples), generator)
-    of_tasks = point_log_density(network(context, targets.x, z), targets).sum(-1)  # (K, B)
+    of_tasks = _point_log_density(network(context, targets.x, z), targets).sum(-1)  # (K, B)
     weights = of_tasks + (prior.log_density(z) - posterior.log_density(z)).sum(-1)
     return _log_mean_exp(weights) / targets.counts
 
@@ -75,26 +75,28 @@ def elbo(
 
     Source: Garnelo et al. 2018 (Neural Processes), equation 9, with the targets of their public notebook.
     """
-    _check_targets(network, everything)
+    everything = _checked(network, everything)
     prior, posterior = network.prior(context), network.prior(everything)
     z = posterior.sample(_at_least_one(samples), generator)
-    of_tasks = point_log_density(network(context, everything.x, z), everything).sum(-1)  # (K, B)
+    of_tasks = _point_log_density(network(context, everything.x, z), everything).sum(-1)  # (K, B)
     return (of_tasks.mean(0) - posterior.divergence(prior)) / everything.counts
 
 
-def point_log_density(
+def _point_log_density(
     prediction: Gaussian,  # (..., B, N, Y)
-    targets: Points,  # (B, N, ·)
+    targets: Points,  # (B, N, ·), with finite padding
 ) -> Tensor:  # (..., B, N)
     """log p(y_n) of each target, summed over its features; 0 at the padding."""
-    of_points = prediction.log_density(targets.filled().y).sum(-1)
+    of_points = prediction.log_density(targets.y).sum(-1)
     return of_points if targets.mask is None else torch.where(targets.mask, of_points, 0)
 
 
-def _check_targets(network: NeuralProcess, targets: Points) -> None:
+def _checked(network: NeuralProcess, targets: Points) -> Points:
+    """The targets with zeros as padding."""
     check_points("NeuralProcess", "targets", targets, network.x_features, network.y_features)
     if targets.x.shape[1] == 0 or (targets.mask is not None and not bool(targets.mask.any(-1).all())):
         raise ShapeError("NeuralProcess: a task has no targets, expected at least one for each")
+    return targets.filled()
 
 
 def _at_least_one(samples: int) -> int:

@@ -69,11 +69,11 @@ def check_points(
     x, y, mask = points
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         raise ShapeError(
-            f"{owner}: the {what}'s x and y are {type(x).__name__} and {type(y).__name__}, expected tensors (B, N, ·): "
-            "put ragged sets together by `padded`, which gives a mask"
+            f"{owner}: the x and y of the {what} are {type(x).__name__} and {type(y).__name__}, expected tensors "
+            "(B, N, ·): put ragged sets together by `padded`, which gives a mask"
         )
-    check_inputs(owner, f"{what}'s x", x, x_features, "x_features")
-    check_inputs(owner, f"{what}'s y", y, y_features, "y_features")
+    check_inputs(owner, f"x of the {what}", x, x_features, "x_features")
+    check_inputs(owner, f"y of the {what}", y, y_features, "y_features")
     if x.shape[:2] != y.shape[:2]:
         raise ShapeError(
             f"{owner}: the {what} has x of {tuple(x.shape[:2])} and y of {tuple(y.shape[:2])} (tasks, points), "
@@ -81,7 +81,8 @@ def check_points(
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
         raise ShapeError(
-            f"{owner}: the {what}'s mask is {tuple(mask.shape)} {mask.dtype}, expected {tuple(x.shape[:2])} torch.bool"
+            f"{owner}: the mask of the {what} is {tuple(mask.shape)} {mask.dtype}, expected {tuple(x.shape[:2])} "
+            "torch.bool"
         )
 
 

@@ -71,7 +71,7 @@ class NeuralProcess(nn.Module):
     ) -> Gaussian:  # (B, N, Y), or (K, B, N, Y)
         """The distribution of y at each x, for each draw of z."""
         check_points("NeuralProcess", "context", context, self.x_features, self.y_features)
-        check_inputs("NeuralProcess", "targets' x", x, self.x_features, "x_features")
+        check_inputs("NeuralProcess", "x of the targets", x, self.x_features, "x_features")
         if len(x) != len(context.x):
             raise ShapeError(f"NeuralProcess: {len(context.x)} contexts and {len(x)} sets of targets, expected as many")
         if (z is None) != (self.latent is None):

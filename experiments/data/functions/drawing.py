@@ -73,7 +73,7 @@ def completions(functions: "Pictures", sizes: Sizes, predict: Predict, seed: int
         values = functions.values(image.unsqueeze(0))
         order = torch.rand(len(functions.places), generator=generator).argsort()
         rows = panels[3 * number : 3 * number + 3]
-        rows[0][0].imshow(values.view(height, width), cmap="gray", vmin=0, vmax=1)
+        rows[0][0].imshow(values.view(height, width).numpy(), cmap="gray", vmin=0, vmax=1)
         rows[0][0].set_title("truth", fontsize="small")
         for column, c in enumerate(contexts, start=1):
             seen = order[:c]
@@ -82,10 +82,10 @@ def completions(functions: "Pictures", sizes: Sizes, predict: Predict, seed: int
             )
             rgb = torch.tensor([0.15, 0.25, 0.6]).repeat(len(functions.places), 1)  # blue: not seen
             rgb[seen] = values[0, seen].expand(-1, 3)
-            rows[0][column].imshow(rgb.view(height, width, 3))
+            rows[0][column].imshow(rgb.view(height, width, 3).numpy())
             rows[0][column].set_title(f"{c} pixels", fontsize="small")
             for axes, shown, title in ((rows[1][column], mean, "mean"), (rows[2][column], std, "deviation")):
-                axes.imshow(shown.view(height, width), cmap="gray", vmin=0, vmax=1 if title == "mean" else None)
+                axes.imshow(shown.view(height, width).numpy(), cmap="gray", vmin=0, vmax=1 if title == "mean" else None)
                 axes.set_title(title, fontsize="x-small")
     return figure
 
