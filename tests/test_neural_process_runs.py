@@ -1,0 +1,237 @@
+"""Training neural processes: tasks that are always the same or always new, and runs that go on where they stopped."""
+
+import math
+import os
+import signal
+import struct
+from functools import partial
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from torch.testing import assert_close
+
+from experiments.__main__ import main
+from experiments.core.checkpoints import Checkpoints
+from experiments.core.configs import CONFIGS
+from experiments.core.errors import ExperimentError
+from experiments.core.randomness import RandomState
+from experiments.core.run_folder import RunFolder
+from experiments.core.schedule import CosineLearningRate
+from experiments.data import Curves, Images, Table, TextData
+from experiments.tasks import NeuralProcesses
+from experiments.tasks.task_scores import Scores
+from models import AttentiveEncoder, LatentEncoder, NeuralProcess, Points, PooledEncoder, log_likelihood
+from multint import Conditional, MultiplicativeIntegration
+
+pytestmark = pytest.mark.usefixtures("interruptible")
+
+
+@pytest.fixture
+def interruptible():
+    """Lightning ignores Ctrl-C once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def task():
+    seed_everything(1, verbose=False)
+    encoder = partial(PooledEncoder, hidden=8, layers=2, post_layers=0)
+    latent = partial(LatentEncoder, features=4, hidden=8, layers=2, post_layers=1)
+    network = partial(NeuralProcess, encoder=encoder, latent=latent)
+    return NeuralProcesses(network, partial(torch.optim.Adam, lr=0.01), samples=2, bound="importance", eval_samples=3)
+
+
+def data():
+    return Curves(batch_size=4, epoch=5, valid_tasks=8, test_tasks=8, eval_batch_size=4)
+
+
+def trainer(folder, *callbacks, ckpt_path=None, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run_folder = RunFolder(folder, "run", ckpt_path)
+    run_folder.make()
+    of_run = [*callbacks, CosineLearningRate(), RandomState(), Checkpoints(run_folder)]
+    return Trainer(callbacks=of_run, accelerator="cpu", **quiet, **settings)
+
+
+def last(folder):
+    return folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+class Record(Callback):
+    """What a run did: the loss, the rate and the tasks of each step, and each validation."""
+
+    def __init__(self):
+        self.steps, self.validations = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.steps.append((outputs["loss"].item(), rate, batch.target_y.sum().item()))
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validations.append(trainer.callback_metrics["val/log_likelihood"].item())
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C in one step, or in the validation after it."""
+
+    def __init__(self, step, in_validation):
+        self.step, self.in_validation = step, in_validation
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.in_validation and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if self.in_validation and trainer.global_step == self.step and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def run(folder, *callbacks, ckpt_path=None, **settings):
+    record = Record()
+    of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_steps=14, **settings)
+    of_run.fit(task(), data(), ckpt_path=ckpt_path, weights_only=True)
+    return record
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The records of two whole runs, by the interval of their validations in steps or epochs."""
+    records = {every: run(tmp_path_factory.mktemp("whole"), val_check_interval=every) for every in (2, 1.0)}
+    for record in records.values():
+        assert len(record.steps) == 14
+        assert len({tasks for _, _, tasks in record.steps}) == 14, "tasks came twice"
+    return records
+
+
+# An epoch has 5 steps. Ctrl-C comes in a validation within it, in its last step, in the next one's first, and in the
+# validation at its end.
+@pytest.mark.parametrize(
+    ("every", "step", "in_validation"),
+    [(2, 4, True), (2, 4, False), (2, 5, False), (1.0, 4, False), (1.0, 5, True)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, uninterrupted, tmp_path):
+    first, whole = Record(), uninterrupted[every]
+    with pytest.raises(SystemExit):
+        run(tmp_path, first, Interrupt(step, in_validation), val_check_interval=every)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    second = run(tmp_path, ckpt_path=last(tmp_path), val_check_interval=every)
+    assert first.steps + second.steps == whole.steps
+    assert first.validations + second.validations == whole.validations
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    """Twelve images of 6 × 6 pixels in MNIST's format."""
+    pixels = torch.randint(256, (12, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    path = tmp_path / "images"
+    path.write_bytes(struct.pack(">4I", 0x0803, *pixels.shape) + pixels.numpy().tobytes())
+    return path
+
+
+@pytest.fixture
+def csv_file(tmp_path):
+    """Sines of eight frequencies."""
+    rows = [f"{t / 5},{math.sin(g * t / 5)},{g}" for g in range(1, 9) for t in range(10 + g)]
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(["t,v,g", *rows]))
+    return path
+
+
+SMALL = {"batch_size": 2, "context": (5, 5), "targets": (5, 5), "most": None, "seed": 0}
+DATA = {
+    "curves": lambda request: Curves(**SMALL),
+    "images": lambda request: Images(path=str(request.getfixturevalue("image_file")), **SMALL),
+    "table": lambda request: Table(str(request.getfixturevalue("csv_file")), "g", ["t"], ["v"], **SMALL),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "is_latent"), [("curves", False), ("curves", True), ("images", False), ("table", True)]
+)
+def test_a_task_overfits_one_batch(data, is_latent, request):
+    """Its likelihood nears what the smallest deviation allows."""
+    source = DATA[data](request)
+    source.setup()
+    batch = next(iter(source.train_dataloader()))
+    torch.manual_seed(0)
+    decoder = partial(Conditional, hidden=32, integrator=MultiplicativeIntegration)
+    encoder = partial(AttentiveEncoder, hidden=32, layers=3, self_attention=False)
+    latent = partial(LatentEncoder, features=8, hidden=32, layers=2, post_layers=1) if is_latent else None
+    trained = NeuralProcesses(partial(NeuralProcess, encoder=encoder, latent=latent, decoder=decoder))
+    trained.network = trained.build(trained.describe(source))
+    optimizer = torch.optim.Adam(trained.parameters(), fused=True)
+    for rate in [5e-3] * 200 + [5e-4] * 50:
+        optimizer.param_groups[0]["lr"] = rate
+        loss = trained.measure(batch, "train")["loss"].value
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    per_value = -math.log(0.1 * math.sqrt(2 * math.pi))
+    assert -loss.item() > per_value - 0.6
+
+
+def test_scores_have_the_intervals_of_means_over_independent_batches():
+    values = torch.randn(12, dtype=torch.float64)
+    alone = Scores(torch.arange(12), torch.arange(12), {"a": values})
+    half_width = 1.959963984540054 * values.std() / math.sqrt(12)
+    assert_close(torch.tensor(alone.estimate("a")), torch.stack([values.mean(), half_width]).float())
+    of_batches = values.repeat_interleave(5)  # tasks of a batch that are all alike tell no more than one of them
+    alike = Scores(torch.arange(12).repeat_interleave(5), torch.zeros(60), {"a": of_batches})
+    assert_close(torch.tensor(alike.estimate("a")), torch.tensor(alone.estimate("a")))
+    some = alone.where(3, 7)
+    assert_close(some.values["a"], values[3:7])
+
+
+def test_an_evaluation_is_the_mean_over_its_tasks(tmp_path):
+    """And the same whatever was drawn before it."""
+    trained, source = task(), data()
+    [first] = trainer(tmp_path).validate(trained, source, verbose=False)
+    torch.randn(7)
+    assert trainer(tmp_path).validate(trained, source, verbose=False) == [first]
+    expected = []
+    for batch in source.val_dataloader():
+        context, targets = Points(*batch[:3]), Points(*batch[3:6])
+        generator = torch.Generator().manual_seed(batch.index)
+        with torch.no_grad():
+            expected.append(log_likelihood(trained.network, context, targets, 3, generator).marginal)
+    assert first["val/log_likelihood"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
+
+
+def test_other_data_than_functions_are_refused(text):
+    with pytest.raises(ExperimentError, match="the data are TextData, expected functions"):
+        task().describe(TextData(path=str(text)))
+
+
+def test_a_run_is_fitted_reported_and_shown(tmp_path, monkeypatch, capsys):
+    """By the command line: the report by context size, and a picture beside the metrics."""
+    monkeypatch.chdir(tmp_path)
+    small = [f"--model.network.{path}.hidden=8" for path in ("encoder", "latent", "decoder")]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", "--trainer.max_steps=2"]
+    options = ["--data.valid_tasks=20", "--data.test_tasks=40", "--data.epoch=2", "--model.eval_samples=2"]
+    config = ["--config", str(CONFIGS / "functions/curves.yaml"), "--model.network.latent=LatentEncoder"]
+    assert main(["fit", *config, *small, *options, *quiet]) == 0
+    out = capsys.readouterr().out
+    for word in ("Nats per held-out target", "marginal_ceiling", "matern52", "test rbf importance"):
+        assert word in out
+    run = tmp_path / "runs/curves/version_0"
+    best = str(run / "checkpoints/best.ckpt")
+    assert main(["show", best]) == 0
+    assert capsys.readouterr().out == f"{run / 'predictions.png'}\n"
+    assert (run / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "curves.png").is_file()
+    (run / "config.yaml").unlink()
+    assert main(["show", best]) == 2
+    assert "--config CONFIG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["images", "table"])
+def test_images_and_tables_are_drawn(data, request, tmp_path):
+    source, shown = DATA[data](request), task()
+    source.setup()
+    shown.network = shown.build(shown.describe(source))
+    [(name, figure)] = shown.pictures(source).items()
+    assert name == "predictions"
+    figure.savefig(tmp_path / "drawn.png", dpi=20)
