@@ -110,7 +110,7 @@ class NeuralProcesses(Task):
             for name, of_set in scores.items()
             for metric, value in of_set.summary().items()
         }
-        return {name: torch.tensor(value) for name, value in named.items()}
+        return {name: torch.tensor(value, device=self.device) for name, value in named.items()}
 
     def show(self) -> str:
         if not self._tested:

@@ -66,7 +66,7 @@ class Curves(FunctionData):
         most: their largest sum; the targets are fewer where it says so. None: no bound.
         eval_context: `context` in validation and test; None: the same.
         eval_targets: `targets` there.
-        eval_most: `most` there.
+        eval_most: `most` there; None: the same if the two before are, else no bound.
         ragged: sizes drawn for each task; else for each batch, as published.
         batch_size: tasks in a step, shared out among the processes where there are several.
         epoch: steps in an epoch; there is no end of curves.
