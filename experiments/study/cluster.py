@@ -28,10 +28,12 @@ def connect(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     is_local = address == "local"
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, include_dashboard=False if is_local else None, log_to_driver=False, logging_level="WARNING")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"study: --cluster {address}: {str(error).partition(chr(10))[0]}") from error
+    signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end this process without a word to the runs
     has = ray.cluster_resources()
     needed = {"CPU": each.cpus} | ({"GPU": each.gpus} if each.gpus else {})
     at_once = min(int(has.get(name, 0) // amount) for name, amount in needed.items())

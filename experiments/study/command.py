@@ -1,6 +1,5 @@
 """The commands `study` and `report`."""
 
-import fcntl
 import os
 import signal
 import sys
@@ -15,12 +14,13 @@ from types import FrameType
 from typing import IO, NoReturn
 
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError, writing
+from experiments.core.errors import ExperimentError
 from experiments.core.parsing import OptionParser
 from experiments.study.board import Board
 from experiments.study.cells import Arm, Cell, resolved, write_config
 from experiments.study.definition import Study, read_study
 from experiments.study.jobs import Job, Process, Running, run_all
+from experiments.study.lock import locked
 from experiments.study.outcomes import chosen_metric, outcomes
 from experiments.study.report import write_report
 from experiments.study.statistics import scipy_stats
@@ -44,7 +44,7 @@ def main(invocation: Invocation) -> None:
     if name == "study":
         _warn_of_the_clock(arms)
         outcomes(cells, metric)  # one that a finished cell did not log is a mistake now
-        with _locked(folder) as lock, _terminable():
+        with locked(folder) as lock, _terminable():
             board = _run(study, arms, cells, metric, options, invocation.trusted, lock)
     if board is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
@@ -124,22 +124,6 @@ def _run(
 
 def _threads(cell: Cell, threads: int) -> list[str]:
     return [] if cell.arm.settings["threads"] else [f"--threads={threads}"]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[IO[str]]:
-    """Holds the study's folder. Raises ExperimentError where another process does."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ExperimentError(
-                f"study: {folder} is in use by another process. Wait for it, or give another --output."
-            ) from error
-        yield lock
 
 
 @contextmanager
