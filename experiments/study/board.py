@@ -103,13 +103,14 @@ class Board:
                     state = f"step {step[1]}" if step else "running"
                 shown.append(Text(state or "·"))
             table.add_row(Text(arm.name), *shown)
-        self._live.update(Group(table, Text(f"{self._progress()} done; {self._time_left()}")), refresh=True)
+        self._live.update(Group(table, Text(f"{self._progress()}; {self._time_left()}")), refresh=True)
 
     def _running(self) -> list[int]:
         return [index for index in self._began if index not in self._took and index not in self.failed]
 
     def _progress(self) -> str:
-        return f"{len(self._done)} of {len(self._cells)}"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return f"{len(self._done)} of {len(self._cells)}{failed}"
 
     def _time_left(self) -> str:
         """From the cells that are through, and what those that run say themselves."""

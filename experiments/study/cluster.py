@@ -27,6 +27,7 @@ def connect(
     Raises: ExperimentError where there is no cluster at the address, or where this machine has less than a run takes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers give way to all other processes
     is_local = address == "local"
     on_termination = signal.getsignal(signal.SIGTERM)
     try:

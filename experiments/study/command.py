@@ -48,6 +48,7 @@ def main(invocation: Invocation) -> None:
             board = _run(study, arms, cells, metric, options, invocation.trusted, lock)
     if board is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
+        command += ["--output", str(folder)] if options.output else []
         table = write_report(study, arms, cells, (metric, mode), folder, command)
         print(f"\n{table}\n\nwritten: {folder / 'report.html'}")
     if board is not None and board.failed:

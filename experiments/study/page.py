@@ -6,10 +6,11 @@ from html import escape
 from pathlib import Path
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; display: block; overflow-x: auto }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
+figure { margin: 1rem 0 }
 img { max-width: 100% }
 pre { background: #f5f5f5; padding: .7rem; overflow-x: auto }
 """
