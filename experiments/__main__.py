@@ -18,6 +18,8 @@ COMMANDS = {
     "show": Command("experiments.core.show", "what a checkpoint does, in pictures", "CKPT"),
     "sample": Command("experiments.sample", "text from a checkpoint", "CKPT --prompt TEXT"),
     "export": Command("experiments.core.export", "weights or a program from a checkpoint", "CKPT --format onnx"),
+    "study": Command("experiments.study.command", "arms × seeds of a config, compared", "STUDY --jobs 2"),
+    "report": Command("experiments.study.command", "the report of a study, from its files", "STUDY"),
     "bench": Command("experiments.bench.command", "times of the scan engines, side by side", "lstm-512 --quick"),
 }
 

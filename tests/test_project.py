@@ -31,6 +31,7 @@ ALLOWED = {
     "models": {"multint", "models"},
     # The core knows no task, no kind of data and no model.
     "experiments/core": {"multint", "experiments.core"},
+    "experiments/study": {"experiments.core", "experiments.study"},  # nor does a study
     "experiments/data": {"multint", "experiments.core", "experiments.data"},
     "experiments": {"multint", "models", "experiments"},
 }

@@ -202,7 +202,8 @@ def test_a_run_that_is_stopped_in_its_test_goes_on_with_it(finished, command, ca
     # As if it had been stopped there: without the test's row.
     lines = (finished / "metrics.csv").read_text().splitlines(keepends=True)
     (finished / "metrics.csv").write_text("".join(lines[:-1]))
-    (finished / "curves.png").unlink()
+    for name in ("curves.png", "result.yaml"):
+        (finished / name).unlink()
     capsys.readouterr()
     assert main(command("--trainer.max_epochs=2", "--ckpt_path", str(last))) == 0
     assert "test bpc" in capsys.readouterr().out

@@ -80,7 +80,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self.folder = folder
         self.best_score: float | None = None
-        self._best_step: int | None = None
+        self.best_step: int | None = None
         self._every = every
         self._saved_step: int | None = None
         self._saved_at = 0.0
@@ -93,10 +93,10 @@ class Checkpoints(Checkpoint):
         return self._signal is not None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self._best_step}
+        return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self._best_step = state_dict["best_score"], state_dict["best_step"]
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:
@@ -109,7 +109,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._find_best()
         # Only the first process looks, and all must test the best one, or none.
-        self.best_score, self._best_step = trainer.strategy.broadcast((self.best_score, self._best_step))
+        self.best_score, self.best_step = trainer.strategy.broadcast((self.best_score, self.best_step))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._request_stop)
@@ -145,7 +145,7 @@ class Checkpoints(Checkpoint):
         sign = 1 if pl_module.monitor.mode == "min" else -1
         is_best = math.isfinite(score) and (self.best_score is None or sign * score < sign * self.best_score)
         if is_best:
-            self.best_score, self._best_step = score, trainer.global_step
+            self.best_score, self.best_step = score, trainer.global_step
         stop, _ = self._agreed(trainer, self.was_stopped, False)
         self._save(trainer, is_best)
         self._saved_for_stop = stop
@@ -163,10 +163,10 @@ class Checkpoints(Checkpoint):
     def _find_best(self) -> None:
         """Forget a best checkpoint that is not there: it was removed, or was overwritten by a later one."""
         best = self.folder.best
-        if best.is_file() and not self.folder.is_resumed and read_checkpoint(best)["global_step"] != self._best_step:
+        if best.is_file() and not self.folder.is_resumed and read_checkpoint(best)["global_step"] != self.best_step:
             best.unlink()  # of the run that this one was started from, but later than its start
         if not best.is_file():
-            self.best_score = self._best_step = None
+            self.best_score = self.best_step = None
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         if self.was_stopped:

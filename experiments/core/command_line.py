@@ -60,7 +60,7 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
             return 130
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        message = _mistake(error)
+        message = mistake_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -91,7 +91,7 @@ def _import_trusted(module: str) -> None:
         raise ExperimentError(f"--trust {module}: {error}") from error
 
 
-def _mistake(error: Exception) -> str | None:
+def mistake_message(error: Exception) -> str | None:
     """The message for a user's mistake, wherever in the chain of causes it stands; None for anything else."""
     if own := mistake_in(error):
         return str(own)

@@ -28,8 +28,8 @@ class MetricsFile(Callback):
     def begin(self, trainer: Trainer) -> None:
         """Leave in the file what was logged until here, if the run goes on."""
         if trainer.is_global_zero:
-            rows = [row for row in read_metrics(self._folder.metrics) if int(row["step"]) <= trainer.global_step]
-            self._rewrite([row for row in rows if not any(name.startswith("test/") for name in row)])
+            rows = _untested(read_metrics(self._folder.metrics))
+            self._rewrite([row for row in rows if int(row["step"]) <= trainer.global_step])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,6 +42,8 @@ class MetricsFile(Callback):
             self._write(trainer, "val/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._rewrite(_untested(read_metrics(self._folder.metrics)))  # of a run that was killed as it reported
         self._write(trainer, "test/")
 
     def _write(self, trainer: Trainer, prefix: str) -> None:
@@ -75,6 +77,11 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [{name: value for name, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+def _untested(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of training and validation."""
+    return [row for row in rows if not any(name.startswith("test/") for name in row)]
 
 
 def _steps_now(trainer: Trainer, batch_idx: int) -> bool:

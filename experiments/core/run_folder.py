@@ -11,6 +11,8 @@ from experiments.core.errors import copy, writing
 class RunFolder:
     """The files of one run: `config.yaml`, `metrics.csv`, `curves.png`, `checkpoints/best.ckpt` and `last.ckpt`.
 
+    One that is finished has `result.yaml` too.
+
     A run that goes on from a folder's `last.ckpt` stays in that folder. One that starts from any other checkpoint gets
     a folder of its own, so that nothing of the old run is overwritten.
 
@@ -55,6 +57,10 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.yaml"
 
     def make(self) -> None:
         """Make the folder and see that it can be written to."""

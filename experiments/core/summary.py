@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
-from lightning import Trainer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, building
+from experiments.core.parsed import Parsed
 from experiments.core.parsing import OptionParser
 from experiments.core.task import Task
-from experiments.core.training import TrainingCommands
 
 
 def main(invocation: Invocation) -> None:
@@ -25,22 +24,12 @@ def main(invocation: Invocation) -> None:
     if rest in ([], ["-h"], ["--help"]):
         print("usage: python -m experiments summary --config CONFIG [--vocabulary_size V] [the options of fit]")
         return
-    commands = _Parsed(["fit", *rest], invocation.trusted)
+    commands = Parsed(["fit", *rest], invocation.trusted)
     given = {name: size for name, size in vars(sizes).items() if size is not None}
     for name, size in given.items():
         if size < 1:
             raise ExperimentError(f"--{name}: got {size}, expected at least 1.")
     print(_summary(commands.model, commands.datamodule, given))
-
-
-class _Parsed(TrainingCommands):
-    """Reads the config and builds the task and the data, as `fit` would, and runs nothing."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        return Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:

@@ -32,7 +32,9 @@ from experiments.core.errors import ExperimentError, WritingError, building, wri
 from experiments.core.metrics_file import MetricsFile, read_metrics
 from experiments.core.progress import progress_bar
 from experiments.core.randomness import RandomState
+from experiments.core.result_file import read_result, write_result
 from experiments.core.run_folder import RunFolder
+from experiments.core.step_time import StepTime
 from experiments.core.task import Task
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.
@@ -147,10 +149,10 @@ class TrainingCommands(LightningCLI):
             root = Path(trainer.default_root_dir or "runs")
             self._folder = RunFolder(root, self._get(self.config, "name"), Path(loaded) if loaded else None)
             self._checkpoints = Checkpoints(self._folder, self._get(self.config, "save_every"))
-            self._divergence = Divergence()
+            self._divergence, self._step_time = Divergence(), StepTime()
             metrics = MetricsFile(self._folder)
             self._beginning = Beginning(self._write_config, metrics.begin)
-            callbacks += [RandomState(), self._divergence, self._checkpoints]
+            callbacks += [RandomState(), self._divergence, self._step_time, self._checkpoints]
             if not trainer.fast_dev_run:
                 callbacks += [self._beginning, metrics]
         self.trainer_defaults["callbacks"] = callbacks
@@ -180,7 +182,7 @@ class TrainingCommands(LightningCLI):
         """Train, then test the best checkpoint and say what came of it."""
         try:
             self.trainer.fit(weights_only=True, **kwargs)
-            if self._beginning.was_reached or self._is_untested():
+            if self._beginning.was_reached or self._is_unreported():
                 self._report(kwargs["model"])
             elif not self.trainer.fast_dev_run:
                 self._refuse_to_go_on(kwargs["ckpt_path"])
@@ -211,11 +213,11 @@ class TrainingCommands(LightningCLI):
         with _callbacks_left_out():
             self.trainer.test(weights_only=True, **kwargs)
 
-    def _is_untested(self) -> bool:
+    def _is_unreported(self) -> bool:
         """Whether a run goes on that was stopped after its last step, before its report."""
         if self.trainer.fast_dev_run or not self._folder.is_resumed:
             return False
-        return not any(name.startswith("test/") for row in read_metrics(self._folder.metrics) for name in row)
+        return read_result(self._folder.result) is None
 
     def _refuse_to_go_on(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -228,23 +230,26 @@ class TrainingCommands(LightningCLI):
     def _report(self, task: Task) -> None:
         if self.trainer.fast_dev_run:
             return
-        rows, name = {}, task.monitor.name
+        rows, scores, name = {}, {}, task.monitor.name
         diverged = self._divergence.step  # before the best checkpoint is loaded, which may know less
         if (score := self._checkpoints.best_score) is not None:
             rows[f"validation {name}"] = f"{score:.4f}"
-            rows |= self._tested(task)
+            scores = self._tested(task)
+            rows |= {metric.replace("/", " "): f"{value:.4f}" for metric, value in scores.items()}
         elif task.monitored in self.trainer.callback_metrics:
             rows[f"validation {name}"] = f"{self.trainer.callback_metrics[task.monitored].item():.4f}"
         else:
             _say("No validation ran, so there is no best checkpoint to test.")
         if diverged is not None:
             rows["diverged"] = f"at step {diverged}: from there on the loss is no finite number"
-        rows["parameters"] = f"{sum(p.numel() for p in task.parameters()):,}"
+        parameters = sum(p.numel() for p in task.parameters())
+        rows["parameters"] = f"{parameters:,}"
         if score is not None:
             rows["best checkpoint"] = _shown(self._folder.best)
         rows["last checkpoint"] = _shown(self._folder.last)
         if rank_zero_only.rank > 0:
             return
+        self._write_result(scores, diverged, parameters)
         if read_metrics(self._folder.metrics):
             rows |= {"metrics": _shown(self._folder.metrics), "curves": self._curves()}
         if score is not None and diverged is None:
@@ -252,13 +257,28 @@ class TrainingCommands(LightningCLI):
         width = max(map(len, rows))
         _say("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
 
-    def _tested(self, task: Task) -> dict[str, str]:
-        """The score of the best checkpoint in the test, where there is one."""
+    def _tested(self, task: Task) -> dict[str, float]:
+        """The metrics of the best checkpoint in the test, where there is one."""
         if not is_overridden("test_dataloader", task if self.datamodule is None else self.datamodule):
             return {}
         scores = self.trainer.test(task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False)
-        metrics = {name: value for of_loader in scores for name, value in of_loader.items()}
-        return {name.replace("/", " "): f"{value:.4f}" for name, value in metrics.items()}
+        return {name: value for of_loader in scores for name, value in of_loader.items()}
+
+    def _write_result(self, scores: dict[str, float], diverged: int | None, parameters: int) -> None:
+        """Write what came of the run: the metrics of its best checkpoint, in validation and in the test."""
+        best, metrics = self._checkpoints.best_step, {}
+        for row in read_metrics(self._folder.metrics):
+            if best is not None and int(row["step"]) == best:
+                metrics |= {name: float(value) for name, value in row.items() if name.startswith("val/")}
+        result = {
+            "metrics": metrics | scores,
+            "best_step": best,
+            "steps": self.trainer.global_step,
+            "diverged_at": diverged,
+            "parameters": parameters,
+            "seconds_per_step": self._step_time.mean,
+        }
+        write_result(self._folder.result, result)
 
     def _curves(self) -> str:
         """Where the curves lie, or why they do not: by then the report must not fail."""
@@ -270,6 +290,7 @@ class TrainingCommands(LightningCLI):
 
     def _write_config(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
+            self._folder.result.unlink(missing_ok=True)  # of a run that now goes on
             config = self.config[self.subcommand].clone()
             config.ckpt_path = None  # who runs the file again trains anew
             text = self._parser(self.subcommand).dump(config, skip_unset=False)

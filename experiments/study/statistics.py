@@ -1,0 +1,89 @@
+"""Intervals and differences for few seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+from experiments.core.errors import ExperimentError
+
+CONFIDENCE = 0.95
+# Up to so many, all sign patterns are gone through: 2¹⁴, those of 14 pairs. Beyond, as many are drawn.
+_PATTERNS = 2**14
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % t-interval, which one value does not have."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+class Difference(NamedTuple):
+    """An arm minus the first, over the seeds that both have."""
+
+    estimate: Estimate | None  # None where no seed is common
+    p: float | None  # of the paired permutation test, two-sided; None below two pairs
+
+
+def smallest_p(pairs: int) -> float:
+    """The smallest that the permutation test can give: of 2ⁿ sign patterns, the observed one and its mirror."""
+    return max(2.0 ** (1 - pairs), 2 / (_PATTERNS + 1))
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """The mean of the values with its 95 % t-interval, mean ± t(n − 1) s / √n; None of no values."""
+    count = len(values)
+    if count == 0:
+        return None
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, None, None, 1)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    half = error * float(scipy_stats().t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def difference(
+    first: Mapping[int, float],  # values by seed
+    arm: Mapping[int, float],
+) -> Difference:
+    """arm − first, paired by the seeds that both have, with the t-interval of the differences.
+
+    p is the share of sign patterns of the differences whose mean is as far from 0 or farther. Of 15 and more pairs it
+    is estimated from 2¹⁴ patterns drawn from a fixed seed.
+    """
+    seeds = sorted(first.keys() & arm.keys())
+    a, b = [first[seed] for seed in seeds], [arm[seed] for seed in seeds]
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    if len(seeds) < 2:
+        return Difference(estimate(differences), None)
+    if len(set(differences)) == 1:
+        of_pairs = estimate(differences)  # scipy divides by their spread, which is 0
+    else:
+        low, high = scipy_stats().ttest_rel(b, a).confidence_interval(CONFIDENCE)
+        of_pairs = Estimate(math.fsum(differences) / len(seeds), float(low), float(high), len(seeds))
+    return Difference(of_pairs, _permutation_p(a, b))
+
+
+def _permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
+    test = scipy_stats().permutation_test(
+        (b, a),
+        lambda y, x, axis: (y - x).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_PATTERNS,
+        rng=0,
+    )
+    return float(test.pvalue)
+
+
+def scipy_stats() -> ModuleType:
+    """`scipy.stats`, which is an extra. Raises ExperimentError where it is not installed."""
+    try:
+        from scipy import stats  # takes a second
+    except ImportError as error:
+        raise ExperimentError('a study needs scipy: pip install -c constraints.txt -e ".[study]"') from error
+    return stats

@@ -1,0 +1,253 @@
+"""Studies: what a file may say, which cells are run, kept, gone on with and redone, and what stops them."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import experiments.core.curves
+import experiments.study.command
+from experiments.__main__ import main
+from experiments.core.configs import CONFIGS
+from experiments.core.errors import ExperimentError
+from experiments.core.task import Monitor
+from experiments.study.cells import Arm, Cell, key_of, next_command
+from experiments.study.definition import read_study
+from experiments.study.jobs import Process, run_all
+from experiments.study.lock import locked
+
+STUDIES = CONFIGS.parent / "studies"
+INTEGRATOR = "model.network.recurrent.cell.integrator"
+GOOD = {"base": str(CONFIGS / "characters/quickstart.yaml"), "arms": {"MI": None}, "seeds": [0, 1]}
+
+
+def written(folder, **changes):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"seed": [3]}, ["'seed'", "Did you mean 'seeds'", "published"]),
+        ({"base": "no.yaml"}, ["base", "'no.yaml'"]),
+        ({"base": None}, ["'base' is missing"]),
+        ({"arms": {}}, ["arms", "name for each arm"]),
+        ({"arms": [{INTEGRATOR: "Additive"}]}, ["arms", "name for each arm"]),
+        ({"arms": {None: {INTEGRATOR: "Additive"}}}, ["arms", "None is no name"]),
+        ({"arms": {"MI": "Additive"}}, ["arms: MI", "'Additive'", "NAME: VALUE"]),
+        ({"arms": {"MI": {"seed_everything": 3}}}, ["arms: MI", "seed_everything", "the study itself"]),
+        ({"settings": {"trainer": {"default_root_dir": "x"}}}, ["settings", "trainer.default_root_dir"]),
+        ({"seeds": 3}, ["seeds", "got 3", "list"]),
+        ({"seeds": [0, 1, 0]}, ["seeds", "0 stands twice"]),
+        ({"seeds": [True]}, ["seeds", "True"]),
+        ({"seeds": [2**32]}, ["seeds", str(2**32)]),
+        ({"metric": "bpc"}, ["metric", "'bpc'", "test/NAME"]),
+        ({"metric": {"name": "test/bpc", "mode": "low"}}, ["mode", "'low'", "min or max"]),
+        ({"metric": {"nam": "test/bpc"}}, ["metric", "'nam'", "'name'"]),
+        ({"published": {"IM": {"value": 1, "source": "x"}}}, ["published: IM", "Did you mean 'MI'"]),
+        ({"published": {"MI": {"value": 1}}}, ["published: MI", "source"]),
+        ({"published": {"MI": {"value": "1", "source": "x"}}}, ["published: MI", "NUMBER"]),
+        ({"cluster": {"cpu": 1}}, ["cluster", "'cpu'", "'cpus'"]),
+        ({"cluster": {"cpus": 0}}, ["cpus", "got 0", "at least 1"]),
+        ({"cluster": {"retries": 1.5}}, ["retries", "1.5"]),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_message(changes, parts, tmp_path):
+    with pytest.raises(ExperimentError) as caught:
+        read_study(written(tmp_path, **changes))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_mistake_of_any_arm_is_found_before_anything_runs(tmp_path, capsys):
+    arms = {"MI": None, "low rank": {INTEGRATOR: "LowRank", f"{INTEGRATOR}.rnk": 3}}
+    assert main(["study", str(written(tmp_path, arms=arms)), "--output", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    for part in ("error: study: arm 'low rank'", f"{INTEGRATOR}.rnk", "'rank'"):
+        assert part in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_studies_can_be_read(study):
+    definition = read_study(study)
+    assert len(definition.arms) > 1
+    assert len(definition.seeds) > 1
+
+
+SETTINGS = {"name": "a", "data": {"init_args": {"root": "x", "length": 3}}, "trainer": {"max_steps": 2, "logger": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"name": "b", "threads": 3, "save_every": 1.0, "seed_everything": 4}, True),
+        ({"data": {"init_args": {"root": "y", "length": 3}}}, True),
+        ({"trainer": {"logger": True, "max_steps": 2}}, True),
+        ({"data": {"init_args": {"root": "x", "length": 4}}}, False),
+        ({"trainer": {"max_steps": 3, "logger": None}}, False),
+    ],
+)
+def test_the_key_is_of_what_changes_results(changes, is_same):
+    assert (key_of(SETTINGS | changes) == key_of(SETTINGS)) is is_same
+
+
+class Here:
+    """A job run in this process as soon as it starts, which is faster than one of its own."""
+
+    started = []  # noqa: RUF012
+
+    def __init__(self, job, lock):
+        assert not lock.closed
+        argv = job.argv()
+        self.started.append(job.cell.label)
+        with job.cell.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            self._code = main(argv)
+
+    def poll(self):
+        return self._code
+
+
+def test_missing_cells_are_run_finished_ones_kept_and_failed_ones_reported(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments.study.command, "Process", Here)
+    monkeypatch.setattr(Here, "started", started := [])
+    monkeypatch.setattr(experiments.core.curves, "draw", lambda runs, output: None)  # of each run: it takes a second
+    settings = {
+        "model.network.recurrent": {"hidden_size": 4, "engine": "loop"},
+        "data": {"path": str(text), "batch_size": 4, "length": 20},
+        "trainer": {"max_time": None, "max_epochs": -1, "limit_val_batches": 1, "limit_test_batches": 1},
+        "trainer.accelerator": "cpu",
+        "trainer.enable_model_summary": False,
+        "trainer.max_steps": 50,
+    }
+    options = ["--output", str(tmp_path / "out"), "--set", "trainer.max_steps=2"]
+    arms = {"absent": {"data.path": str(tmp_path / "absent.txt")}, "MI": None}
+    assert main(["study", str(written(tmp_path, settings=settings, arms=arms, seeds=[0])), *options]) == 1
+    assert started == ["absent, seed 0", "MI, seed 0"]
+    shown = capsys.readouterr()
+    assert "failed: absent, seed 0 (exit code 2" in shown.err
+    assert "absent.txt" in shown.err
+    assert "Not finished, and in no number here: absent, seed 0." in shown.out
+    [finished] = (tmp_path / "out").rglob("result.yaml")
+    before = finished.read_bytes()
+    assert yaml.safe_load(before)["steps"] == 2, "--set is in force over the study"
+
+    # Another name of an arm, another place of data, and more seeds.
+    started.clear()
+    path = written(tmp_path, settings=settings, arms={"multiplicative": None}, seeds=[1, 0])
+    with pytest.warns(UserWarning, match="no effect"):
+        assert main(["study", str(path), *options, "--set", "data.root=elsewhere"]) == 0
+    assert started == ["multiplicative, seed 1"]
+    assert finished.read_bytes() == before
+    assert len(list((tmp_path / "out").rglob("result.yaml"))) == 2
+    assert "2 cells: 1 finished, 1 to run" in capsys.readouterr().out
+
+
+def test_a_broken_run_is_gone_on_with_from_its_checkpoint_or_redone(tmp_path):
+    cell = Cell(Arm("MI", "key", {}, Monitor("bpc", "min")), 3, tmp_path)
+    assert next_command(cell) == cell.command
+    assert "--seed_everything=3" in cell.command
+    cell.run.checkpoints.mkdir(parents=True)
+    torch.save({"state_dict": {}}, cell.run.last)
+    assert next_command(cell) == [*cell.command, "--ckpt_path", str(cell.run.last)]
+    cell.run.last.write_bytes(cell.run.last.read_bytes()[:100])  # as no run leaves it, but a full disk may
+    cell.log.write_text("of before")
+    assert next_command(cell) == cell.command
+    assert not cell.run.path.exists()
+    assert not cell.log.exists()
+
+
+class Child:
+    """A job that is an interpreter of its own, without this project."""
+
+    def __init__(self, job):
+        code = (
+            "import pathlib, signal, sys, time\n"
+            f"def stop(*_): pathlib.Path({str(job)!r}).write_text('saved'); sys.exit(130)\n"
+            "signal.signal(signal.SIGINT, stop)\n"
+            "print('ready', flush=True)\n"
+            "time.sleep(60)"
+        )
+        pipe = {"stdout": subprocess.PIPE, "start_new_session": True}
+        self.process = subprocess.Popen([sys.executable, "-S", "-c", code], **pipe)
+        self.process.stdout.readline()
+        self.process.stdout.close()
+
+    def poll(self):
+        return self.process.poll()
+
+    def stop(self, number):
+        self.process.send_signal(number)
+
+
+class Interrupted:
+    """Presses Ctrl-C while the jobs run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def started(self, index):
+        self.seen.append(index)
+
+    def ended(self, index, code):
+        raise AssertionError
+
+    def waiting(self):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_lets_every_run_save_and_starts_no_more(tmp_path):
+    jobs = [tmp_path / str(i) for i in range(3)]
+    observer = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(jobs, Child, 2, observer)
+    assert observer.seen == [0, 1]
+    assert [job.read_text() for job in jobs if job.exists()] == ["saved", "saved"]
+
+
+class Log:
+    def __init__(self, path):
+        self.log = path
+
+
+class Given:
+    """A job with the arguments given."""
+
+    def __init__(self, path, *argv):
+        self.cell, self._argv = Log(path), argv
+
+    def argv(self):
+        return self._argv
+
+
+def test_a_job_is_a_process_with_its_output_in_its_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with locked(tmp_path) as lock:
+        job = Process(Given(tmp_path / "log.txt", "--help"), lock)
+        # Its own group: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+        assert os.getpgid(job._process.pid) == job._process.pid
+        assert job._process.wait(60) == 0
+    assert "usage: python -m experiments" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_folder_is_held_by_one_study_and_by_what_it_left_running(tmp_path):
+    with locked(tmp_path) as lock:
+        left = subprocess.Popen(
+            [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fileno(),)
+        )
+        with pytest.raises(ExperimentError, match="in use"), locked(tmp_path):
+            pass
+    with pytest.raises(ExperimentError, match="in use"), locked(tmp_path):
+        pass
+    left.send_signal(signal.SIGKILL)
+    left.communicate()
+    with locked(tmp_path):
+        pass

@@ -1,0 +1,226 @@
+"""The numbers of a study's report, against closed forms and against runs whose scores are made up."""
+
+import csv
+import math
+import re
+
+import pytest
+import torch
+
+from experiments.core.errors import ExperimentError
+from experiments.core.result_file import write_result
+from experiments.core.task import Monitor
+from experiments.study.cells import Arm, Cell
+from experiments.study.definition import Cluster, Metric, Published, Study
+from experiments.study.outcomes import State, chosen_metric, outcomes
+from experiments.study.report import write_report
+from experiments.study.statistics import difference, estimate, smallest_p
+
+close = torch.testing.assert_close
+
+
+def t_975(degrees):
+    """The 97.5 % point of Student's t with 1 or 2 degrees of freedom, in closed form."""
+    return math.tan(math.pi * 0.475) if degrees == 1 else 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+
+
+def test_the_interval_is_students():
+    of_three = estimate([1.0, 2.0, 3.0])
+    close(of_three.mean, 2.0)
+    close((of_three.low, of_three.high), (2 - t_975(2) / math.sqrt(3), 2 + t_975(2) / math.sqrt(3)))
+    of_two = estimate([1.0, 3.0])  # s = √2, s / √n = 1
+    close((of_two.low, of_two.high), (2 - t_975(1), 2 + t_975(1)))
+    assert of_two.count == 2
+
+
+def test_one_value_has_no_interval_and_none_has_no_mean():
+    assert estimate([5.0]) == (5.0, None, None, 1)
+    assert estimate([]) is None
+    assert difference({0: 1.0}, {0: 3.0}) == ((2.0, None, None, 1), None)
+    assert difference({0: 1.0}, {1: 3.0}) == (None, None)
+
+
+def test_a_difference_is_paired_by_seed():
+    """A seed's effect, far larger than the arms', cancels; and only common seeds count."""
+    first = {0: 10.0, 1: -50.0, 2: 200.0, 7: 1e6}
+    arm = {2: 202.0, 1: -49.5, 0: 11.0, 8: -1e6}
+    paired = difference(first, arm)
+    mean, s = 3.5 / 3, math.sqrt(((1 - 3.5 / 3) ** 2 + (0.5 - 3.5 / 3) ** 2 + (2 - 3.5 / 3) ** 2) / 2)
+    half = t_975(2) * s / math.sqrt(3)
+    close(tuple(paired.estimate), (mean, mean - half, mean + half, 3))
+    close(paired.p, 0.25)  # all three of one sign: 2 of 8 patterns
+
+
+def test_p_counts_sign_patterns():
+    # |±1 ± 2 ± 3 ± 1| ≥ |1 + 2 + 3 − 1| for all plus, for one of the two 1s turned, and for the mirrors: 6 of 16.
+    close(difference(dict.fromkeys(range(4), 0.0), {0: 1.0, 1: 2.0, 2: 3.0, 3: -1.0}).p, 6 / 16)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 8, 20])
+def test_no_p_is_below_the_smallest(pairs):
+    arm = {seed: 1.0 + seed / 100 for seed in range(pairs)}
+    close(difference(dict.fromkeys(arm, 0.0), arm).p, smallest_p(pairs))
+    if pairs < 10:
+        assert smallest_p(pairs) == 2 ** (1 - pairs)
+
+
+def test_equal_differences_have_the_interval_of_no_spread():
+    assert difference({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5}) == ((0.5, 0.5, 0.5, 2), 0.5)
+    assert difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == ((0.0, 0.0, 0.0, 2), 1.0)
+
+
+# Fabricated runs: test/score by arm and seed. 'gone' diverged with seed 2, and 'few' has seeds 0 and 3 alone.
+SCORES = {
+    "first": {0: 1.0, 1: 2.0, 2: 3.0},
+    "gone": {0: 2.0, 1: 2.5, 2: math.nan},
+    "few": {0: 5.0, 3: 7.0},
+    "one|<b>": {1: 4.0},
+}
+SEEDS = [0, 1, 2, 3]
+
+
+def fabricate(cell, score):
+    """The files of a finished run."""
+    cell.run.checkpoints.mkdir(parents=True)
+    cell.log.write_text("it began\n")
+    result = {
+        "metrics": {"test/score": score, "val/score": score},
+        "best_step": 2,
+        "steps": 4,
+        "diverged_at": 3 if math.isnan(score) else None,
+        "parameters": 1234567,
+        "seconds_per_step": 0.001 * (1 + cell.seed),
+    }
+    write_result(cell.run.result, result)
+    rows = [f"0,{step},{'' if step == 4 else score + step},{score if step == 4 else ''}" for step in (2, 3, 4)]
+    cell.run.metrics.write_text("\n".join(["epoch,step,train/score,val/score", *rows, ""]))
+
+
+def made_up(folder):
+    """A study with its arms and its cells, some of which have run."""
+    path = folder / "made_up.yaml"
+    path.write_text("# <made up> & not run\n")
+    published = {"first": Published(1.25, "A & B <2020>")}
+    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, Cluster())
+    arms = [Arm(name, f"key{i}", {}, Monitor("score", "max")) for i, name in enumerate(SCORES)]
+    cells = [Cell(arm, seed, folder / "out") for arm in arms for seed in SEEDS]
+    for cell in cells:
+        cell.of_arm.mkdir(parents=True, exist_ok=True)
+        if cell.seed in SCORES[cell.arm.name]:
+            fabricate(cell, SCORES[cell.arm.name][cell.seed])
+    return study, arms, cells
+
+
+@pytest.fixture
+def study(tmp_path):
+    return made_up(tmp_path)
+
+
+def report(study, arms, cells):
+    command = ["study", "made_up.yaml"]
+    return write_report(study, arms, cells, chosen_metric(study, arms), cells[0].root, command)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """What a report prints, its folder, and the study."""
+    study = made_up(tmp_path_factory.mktemp("study"))
+    return report(*study), study[2][0].root, study
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_table_has_the_numbers_of_the_runs(reported):
+    text, folder, _ = reported
+    rows = {row["arm"]: row for row in read_csv(folder / "table.csv")}
+    close(float(rows["first"]["mean"]), 2.0)
+    close(float(rows["first"]["high"]), 2 + t_975(2) / math.sqrt(3))
+    assert rows["first"]["n"] == "3"
+    assert rows["first"]["difference"] == rows["first"]["p"] == ""
+    assert rows["first"]["published"] == "1.25"
+    # Without seed 2: differences 1 and 1/2, whose mean is 3/4 and whose s / √n is 1/4.
+    close(float(rows["gone"]["mean"]), 2.25)
+    close(float(rows["gone"]["difference"]), 0.75)
+    close(float(rows["gone"]["difference_low"]), 0.75 - t_975(1) / 4)
+    assert (rows["gone"]["n"], rows["gone"]["pairs"], rows["gone"]["p"]) == ("2", "2", "0.5")
+    # Seed 0 alone is common: a difference, and neither an interval nor p.
+    assert (rows["few"]["n"], rows["few"]["pairs"], rows["few"]["difference"]) == ("2", "1", "4.0")
+    assert rows["few"]["difference_low"] == rows["few"]["p"] == ""
+    assert (rows["one|<b>"]["n"], rows["one|<b>"]["mean"], rows["one|<b>"]["low"]) == ("1", "4.0", "")
+    assert rows["first"]["parameters"] == "1234567"
+    close(float(rows["first"]["ms_per_step"]), 2.0)  # the median of 1, 2 and 3
+    assert "| 1,234,567 | 2 | 1.25 (A & B <2020>) |" in text
+    assert "one\\|<b>" in text
+
+
+def test_the_table_says_what_is_left_out_and_what_is_paired(reported):
+    text, folder, _ = reported
+    assert "higher is better" in text
+    assert "Diverged, and in no number here: gone, seed 2 (its loss is no finite number at step 3)." in text
+    assert "Not run: first, seed 3; gone, seed 3; few, seed 1; few, seed 2; one|<b>, seed 0;" in text
+    assert "few has 2 seeds and first 3: the difference is over the 1 that both have" in text
+    assert "With 2 pairs p is at least 0.5." in text
+    assert "One seed has no interval" in text
+    rows = read_csv(folder / "cells.csv")
+    assert len(rows) == 16
+    assert {row["state"] for row in rows} == {"finished", "diverged", "missing"}
+
+
+def test_the_page_needs_no_other_file_and_shows_text_as_it_is(reported):
+    _, folder, _ = reported
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "<b>" not in page
+    for shown in ("one|&lt;b&gt;", "# &lt;made up&gt; &amp; not run", "A &amp; B &lt;2020&gt;", "study made_up.yaml"):
+        assert shown in page
+    for name in ("seeds", "curves"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+    assert (folder / "table.md").read_text().startswith("| arm | test/score |")
+
+
+def test_a_report_made_again_is_the_same(reported):
+    _, folder, study = reported
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    report(*study)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_metric_that_was_not_logged_is_refused(study):
+    _, _, cells = study
+    with pytest.raises(ExperimentError, match=r"'test/scor' was not logged by first, seed 0\. .* 'test/score'"):
+        outcomes(cells, "test/scor")
+
+
+def test_a_run_without_a_result_and_one_with_a_damaged_one_are_unfinished(study):
+    _, _, cells = study
+    cells[0].run.result.unlink()
+    cells[1].run.result.write_text("metrics: [")
+    found = outcomes(cells, "test/score")
+    states = [State.UNFINISHED, State.UNFINISHED, State.FINISHED, State.MISSING]
+    assert [outcome.state for outcome in found[:4]] == states
+    assert found[0].note == "it began"
+
+
+def test_without_a_finished_cell_there_is_no_report(study):
+    definition, arms, cells = study
+    with pytest.raises(ExperimentError, match="no cell is finished"):
+        report(definition, arms, [cell for cell in cells if cell.seed == 3 and cell.arm.name == "first"])
+
+
+def test_the_direction_is_the_monitors_or_said(study):
+    definition, arms, _ = study
+    assert chosen_metric(definition, arms) == ("test/score", "max")
+    assert chosen_metric(definition._replace(metric=Metric("val/loss", "min")), arms) == ("val/loss", "min")
+    with pytest.raises(ExperimentError, match="mode: min"):
+        chosen_metric(definition._replace(metric=Metric("val/loss", None)), arms)
+
+
+def test_a_result_is_read_as_written(study):
+    _, _, cells = study
+    diverged = next(cell for cell in cells if cell.label == "gone, seed 2").result
+    assert math.isnan(diverged["metrics"]["test/score"])
+    assert diverged["versions"]["torch"] == torch.__version__
