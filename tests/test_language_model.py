@@ -45,10 +45,9 @@ def test_tied_weights_are_one_parameter(tokens):
     assert net(tokens)[0].shape == (T, B, V)
 
 
-@pytest.mark.parametrize("embedding_size", [5, None])
-def test_tied_weights_of_different_sizes_are_refused(embedding_size):
+def test_tied_weights_of_different_sizes_are_refused():
     with pytest.raises(MultintError, match="embedding_size to 6"):
-        network(embedding_size, tied=True)
+        network(5, tied=True)
 
 
 @pytest.mark.parametrize("option", ["bidirectional", "batch_first"])

@@ -153,7 +153,7 @@ def test_one_word_of_a_config_swaps_the_integrator(name, tmp_path):
 
 def test_these_can_be_named_in_one_word():
     assert {"Additive", "LowRank", "Tucker", "Hypernetwork", "Normalised", "Krause", "Diagonal"} <= set(nameable())
-    with pytest.raises(MultintError, match=r"expected x_features \(64\).* SwappedOf and ThroughOf"):
+    with pytest.raises(MultintError, match=r"expected x_features \(64\).* Projected .* ThroughOf and SwappedOf"):
         cells(f"{INTEGRATOR}=Diagonal")
 
 
