@@ -2,7 +2,36 @@
 
 from models.initialisation import Uniform
 from models.language_model import Features, LanguageModel
+from models.neural_process import (
+    AttentiveEncoder,
+    ConcatMLP,
+    LatentEncoder,
+    NeuralProcess,
+    Points,
+    PooledEncoder,
+    elbo,
+    importance_weighted,
+    log_likelihood,
+    padded,
+)
 from models.sampling import sample
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
-__all__ = ["Features", "LanguageModel", "Uniform", "sample", "softmax_cross_entropy", "symbol_losses"]
+__all__ = [
+    "AttentiveEncoder",
+    "ConcatMLP",
+    "Features",
+    "LanguageModel",
+    "LatentEncoder",
+    "NeuralProcess",
+    "Points",
+    "PooledEncoder",
+    "Uniform",
+    "elbo",
+    "importance_weighted",
+    "log_likelihood",
+    "padded",
+    "sample",
+    "softmax_cross_entropy",
+    "symbol_losses",
+]

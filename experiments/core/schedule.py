@@ -42,3 +42,19 @@ class HalveLearningRate(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
+
+
+class CosineLearningRate(Callback):
+    """Lets the learning rate fall from the optimizer's to 0 over the run's `max_steps`: half a cosine.
+
+    Raises: ExperimentError for a run without `max_steps`.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.max_steps < 1:
+            raise ExperimentError("CosineLearningRate: the run has no end, expected one: --trainer.max_steps N.")
+        factor = (1 + math.cos(math.pi * trainer.global_step / trainer.max_steps)) / 2
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                # Kept among the optimizer's settings, and so in the checkpoint.
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

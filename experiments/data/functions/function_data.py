@@ -1,0 +1,183 @@
+"""What the data of all neural processes share: functions, and tasks of their points."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from experiments.core.errors import ExperimentError
+from experiments.data.functions import gaussian_process
+from experiments.data.functions.batches import Batch, Sizes, shared_out
+from experiments.data.functions.task_loaders import Draw, FixedTasks, TrainingTasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# (context x, context y, x) -> means (K, B, N, Y) of K samples, and their standard deviations.
+Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Observed(NamedTuple):
+    """Points of B functions, in random order."""
+
+    x: Tensor  # (B, P, X)
+    y: Tensor  # (B, P, Y)
+    covariance: Tensor | None = None  # (B, P, P) of y given x, in float64, where that is known
+
+
+class Functions(ABC):
+    """A set of functions to draw tasks from.
+
+    `x_features` and `y_features` are the sizes of a point, `count` the number of functions, None where there is no end.
+    """
+
+    x_features: int
+    y_features: int
+    count: int | None
+
+    @abstractmethod
+    def available(self, functions: Tensor) -> Tensor:
+        """How many points each of these functions has, (B,) int64."""
+
+    @abstractmethod
+    def observe(self, functions: Tensor, points: int, generator: torch.Generator) -> Observed:
+        """At least so many points of each of these functions, or all it has; the rest is padding."""
+
+
+class FunctionData(LightningDataModule, ABC):
+    """Tasks of functions: from a context of a function's points its values at targets are to be predicted.
+
+    A subclass gives `_functions`, the sets of each split. In training the tasks are new ones at every step, drawn from
+    the seed: a run that goes on has those of an uninterrupted one. In evaluation they are always the same.
+
+    Raises ExperimentError at construction for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        sizes: Sizes,
+        eval_sizes: Sizes,
+        ragged: bool,
+        epoch: int,
+        valid_tasks: int,
+        test_tasks: int,
+        eval_batch_size: int,
+        seed: int | None,
+        eval_seed: int,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "batch_size": batch_size,
+            "epoch": epoch,
+            "valid_tasks": valid_tasks,
+            "test_tasks": test_tasks,
+            "eval_batch_size": eval_batch_size,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise ExperimentError(f"--data.{name}: got {number}, expected at least 1.")
+        sizes.check("")
+        eval_sizes.check("eval_")
+        self.batch_size, self.eval_batch_size, self.epoch = batch_size, eval_batch_size, epoch
+        self.tasks = {"valid": valid_tasks, "test": test_tasks}
+        self.sizes, self.eval_sizes, self.ragged = sizes, eval_sizes, ragged
+        self.seed, self.eval_seed = seed, eval_seed
+        self._sets: dict[str, Mapping[str, Functions]] = {}  # by split
+
+    @abstractmethod
+    def _functions(self) -> dict[str, Mapping[str, Functions]]:
+        """The sets by name of "train" (one), "valid" and "test". Raises ExperimentError where they cannot be used."""
+
+    @abstractmethod
+    def pictures(self, predict: Predict) -> "dict[str, Figure]":
+        """Pictures of predictions for the test's functions, by name, after `setup`."""
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The sizes X and Y of a point; available after `setup`."""
+        [functions] = self._sets["train"].values()
+        return functions.x_features, functions.y_features
+
+    def setup(self, stage: str | None = None) -> None:
+        """Makes or reads the functions, once for all stages. Raises ExperimentError where they cannot be used."""
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**32  # the run's, by which its parameters are drawn too
+        processes = self._processes()[1]
+        if self.batch_size % processes:
+            raise ExperimentError(
+                f"--data.batch_size: got {self.batch_size} tasks for {processes} processes, expected a multiple of "
+                f"{processes}, so that each has as many."
+            )
+        if not self._sets:
+            self._sets = self._functions()
+
+    def train_dataloader(self) -> TrainingTasks:
+        """Batches of new tasks, resumable within an epoch."""
+        [(name, functions)] = self._sets["train"].items()
+
+        def draw(index: int, generator: torch.Generator) -> Batch:
+            chosen = torch.arange(self.batch_size)
+            if functions.count is not None:
+                chosen = torch.randint(functions.count, (self.batch_size,), generator=generator)
+            return _drawn(functions, chosen, self.sizes, self.ragged, generator, name, index)
+
+        assert self.seed is not None
+        position = None if self.trainer is None else self._position
+        return TrainingTasks(draw, self.epoch, self.seed, position, *self._processes())
+
+    def val_dataloader(self) -> FixedTasks:
+        """The validation's tasks."""
+        return self._fixed("valid")
+
+    def test_dataloader(self) -> FixedTasks:
+        """The test's tasks, with the ceiling where that is known."""
+        return self._fixed("test")
+
+    def _fixed(self, split: str) -> FixedTasks:
+        draws, counts = {}, {}
+        for name, functions in self._sets[split].items():
+            tasks = min(self.tasks[split], functions.count or sys.maxsize)
+            counts[name] = -(-tasks // self.eval_batch_size)
+            draws[name] = self._evaluated(functions, tasks, name)
+        return FixedTasks(draws, counts, (split, self.eval_seed), *self._processes())
+
+    def _evaluated(self, functions: Functions, tasks: int, name: str) -> Draw:
+        def draw(index: int, generator: torch.Generator) -> Batch:
+            chosen = torch.arange(tasks)[index * self.eval_batch_size : (index + 1) * self.eval_batch_size]
+            return _drawn(functions, chosen, self.eval_sizes, self.ragged, generator, name, index, with_ceiling=True)
+
+        return draw
+
+    def _processes(self) -> tuple[int, int]:
+        """This process's rank, and how many train together."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _position(self) -> tuple[int, int]:
+        """The pass under way and its first batch to draw: Lightning's counts, right once that pass has begun."""
+        assert self.trainer is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, done
+
+
+def _drawn(
+    functions: Functions,
+    chosen: Tensor,  # (B,)
+    sizes: Sizes,
+    is_ragged: bool,
+    generator: torch.Generator,
+    name: str,
+    index: int,
+    with_ceiling: bool = False,
+) -> Batch:
+    """One task of each of the chosen functions."""
+    contexts, targets = sizes.draw(functions.available(chosen), generator, is_ragged)
+    x, y, covariance = functions.observe(chosen, int((contexts + targets).max()), generator)
+    batch = shared_out(x, y, contexts, targets, name, index)
+    if not with_ceiling or covariance is None:
+        return batch
+    return batch._replace(ceiling=gaussian_process.log_likelihood(covariance, y[..., 0], contexts, targets))

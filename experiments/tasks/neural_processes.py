@@ -1,0 +1,160 @@
+"""Neural processes: predict a function's values from some of its points."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from experiments.core.errors import ExperimentError
+from experiments.core.means import Mean
+from experiments.core.processes import gathered
+from experiments.core.task import Monitor, Stage, Task
+from experiments.data.functions import Batch, FunctionData
+from experiments.tasks.task_scores import Scores, TaskScores, table
+from models import NeuralProcess, Points, elbo, importance_weighted, log_likelihood
+from models.neural_process import joined
+
+
+class NeuralProcesses(Task):
+    """Maximises the log-likelihood of a function's values at targets, given a context of its points.
+
+    Without a latent path the objective is the targets' log-likelihood itself. With one it is a bound of it by draws
+    from q(z | targets): the ELBO of Garnelo et al. 2018 or, with several draws, the importance-weighted bound. Either
+    is divided by each task's number of targets. In evaluation the targets are always held out.
+
+    Logged in evaluation, in nats per target, each task weighing the same:
+      log_likelihood      log mean_k p(y_n | z_k) of every target by itself, z_k ~ p(z | context), k = 1 … eval_samples
+      joint               log mean_k Π_n p(y_n | z_k) of a task's targets together, with the same draws
+      importance          the same by as many draws from q(z | context and targets), weighted
+      elbo                of context and targets, by one draw of these
+      marginal_ceiling    `log_likelihood` of the exact Gaussian process, where the data are of one
+      joint_ceiling       and `joint` of it
+    The second to the fourth are there with a latent path only, the last four in the test only.
+    A name with `_half_width` is that of the 95 % normal interval over tasks. In the test the names begin with that of
+    the set; the best checkpoint's report shows them by context size too.
+
+    The smallest predictive deviation, the network's `floor`, caps all of these at −log(floor·√(2π)).
+
+    Args:
+        network: factory `(X, Y) -> NeuralProcess`; it is called when the sizes of the data's points are known.
+        optimizer, halve_after: see `Task`.
+        predict_context: the training's targets include the context's points.
+        samples: K, draws of z in training.
+        bound: the objective with a latent path. With one draw, `importance` estimates the ELBO's KL by that draw.
+        eval_samples: K in evaluation.
+        buckets: the context sizes at which the test's report begins a new row.
+    """
+
+    monitor = Monitor("log_likelihood", "max")
+    unit = "tasks"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], NeuralProcess],
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
+        halve_after: int | None = None,
+        predict_context: bool = True,
+        samples: int = 1,
+        bound: Literal["elbo", "importance"] = "elbo",
+        eval_samples: int = 50,
+        buckets: list[int] | None = None,
+    ) -> None:
+        super().__init__(optimizer, halve_after)
+        for name, number in {"samples": samples, "eval_samples": eval_samples}.items():
+            if number < 1:
+                raise ExperimentError(f"NeuralProcesses: {name} is {number}, expected at least 1.")
+        self.predict_context, self.samples, self.bound = predict_context, samples, bound
+        self.eval_samples, self.buckets = eval_samples, buckets or [0, 1, 5, 10, 20, 40]
+        self._build_network = network
+        self._scores = TaskScores()  # of the evaluation under way
+        self._tested: Mapping[str, Scores] = {}
+
+    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        return self.describe(data)
+
+    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+        if not isinstance(data, FunctionData):
+            raise ExperimentError(
+                f"NeuralProcesses: the data are {type(data).__name__}, expected functions, as Curves, Images or Table."
+            )
+        x_features, y_features = data.features
+        return {"x_features": x_features, "y_features": y_features}
+
+    def build(self, description: dict[str, Any]) -> NeuralProcess:
+        return self._build_network(description["x_features"], description["y_features"])
+
+    def measure(self, batch: Batch, stage: Stage) -> dict[str, Mean]:
+        context = Points(batch.context_x, batch.context_y, batch.context_mask)
+        targets = Points(batch.target_x, batch.target_y, batch.target_mask)
+        if stage != "train":
+            return self._evaluate(batch, context, targets, stage)
+        everything = joined(context, targets)
+        predicted = everything if self.predict_context else targets
+        return {"loss": Mean(-self._objective(context, predicted, everything).mean(), len(targets.x))}
+
+    def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Tensor]:
+        if stage == "train":
+            return means
+        scores = self._scores.collected(gathered(self._scores.taken()))
+        if stage == "test":
+            self._tested = scores
+        named = {
+            f"{name}/{metric}" if stage == "test" else metric: value
+            for name, of_set in scores.items()
+            for metric, value in of_set.summary().items()
+        }
+        return {name: torch.tensor(value) for name, value in named.items()}
+
+    def show(self) -> str:
+        network = self._network()
+        cap = -math.log(network.floor * math.sqrt(2 * math.pi)) if network.floor else math.inf
+        head = f"Nats per held-out target; ± 95 % over tasks. σ is at least {network.floor:g}, so at most {cap:.3f}."
+        if network.latent is not None:
+            head += f" Of {self.eval_samples} draws of z."
+        return "\n\n".join([head, *(table(name, scores, self.buckets) for name, scores in self._tested.items())])
+
+    @torch.no_grad()
+    def predict(self, context_x: Tensor, context_y: Tensor, x: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
+        """Means and deviations at x for so many draws of z, (samples, B, N, Y); for one where there is no z."""
+        network, context = self._network(), Points(context_x, context_y)
+        if network.latent is None:
+            mean, std = network(context, x)
+            return mean.unsqueeze(0), std.unsqueeze(0)
+        mean, std = network(context, x, network.prior(context).sample(samples, torch.Generator().manual_seed(0)))
+        return mean, std
+
+    def _network(self) -> NeuralProcess:
+        assert isinstance(self.network, NeuralProcess)
+        return self.network
+
+    def _objective(self, context: Points, predicted: Points, everything: Points) -> Tensor:  # (B,)
+        network = self._network()
+        if network.latent is None:
+            return log_likelihood(network, context, predicted).marginal
+        if self.bound == "elbo":
+            return elbo(network, context, predicted, self.samples)
+        return importance_weighted(network, context, predicted, everything, self.samples)
+
+    def _evaluate(self, batch: Batch, context: Points, targets: Points, stage: Stage) -> dict[str, Mean]:
+        count = len(targets.x)
+        if count == 0:  # other processes have the tasks
+            return {"loss": Mean(torch.zeros((), device=self.device), 0)}
+        network, draws = self._network(), self.eval_samples
+        # Its own, so that the same checkpoint has the same score in validation, in test, and after any training.
+        generator = torch.Generator(self.device).manual_seed(batch.index)
+        scores = log_likelihood(network, context, targets, draws, generator)
+        values = {"log_likelihood": scores.marginal}
+        if network.latent is not None:
+            values["joint"] = scores.joint
+        if network.latent is not None and stage == "test":
+            everything = joined(context, targets)
+            values["importance"] = importance_weighted(network, context, targets, everything, draws, generator)
+            values["elbo"] = elbo(network, context, everything, 1, generator)
+        if batch.ceiling is not None and stage == "test":
+            values |= {"marginal_ceiling": batch.ceiling.marginal, "joint_ceiling": batch.ceiling.joint}
+        self._scores.take(batch.name, batch.index, context.counts, values)
+        return {"loss": Mean(-scores.marginal.mean(), count)}
