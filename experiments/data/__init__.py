@@ -1,12 +1,19 @@
 """What is learnt from: a file or a folder for each kind of data."""
 
 from experiments.data.functions import Curves, FunctionData
+from experiments.data.synthetic import AffineTasks, DrawnData, Pairs, Sequences, StateMachine, Teacher
 from experiments.data.text import Batch, TextData, Vocabulary, Windows, WordData, WordVocabulary, vocabulary_from
 
 __all__ = [
+    "AffineTasks",
     "Batch",
     "Curves",
+    "DrawnData",
     "FunctionData",
+    "Pairs",
+    "Sequences",
+    "StateMachine",
+    "Teacher",
     "TextData",
     "Vocabulary",
     "Windows",
