@@ -1,5 +1,7 @@
 """Every ready config: it parses, its model builds, and its size is the published one."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ import multint
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.training import TrainingCommands
-from experiments.tasks import LanguageModelling
+from experiments.tasks import LanguageModelling, NeuralProcesses
+from models import Points, log_likelihood
 
 READY = [path for paths in ready_configs().values() for path in paths]
 VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205, "ptb-words": 10_000, "wikitext-103": 267_735}
@@ -54,23 +57,62 @@ def built(config, *options):
         return Parsed(["fit", "--config", str(config), "--trainer.logger", "false", *options], [])
 
 
+def mlp(sizes):
+    """The parameters of linear layers with biases."""
+    return sum((size + 1) * following for size, following in pairwise(sizes))
+
+
+# Of neural processes, by hand: the encoders' layers, and the decoder's of x with what they give.
+POOLED = mlp([2, 128, 128, 128, 128]) + mlp([128, 128, 128])
+LATENT = mlp([2, 128, 128, 128, 128]) + mlp([128, 128, 256])
+PROCESSES = {
+    "protocol_b_cnp": 2 * POOLED + mlp([257, 128, 128, 2]),
+    "protocol_b_np": POOLED + LATENT + mlp([257, 128, 128, 2]),
+    "protocol_a_cnp": mlp([2, *[128] * 6]) + mlp([128] * 7) + mlp([129, *[128] * 5, 2]),
+}
+
+
 @pytest.mark.parametrize("config", READY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config(config):
     commands = built(config)
-    task, data = commands.model, commands.datamodule
-    assert isinstance(task, LanguageModelling)
-    name = commands.config.fit.name
+    task, data, name = commands.model, commands.datamodule, commands.config.fit.name
     assert name in (config.stem, f"{config.stem}_{config.parent.name}")
-    with torch.device("meta"):
-        network = task._build_network(VOCABULARY[data.corpus])
-        logits, _ = network(torch.zeros(2, 1, dtype=torch.long))
-    assert logits.shape == (2, 1, VOCABULARY[data.corpus])
-    count = sum(p.numel() for p in network.parameters())
-    if name in COUNTED:
-        assert count == COUNTED[name]
-    else:
-        assert count / 1e6 == pytest.approx(PAPERS_MILLIONS[name], abs=0.1)
     assert config.read_text().splitlines()[0].startswith("# "), "the overview shows the first line"
+    with torch.device("meta"):
+        network = language_model(task, data) if isinstance(task, LanguageModelling) else neural_process(task, data)
+    count = sum(p.numel() for p in network.parameters())
+    if name in PAPERS_MILLIONS:
+        assert count / 1e6 == pytest.approx(PAPERS_MILLIONS[name], abs=0.1)
+    elif expected := (COUNTED | PROCESSES).get(name):
+        assert count == expected
+    else:
+        assert isinstance(task, NeuralProcesses), "count the parameters of a language model"
+
+
+def language_model(task, data):
+    """The task's network, after one call."""
+    network = task._build_network(VOCABULARY[data.corpus])
+    logits, _ = network(torch.zeros(2, 1, dtype=torch.long))
+    assert logits.shape == (2, 1, VOCABULARY[data.corpus])
+    return network
+
+
+def neural_process(task, data):
+    """The task's network, after one call."""
+    assert isinstance(task, NeuralProcesses)
+    network = task.build(task.describe(data))
+    points = Points(*(torch.zeros(2, 3, features) for features in data.features))
+    assert log_likelihood(network, points, points).marginal.shape == (2,)
+    return network
+
+
+def test_one_option_swaps_a_neural_processs_decoder():
+    decoder = "--model.network.decoder"
+    options = (f"{decoder}=Conditional", f"{decoder}.integrator=LowRank", f"{decoder}.integrator.rank=16")
+    commands = built(CONFIGS / "functions/protocol_b_np.yaml", *options, f"{decoder}.hidden=144")
+    with torch.device("meta"):
+        network = commands.model._build_network(1, 1)
+    assert {layer.rank for layer in network.modules() if type(layer).__name__ == "LowRank"} == {16}
 
 
 def test_one_option_swaps_the_integrator_whatever_the_config_named():

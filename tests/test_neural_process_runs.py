@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
-from torch.testing import assert_close
 
 from experiments.core.checkpoints import Checkpoints
 from experiments.core.randomness import RandomState

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lightning import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from experiments.core.processes import averaged
 from experiments.core.programs import Example
 from experiments.core.schedule import HalveLearningRate
 from experiments.core.settings import refuse_other_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Stage = Literal["train", "val", "test"]
 
@@ -94,6 +97,10 @@ class Task(LightningModule, ABC):
     def show(self) -> str:
         """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
         return ""
+
+    def pictures(self, data: LightningDataModule | None) -> "Mapping[str, Figure]":
+        """What the command `show` draws for data that are set up, by name."""
+        return {}
 
     def sizes(self) -> dict[str, Any]:
         """Those of the network's settings that the data decided: with them `export` tells how it is rebuilt."""

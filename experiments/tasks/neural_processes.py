@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -17,6 +17,9 @@ from experiments.data.functions import Batch, FunctionData
 from experiments.tasks.task_scores import Scores, TaskScores, table
 from models import NeuralProcess, Points, elbo, importance_weighted, log_likelihood
 from models.neural_process import joined
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class NeuralProcesses(Task):
@@ -110,6 +113,8 @@ class NeuralProcesses(Task):
         return {name: torch.tensor(value) for name, value in named.items()}
 
     def show(self) -> str:
+        if not self._tested:
+            return ""
         network = self._network()
         cap = -math.log(network.floor * math.sqrt(2 * math.pi)) if network.floor else math.inf
         head = f"Nats per held-out target; ± 95 % over tasks. σ is at least {network.floor:g}, so at most {cap:.3f}."
@@ -117,14 +122,25 @@ class NeuralProcesses(Task):
             head += f" Of {self.eval_samples} draws of z."
         return "\n\n".join([head, *(table(name, scores, self.buckets) for name, scores in self._tested.items())])
 
+    def pictures(self, data: LightningDataModule | None) -> "Mapping[str, Figure]":
+        assert isinstance(data, FunctionData)
+        return data.pictures(self.predict)
+
     @torch.no_grad()
-    def predict(self, context_x: Tensor, context_y: Tensor, x: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Means and deviations at x for so many draws of z, (samples, B, N, Y); for one where there is no z."""
+    def predict(
+        self,
+        context_x: Tensor,  # (B, C, X)
+        context_y: Tensor,  # (B, C, Y)
+        x: Tensor,  # (B, N, X)
+    ) -> tuple[Tensor, Tensor]:  # (K, B, N, Y) each
+        """Means and deviations at x, for `eval_samples` draws of z; K = 1 where there is no latent path."""
         network, context = self._network(), Points(context_x, context_y)
         if network.latent is None:
             mean, std = network(context, x)
             return mean.unsqueeze(0), std.unsqueeze(0)
-        mean, std = network(context, x, network.prior(context).sample(samples, torch.Generator().manual_seed(0)))
+        mean, std = network(
+            context, x, network.prior(context).sample(self.eval_samples, torch.Generator().manual_seed(0))
+        )
         return mean, std
 
     def _network(self) -> NeuralProcess:

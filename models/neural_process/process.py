@@ -26,6 +26,8 @@ class NeuralProcess(nn.Module):
         encoder: factory `(X, Y) -> module` of r, called on the context and the targets' x; None: there is no r.
         latent: factory `(X, Y) -> LatentEncoder` of z's distribution; None: there is no z.
         decoder: factory `(X, C, 2Y) -> module`, called on x (..., X) and the context [r; z] (..., C).
+        context_size: a linear map makes so many features of [r; z] for the decoder; None: they are its context as they
+            are. A decoder with many parameters for each pair of features, as `Bilinear`, is small by it.
         floor: the smallest standard deviation. It caps a log-likelihood at −log(floor·√(2π)) for each value.
         shift: subtracted before the softplus, so that σ starts smaller.
 
@@ -41,12 +43,15 @@ class NeuralProcess(nn.Module):
         encoder: Callable[[int, int], nn.Module] | None = PooledEncoder,
         latent: Callable[[int, int], LatentEncoder] | None = None,
         decoder: Callable[[int, int, int], nn.Module] = ConcatMLP,
+        context_size: int | None = None,
         floor: float = 0.1,
         shift: float = 0.0,
     ) -> None:
         super().__init__()
         if encoder is None and latent is None:
             raise OptionError("NeuralProcess: it has no encoder and no latent path, expected at least one of them")
+        if context_size is not None and context_size < 1:
+            raise OptionError(f"NeuralProcess: context_size is {context_size}, expected at least 1")
         if not 0 <= floor < 1:
             raise OptionError(f"NeuralProcess: floor is {floor}, expected a number in [0, 1)")
         self.x_features, self.y_features = x_features, y_features
@@ -54,7 +59,9 @@ class NeuralProcess(nn.Module):
         self.encoder = encoder(x_features, y_features) if encoder is not None else None
         self.latent = latent(x_features, y_features) if latent is not None else None
         paths = [path for path in (self.encoder, self.latent) if path is not None]
-        self.decoder = decoder(x_features, sum(path.out_features for path in paths), 2 * y_features)
+        features = sum(path.out_features for path in paths)
+        self.projection = nn.Linear(features, context_size) if context_size is not None else nn.Identity()
+        self.decoder = decoder(x_features, context_size or features, 2 * y_features)
 
     def forward(
         self,
@@ -72,7 +79,8 @@ class NeuralProcess(nn.Module):
                 "a latent path, and got no z: draw some from `prior`" if z is None else "no latent path, and got a z"
             )
             raise ShapeError(f"NeuralProcess: it has {there}")
-        mean, s = self.decoder(x, self._context(context.filled(), x, z)).chunk(2, -1)
+        c = self.projection(self._context(context.filled(), x, z))
+        mean, s = self.decoder(x, c).chunk(2, -1)
         return Gaussian(mean, self.floor + (1 - self.floor) * nn.functional.softplus(s - self.shift))
 
     def prior(

@@ -114,6 +114,10 @@ class Curves(FunctionData):
         if len(set(names)) < len(names):
             raise ExperimentError(f"--data.test_kernels: got {', '.join(names)}, expected each kernel once.")
 
+    @property
+    def features(self) -> tuple[int, int]:
+        return 1, 1
+
     def _functions(self) -> dict[str, Mapping[str, Functions]]:
         def curves(kernel: Kernel) -> Mapping[str, Functions]:
             return {kernel.name: GaussianProcess(kernel, self.noise, self.x_range)}
@@ -127,4 +131,4 @@ class Curves(FunctionData):
         sets = {
             name: functions for name, functions in self._sets["test"].items() if isinstance(functions, GaussianProcess)
         }
-        return {"curves": curves(sets, self.eval_sizes, predict, self.eval_seed)}
+        return {"predictions": curves(sets, self.eval_sizes, predict, self.eval_seed)}

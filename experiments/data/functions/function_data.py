@@ -98,10 +98,9 @@ class FunctionData(LightningDataModule, ABC):
         """Pictures of predictions for the test's functions, by name, after `setup`."""
 
     @property
+    @abstractmethod
     def features(self) -> tuple[int, int]:
-        """The sizes X and Y of a point; available after `setup`."""
-        [functions] = self._sets["train"].values()
-        return functions.x_features, functions.y_features
+        """The sizes X and Y of a point, which the settings tell without the data."""
 
     def setup(self, stage: str | None = None) -> None:
         """Makes or reads the functions, once for all stages. Raises ExperimentError where they cannot be used."""
