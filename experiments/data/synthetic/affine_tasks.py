@@ -27,8 +27,8 @@ class AffineTasks(DrawnData):
         tasks: int = 8,
         x_features: int = 8,
         out_features: int = 8,
-        batch_size: int = 1024,
-        epoch: int = 500,
+        batch_size: int = 512,
+        epoch: int = 250,
         eval_examples: int = 8192,
         seed: int | None = None,
     ) -> None:

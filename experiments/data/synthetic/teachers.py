@@ -33,8 +33,8 @@ class Teacher(DrawnData):
         x_features: int = 8,
         z_features: int = 8,
         out_features: int = 1,
-        batch_size: int = 1024,
-        epoch: int = 500,
+        batch_size: int = 512,
+        epoch: int = 250,
         eval_examples: int = 8192,
         seed: int | None = None,
     ) -> None:
