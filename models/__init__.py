@@ -2,6 +2,7 @@
 
 from models.initialisation import Uniform
 from models.language_model import Features, LanguageModel
+from models.multi_head import MultiHead
 from models.neural_process import (
     AttentiveEncoder,
     ConcatMLP,
@@ -15,6 +16,7 @@ from models.neural_process import (
     padded,
 )
 from models.sampling import sample
+from models.sequence_labeller import SequenceLabeller
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "Features",
     "LanguageModel",
     "LatentEncoder",
+    "MultiHead",
     "NeuralProcess",
     "Points",
     "PooledEncoder",
+    "SequenceLabeller",
     "Uniform",
     "elbo",
     "importance_weighted",

@@ -27,7 +27,7 @@ def differentiable_product(
 ) -> Tensor:  # (N, O)
     """`left @ right`, differentiable any number of times."""
     fits = left.dtype == right.dtype and left.shape[1] == right.shape[0]  # else let mm say so
-    if torch.compiler.is_compiling() or not fits or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
+    if torch.compiler.is_compiling() or not fits or not _by_onednn(right, len(left)) or _by_rules_of_mm(left):
         return left @ right
     if left.dtype == torch.float32 and onednn.mkl_is_at_home():  # a single product, in no order made ready for it
         return left @ right

@@ -9,7 +9,7 @@ import multint
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.training import TrainingCommands
-from experiments.tasks import LanguageModelling, NeuralProcesses
+from experiments.tasks import LanguageModelling, NeuralProcesses, Regression, StateTracking
 from models import Points, log_likelihood
 
 READY = [path for paths in ready_configs().values() for path in paths]
@@ -72,6 +72,19 @@ PROCESSES = {
 }
 
 
+# Of one layer of multiplicative interactions, W, U, V and b, by hand; then the same into 32 or 64 and from there on.
+def multiplicative(x, z, out):
+    return out * (z * x + z + x + 1)
+
+
+MADE = {
+    "bilinear_form": multiplicative(8, 8, 1),
+    "teacher_student": multiplicative(8, 8, 32) + multiplicative(32, 8, 1),
+    "affine_tasks": multiplicative(8, 8, 64) + multiplicative(64, 8, 8),
+    "state_machine": 64 * 2 * 64 + mlp([64, 2]),
+}
+
+
 @pytest.mark.parametrize("config", READY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config(config):
     commands = built(config)
@@ -79,14 +92,14 @@ def test_config(config):
     assert name in (config.stem, f"{config.stem}_{config.parent.name}")
     assert config.read_text().splitlines()[0].startswith("# "), "the overview shows the first line"
     with torch.device("meta"):
-        network = language_model(task, data) if isinstance(task, LanguageModelling) else neural_process(task, data)
+        network = NETWORKS[type(task)](task, data)
     count = sum(p.numel() for p in network.parameters())
     if name in PAPERS_MILLIONS:
         assert count / 1e6 == pytest.approx(PAPERS_MILLIONS[name], abs=0.1)
-    elif expected := (COUNTED | PROCESSES).get(name):
+    elif expected := (COUNTED | PROCESSES | MADE).get(name):
         assert count == expected
     else:
-        assert isinstance(task, NeuralProcesses), "count the parameters of a language model"
+        assert isinstance(task, NeuralProcesses), "count the parameters"
 
 
 def language_model(task, data):
@@ -104,6 +117,29 @@ def neural_process(task, data):
     points = Points(*(torch.zeros(2, 3, features) for features in data.features))
     assert log_likelihood(network, points, points).marginal.shape == (2,)
     return network
+
+
+def regression(task, data):
+    """The task's network, after one call."""
+    network = task.build(task.describe(data))
+    X, Z, outputs = data.features
+    assert network(torch.zeros(2, X), torch.zeros(2, Z)).shape == (2, outputs)
+    return network
+
+
+def state_tracking(task, data):
+    """The task's network, after one call."""
+    network = task.build(task.describe(data))
+    assert network(torch.zeros(3, 2, dtype=torch.long)).shape == (3, 2, data.states)
+    return network
+
+
+NETWORKS = {
+    LanguageModelling: language_model,
+    NeuralProcesses: neural_process,
+    Regression: regression,
+    StateTracking: state_tracking,
+}
 
 
 def test_one_option_swaps_a_neural_processs_decoder():
@@ -201,7 +237,7 @@ def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
 def test_the_overview_shows_the_commands_and_the_configs(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 40
+    assert len(text.splitlines()) < 50
     for word in (
         "fit",
         "validate",

@@ -11,19 +11,23 @@ from torch import Tensor
 from multint.cells.base import Cell, HiddenState
 from multint.integrators import Integrator, MultiplicativeIntegration
 from multint.integrators.base import build
+from multint.integrators.checks import number
 
 
 class RNNCell(Cell):
     """h' = φ(f(x, h)) for any integrator f.
 
     With `Additive` this is `nn.RNNCell`, with `MultiplicativeIntegration` the MI-RNN, and with `torch.nn.Identity()`
-    as φ the linear RNN.
+    as φ the linear RNN. With a `Bilinear` that has no lower-order terms and `torch.nn.functional.normalize` it is
+    h' = A_x h / ‖A_x h‖, a matrix for every input: it tracks the state of any finite-state machine. That one needs a
+    `start`, since it never leaves 0.
 
     Args:
         integrator: factory `(X, H, H) -> Integrator` of f.
-        activation: φ, elementwise.
+        activation: φ, elementwise, or of each row.
+        start: what every feature of the initial state is.
 
-    Source: Wu et al. 2016, section 2.2.
+    Source: Wu et al. 2016, section 2.2; Ebrahimi and Memisevic 2025 for the bilinear one.
     """
 
     def __init__(
@@ -32,10 +36,12 @@ class RNNCell(Cell):
         hidden_size: int,
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
         activation: Callable[[Tensor], Any] = torch.tanh,  # -> Any: jsonargparse takes -> Tensor for a class to build
+        start: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size)
         self.integrator = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
         self.activation = activation
+        self.start = number(self, "start", start)
 
     def step(
         self,
@@ -45,4 +51,4 @@ class RNNCell(Cell):
         return HiddenState(self.activation(self.integrator(x, state.h)))
 
     def initial_state(self, batch_size: int) -> HiddenState:
-        return HiddenState(self.zeros(batch_size, self.hidden_size))
+        return HiddenState(self.zeros(batch_size, self.hidden_size) + self.start)

@@ -1,0 +1,91 @@
+"""Sequences of symbols, and the state that each leaves a finite-state machine in."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.core.errors import ExperimentError
+from experiments.data.functions.task_loaders import generator_of
+from experiments.data.synthetic.drawn_data import DrawnData
+
+Machine = Literal["addition", "maps", "permutations"]
+
+
+class Sequences(NamedTuple):
+    """Symbols, and the state after each."""
+
+    symbols: Tensor  # (T, B) int64
+    states: Tensor  # (T, B) int64
+
+    def share(self, rank: int, processes: int) -> "Sequences":
+        """The sequences of one process among several."""
+        return Sequences(*(stream[:, rank::processes] for stream in self))
+
+
+class StateMachine(DrawnData):
+    """Uniformly random symbols, and the states q_t = δ(symbol_t, q_{t−1}) of a machine that starts in state 0.
+
+    Args:
+        machine: δ. "addition": (q + symbol) mod Q, with as many symbols as states; two of them make parity. "maps": for
+            each symbol a random map of the states, which soon forgets where it started. "permutations": for each symbol
+            a random permutation, which never forgets.
+        states: Q.
+        symbols: S; None for as many as states.
+        length: T in training and validation.
+        test_length: T in the test.
+        batch_size, epoch, eval_examples, seed: see `DrawnData`. The seed draws the machine, too.
+
+    Raises ExperimentError for additions with another number of symbols, and for a test shorter than the training.
+    """
+
+    def __init__(
+        self,
+        machine: Machine = "addition",
+        states: int = 2,
+        symbols: int | None = None,
+        length: int = 8,
+        test_length: int = 128,
+        batch_size: int = 64,
+        epoch: int = 500,
+        eval_examples: int = 512,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, epoch, eval_examples, seed)
+        symbols = states if symbols is None else symbols
+        self.check(states=states, symbols=symbols, length=length, test_length=test_length)
+        if machine == "addition" and symbols != states:
+            raise ExperimentError(
+                f"--data.symbols: got {symbols}, expected null or {states}: numbers modulo {states} are added."
+            )
+        if test_length < length:
+            raise ExperimentError(
+                f"--data.test_length: got {test_length}, expected at least --data.length, which is {length}."
+            )
+        self.machine: Machine = machine
+        self.states, self.symbols, self.length, self.test_length = states, symbols, length, test_length
+
+    def learnt(self) -> dict[str, Any]:
+        return {"symbols": self.symbols, "states": self.states, "length": self.length}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draws the machine."""
+        super().setup(stage)
+        self.transitions = self._transitions(generator_of(0, "machine", self.seed))  # (S, Q): δ
+
+    def draw(self, count: int, split: str, generator: torch.Generator) -> Sequences:
+        length = self.test_length if split == "test" else self.length
+        symbols = torch.randint(self.symbols, (length, count), generator=generator)
+        states = torch.empty_like(symbols)
+        state = torch.zeros(count, dtype=torch.long)
+        for t, symbol in enumerate(symbols):
+            states[t] = state = self.transitions[symbol, state]
+        return Sequences(symbols, states)
+
+    def _transitions(self, generator: torch.Generator) -> Tensor:
+        S, Q = self.symbols, self.states
+        if self.machine == "addition":
+            return (torch.arange(S).unsqueeze(-1) + torch.arange(Q)) % Q
+        if self.machine == "maps":
+            return torch.randint(Q, (S, Q), generator=generator)
+        return torch.stack([torch.randperm(Q, generator=generator) for _ in range(S)])

@@ -1,0 +1,120 @@
+"""What came of a sweep: the means with intervals, the sizes that reached the goal, and the curves."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from experiments.core.errors import writing
+from experiments.sweep.definition import Sweep
+
+Row = dict[str, Any]
+
+# The 97.5 % point of Student's t for 1 … 9 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Point(NamedTuple):
+    """A point of a curve: the mean over seeds, with the half width of its 95 % t-interval."""
+
+    x: float
+    mean: float
+    half_width: float  # NaN for one seed
+    values: list[float]
+
+
+def curve(rows: Sequence[Row], panel: str, arm: str) -> list[Point]:
+    """The points of a curve, from left to right."""
+    of_curve = [row for row in rows if row["panel"] == panel and row["arm"] == arm]
+    points = []
+    for x in sorted({row["x"] for row in of_curve}):
+        values = [row["value"] for row in of_curve if row["x"] == x]
+        points.append(Point(x, mean(values), half_width(values), values))
+    return points
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % t-interval of the mean, for up to ten values; NaN for one."""
+    return _T[len(values) - 2] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The curves as CSV."""
+    lines = []
+    for panel, arm in dict.fromkeys((row["panel"], row["arm"]) for row in rows):
+        for point in curve(rows, panel, arm):
+            numbers = (
+                f"{number:.4g}" for number in (point.mean, point.half_width, min(point.values), max(point.values))
+            )
+            lines.append((panel, arm, f"{point.x:g}", len(point.values), *numbers))
+    return _csv(("panel", "arm", "x", "seeds", "mean", "half_width", "lowest", "highest"), lines)
+
+
+def reached(sweep: Sweep, rows: Sequence[Row]) -> str:
+    """The smallest x whose mean over the seeds is at most the goal, by panel and arm, as CSV; none where there is none.
+
+    `first_seed` and `last_seed` are the smallest x at which one seed is there, and all of them.
+    """
+    assert sweep.goal is not None
+    lines = []
+    for panel in sweep.panels:
+        for arm in sweep.arms:
+            points = curve(rows, panel, arm)
+            found = ([p.x for p in points if statistic(p.values) <= sweep.goal] for statistic in (mean, min, max))
+            lines.append((panel, arm, *(f"{min(xs):g}" if xs else "" for xs in found), f"{points[-1].x:g}"))
+    return _csv((sweep.panel, "arm", f"{sweep.x}", "first_seed", "last_seed", "largest_tried"), lines)
+
+
+def draw(sweep: Sweep, rows: Sequence[Row], output: Path) -> None:
+    """Draw the curves with their intervals, a panel for each panel, and with a goal one more of what reached it."""
+    # Imported here because it takes a second, which a mistake need not wait for.
+    from matplotlib.figure import Figure
+
+    values = [row["value"] for row in rows]
+    is_wide = min(values) > 0 and max(values) > 10 * min(values)
+    panels = [*sweep.panels, *(["goal"] if sweep.goal is not None else [])]
+    figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(all_axes, sweep.panels, strict=False):
+        for color, arm in enumerate(sweep.arms):
+            points = curve(rows, panel, arm)
+            axes.plot([p.x for p in points], [p.mean for p in points], marker=".", color=f"C{color}", label=arm)
+            # Not below the lowest seed: on a logarithmic axis an interval that holds 0 would have no end.
+            low = [max(p.mean - p.half_width, min(p.values)) for p in points]
+            high = [p.mean + p.half_width for p in points]
+            axes.fill_between([p.x for p in points], low, high, color=f"C{color}", alpha=0.2)
+        axes.set(title=f"{sweep.panel} {panel}".strip(), xlabel=sweep.x, ylabel=sweep.metric.rstrip("_*"))
+        axes.set_xscale("log", base=2)
+        if sweep.goal is not None:
+            axes.axhline(sweep.goal, color="grey", linewidth=0.8)
+        if is_wide:
+            axes.set_yscale("log")
+    all_axes[0].legend(fontsize="small")
+    if sweep.goal is not None:
+        _draw_goal(sweep, rows, all_axes[-1])
+    with writing(output):
+        figure.savefig(output, dpi=100)
+
+
+def _draw_goal(sweep: Sweep, rows: Sequence[Row], axes: Any) -> None:
+    """The sizes that reached the goal over the panels; an arrow up where the largest that was tried did not."""
+    for color, arm in enumerate(sweep.arms):
+        found, missed = {}, {}
+        for panel in sweep.panels:
+            points = curve(rows, panel, arm)
+            xs = [p.x for p in points if p.mean <= sweep.goal]  # type: ignore[operator]
+            (found if xs else missed)[float(panel)] = min(xs) if xs else points[-1].x
+        axes.plot(list(found), list(found.values()), marker="o", color=f"C{color}")
+        axes.plot(list(missed), list(missed.values()), marker="^", linestyle=":", color=f"C{color}")
+    axes.set(title=f"goal {sweep.goal:g} (▲ not reached)", xlabel=sweep.panel, ylabel=sweep.x)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+
+
+def _csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *lines])
+    return text.getvalue()

@@ -1,0 +1,65 @@
+"""State tracking: tell the state of a machine after every symbol that it reads."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from experiments.core.errors import ExperimentError
+from experiments.core.means import Mean
+from experiments.core.task import Monitor, Stage, Task
+from experiments.data.synthetic import Sequences, StateMachine
+from models import SequenceLabeller
+
+
+class StateTracking(Task):
+    """Minimises −Σ log p(q_t | symbol_1 … symbol_t) over all steps, on sequences of one length.
+
+    Logged are the loss in nats per step and `accuracy`, the share of steps whose state is right. In the test it is told
+    by length too, since the sequences go on beyond the training's length L: `accuracy_L` of the steps to L,
+    `accuracy_2L` of those from L+1 to 2L, `accuracy_4L` of those from 2L+1 to 4L, and so on. The validation sees no
+    step beyond L, so that the best checkpoint is chosen without them.
+
+    Args:
+        network: factory `(S, Q) -> SequenceLabeller` for the numbers of symbols and of states.
+        optimizer, halve_after: see `Task`.
+    """
+
+    monitor = Monitor("loss", "min")
+    unit = "steps"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], SequenceLabeller],
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
+        halve_after: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, halve_after)
+        self._build_network = network
+
+    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+        if not isinstance(data, StateMachine):
+            raise ExperimentError(f"StateTracking: the data are {type(data).__name__}, expected StateMachine.")
+        return data.learnt()
+
+    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        return self.describe(data)
+
+    def build(self, description: dict[str, Any]) -> SequenceLabeller:
+        return self._build_network(description["symbols"], description["states"])
+
+    def measure(self, batch: Sequences, stage: Stage) -> dict[str, Mean]:
+        assert self.network is not None
+        logits = self.network(batch.symbols)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.states.flatten())
+        right = (logits.detach().argmax(-1) == batch.states).float()
+        means = {"loss": Mean(loss, right.numel()), "accuracy": Mean(right.mean(), right.numel())}
+        if stage == "test":
+            first, last = 0, self.description["length"]
+            while first < len(right):
+                steps = right[first:last]
+                means[f"accuracy_{min(last, len(right))}"] = Mean(steps.mean(), steps.numel())
+                first, last = last, 2 * last
+        return means

@@ -1,0 +1,166 @@
+"""Sweeps: what is run, what is kept, and what is told of it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from experiments.core.errors import ExperimentError
+from experiments.core.parsed import Parsed
+from experiments.core.trust import trusting
+from experiments.sweep import command
+from experiments.sweep.definition import cells, read_sweep
+from experiments.sweep.report import curve, draw, half_width, reached
+
+SWEEPS = sorted((Path(__file__).parent.parent / "experiments/sweeps").glob("*.yaml"))
+CONFIG = SWEEPS[0].parent.parent / "configs/regression/affine_tasks.yaml"
+
+SMALL = f"""
+base: {CONFIG}
+settings:
+  trainer: {{max_steps: 2, accelerator: cpu}}
+  data.init_args: {{batch_size: 8, eval_examples: 8, epoch: 2}}
+arms:
+  MI: {{model.network: Bilinear}}
+  MLP:
+    model.network: {{class_path: Conditional, init_args: {{layers: 2, integrator: null}}}}
+    sweep: {{model.network.init_args.hidden: [4, 8]}}
+x: parameters
+metric: test/nmse
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def rows(panel, arm, values):
+    """A row for each seed, by x."""
+    return [
+        {"panel": panel, "arm": arm, "x": float(x), "value": value, "seed": seed}
+        for x, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+def test_the_interval_is_students():
+    # By hand: deviation 1, so 4.303 / √3 and 3.182 · √(5/3) / 2.
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)
+    assert half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(2.054, abs=1e-3)
+    assert half_width([1.0]) != half_width([1.0]), "one seed has no interval"
+
+
+def test_a_curve_is_of_its_arm_and_from_left_to_right():
+    made = [*rows("8", "MLP", {20: [3.0, 5.0], 10: [1.0, 3.0]}), *rows("8", "MI", {9: [0.0, 0.0]})]
+    points = curve(made, "8", "MLP")
+    assert [(point.x, point.mean) for point in points] == [(10, 2.0), (20, 4.0)]
+
+
+def test_what_reached_the_goal_is_the_smallest_by_the_mean(tmp_path):
+    path = tmp_path / "goal.yaml"
+    path.write_text(f"{SMALL}\npanel: size\npanels: {{2: {{}}, 4: {{}}}}\ngoal: 0.1\n")
+    sweep = read_sweep(path)
+    made = [
+        *rows("2", "MLP", {10: [0.3, 0.3], 20: [0.05, 0.2], 40: [0.05, 0.13], 80: [0.0, 0.1]}),
+        *rows("4", "MLP", {10: [0.3, 0.3]}),
+        *rows("2", "MI", {5: [0.0, 0.0]}),
+        *rows("4", "MI", {9: [0.0, 0.0]}),
+    ]
+    assert list(csv.reader(reached(sweep, made).splitlines())) == [
+        ["size", "arm", "parameters", "first_seed", "last_seed", "largest_tried"],
+        ["2", "MI", "5", "5", "5", "5"],
+        ["2", "MLP", "40", "20", "80", "80"],
+        ["4", "MI", "9", "9", "9", "9"],
+        ["4", "MLP", "", "", "", "10"],
+    ]
+    draw(sweep, made, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_told_by_its_size_and_its_metric(small, tmp_path):
+    small.write_text(
+        SMALL.replace("[0, 1]", "[0]").replace("  MI: {model.network: Bilinear}\n", "").replace("[4, 8]", "[4]")
+    )
+    assert main(["sweep", str(small), "--out", str(tmp_path / "out")]) == 0
+    [row] = csv.DictReader((tmp_path / "out/runs.csv").read_text().splitlines())
+    assert (row["arm"], row["size"], row["seed"]) == ("MLP", "4", "0")
+    # 8 inputs and 8 tasks into 4, and 4 into 8 outputs, with their biases.
+    assert int(row["parameters"]) == float(row["x"]) == 17 * 4 + 5 * 8
+    assert 0.1 < float(row["value"]) < 10
+    assert (tmp_path / "out/curves.csv").read_text().splitlines()[1].startswith(",MLP,108,1,")
+    assert (tmp_path / "out/curves.png").is_file()
+
+
+def test_a_sweep_runs_what_is_missing_and_keeps_the_rest(small, tmp_path, monkeypatch):
+    """And it stops where the goal is reached: here by the third size of the MLP."""
+    ran = []
+
+    def run(sweep, cell, trusted):
+        ran.append((cell.arm, cell.size, cell.seed))
+        value = 0.5 if cell.size in (4, 8) else 0.0
+        return [command._typed({**cell._asdict(), "x": 1, "value": value, "parameters": 1, "seconds": 0.0})]
+
+    monkeypatch.setattr(command, "_run", run)
+    argv = ["sweep", str(small), "--out", str(tmp_path / "out")]
+    whole = f"{SMALL}\npanel: size\npanels: {{2: {{}}}}\ngoal: 0.1\n".replace("[4, 8]", "[4, 8, 16, 32]")
+    small.write_text(whole)
+    assert main(argv) == 0
+    assert ran == [("MI", None, 0), ("MI", None, 1), *(("MLP", size, seed) for size in (4, 8, 16) for seed in (0, 1))]
+    first = (tmp_path / "out/runs.csv").read_text().splitlines()
+    ran.clear()
+    assert main(argv) == 0
+    assert ran == []
+    assert (tmp_path / "out/runs.csv").read_text().splitlines() == first
+    small.write_text(whole.replace("[0, 1]", "[0, 2]").replace("[4, 8, 16, 32]", "[16]"))
+    assert main(argv) == 0
+    assert ran == [("MI", None, 2), ("MLP", 16, 2)]
+    kept = (tmp_path / "out/runs.csv").read_text().splitlines()
+    assert len(kept) == 5
+    assert len(set(kept) & set(first)) == 3, "the head, and seed 0 of two arms"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("metric: test/nmse", "metric: test/accuracy"), "nothing was logged as test/accuracy, but "),
+        (("x: parameters", ""), "the key 'x' is missing"),
+        (("seeds:", "seed:"), "there is no key 'seed'"),
+        (("[0, 1]", "3"), "seeds: got 3, expected 1 to 10 different whole numbers"),
+        (("x: parameters", "x: parameters\ngoal: 0.1\npanels: {small: {}}"), "panels: got 'small', expected numbers"),
+        (("[4, 8]", "4"), "MLP: got .*expected one setting with a list of values"),
+        ((f"base: {CONFIG}", "base: none.yaml"), "'none.yaml' does not exist"),
+        (("{model.network: Bilinear}", "Bilinear"), "expected names, with the settings of each"),
+        (("model.network: Bilinear", "model.network: Bilinaer"), "Bilinaer"),
+    ],
+)
+def test_a_mistake_is_one_message(change, message, small, tmp_path, capsys):
+    small.write_text(SMALL.replace(*change))
+    assert main(["sweep", str(small), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_ready_sweep_parses_and_its_networks_build(path):
+    sweep = read_sweep(path)
+    assert path.read_text().startswith("# ")
+    last = list(sweep.panels)[-1]
+    for arm in sweep.arms:
+        *_, [cell, *_] = cells(sweep, last, arm)
+        with trusting():
+            parsed = Parsed(["fit", "--config", str(sweep.base), *cell.options], [])
+        with torch.device("meta"):
+            parsed.model.build(parsed.model.imagined(parsed.datamodule, {}))
+
+
+def test_no_file_is_no_sweep():
+    with pytest.raises(ExperimentError, match="does not exist"):
+        read_sweep(Path("nowhere.yaml"))

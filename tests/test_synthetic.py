@@ -1,0 +1,163 @@
+"""Made data against closed forms, and the networks that solve them by construction."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from experiments.core.errors import ExperimentError
+from experiments.data import AffineTasks, Sequences, StateMachine, Teacher
+from models import MultiHead, SequenceLabeller
+from multint import Additive, Bilinear, Recurrent, RNNCell
+
+
+def form(x_features, z_features, out_features):
+    return Bilinear(x_features, z_features, out_features, z_term=False, x_term=False, bias=None)
+
+
+def ready(data):
+    data.setup()
+    return data
+
+
+def batches(loader):
+    return list(itertools.islice(loader, 3))
+
+
+def test_a_teacher_of_pure_interaction_is_a_bilinear_form_of_unit_variance():
+    data = ready(Teacher(form, 5, 3, 2, batch_size=4096, seed=1))
+    batch = next(iter(data.test_dataloader()))
+    A = data.teacher.terms().W
+    expected = (torch.einsum("bx,ozx,bz->bo", batch.x, A, batch.z) - data.mean) / data.deviation
+    assert_close(batch.y, expected)
+    # The closed form of its moments: mean 0, and variance ‖A‖².
+    assert_close(data.deviation, A.square().sum((1, 2)).sqrt(), rtol=0.05, atol=0)
+    assert_close(data.mean / data.deviation, torch.zeros(2), rtol=0, atol=0.05)
+    assert_close(batch.y.square().mean(0), torch.ones(2), rtol=0.1, atol=0)
+
+
+def test_affine_tasks_are_affine_and_contradict_each_other():
+    data = ready(AffineTasks(tasks=6, x_features=3, out_features=2, batch_size=8192, seed=1))
+    x, z, y = next(iter(data.test_dataloader()))
+    task = z.argmax(1)
+    assert_close(z.square().mean(), torch.tensor(1.0))
+    for k in range(6):
+        inputs = torch.cat([x[task == k], torch.ones(int((task == k).sum()), 1)], 1)
+        solution = torch.linalg.lstsq(inputs, y[task == k]).solution
+        assert_close(solution, torch.cat([data.A[k].T, data.b[k : k + 1]]) / 2**0.5, rtol=1e-4, atol=1e-4)
+    # Who does not see the task does hardly better than predicting 0.
+    blind = torch.cat([x, torch.ones(len(x), 1)], 1)
+    error = y - blind @ torch.linalg.lstsq(blind, y).solution
+    assert error.square().mean() > 0.6 * y.square().mean()
+
+
+def test_the_machines_are_what_they_are_called():
+    for states in (2, 5):
+        symbols, q = ready(StateMachine("addition", states, length=9, seed=1)).draw(7, "train", torch.Generator())
+        assert_close(q, symbols.cumsum(0) % states)
+    for machine in ("maps", "permutations"):
+        data = ready(StateMachine(machine, 6, symbols=3, length=9, seed=1))
+        symbols, q = data.draw(7, "train", torch.Generator())
+        assert symbols.max() == 2
+        before = torch.cat([torch.zeros(1, 7, dtype=torch.long), q[:-1]])
+        assert_close(q, data.transitions[symbols, before])
+        bijective = [len(row.unique()) == 6 for row in data.transitions]
+        assert all(bijective) if machine == "permutations" else not all(bijective)
+
+
+MADE = [
+    lambda seed: Teacher(form, 3, 4, 1, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+    lambda seed: AffineTasks(3, 2, 2, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+    lambda seed: StateMachine("maps", 9, length=4, test_length=8, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+]
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_the_seed_decides_all_and_evaluation_is_always_the_same(make):
+    data, again, other = (ready(make(seed)) for seed in (1, 1, 2))
+    for split in ("val_dataloader", "test_dataloader"):
+        first = batches(getattr(data, split)())
+        assert sum(batch.share(0, 1)[0].shape[isinstance(batch, Sequences)] for batch in first) == 15
+        assert_close(first, batches(getattr(data, split)()), rtol=0, atol=0)
+        assert_close(first, batches(getattr(again, split)()), rtol=0, atol=0)
+        assert not torch.equal(first[0][-1], batches(getattr(other, split)())[0][-1])
+    train = batches(data.train_dataloader())
+    assert_close(train, batches(again.train_dataloader()), rtol=0, atol=0)
+    seen = [tuple(batch[0].flatten().tolist()) for batch in [*train, *batches(data.val_dataloader())]]
+    assert len(set(seen)) == len(seen), "a batch came twice"
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_processes_share_a_batch(make):
+    batch = batches(ready(make(1)).train_dataloader())[0]
+    halves = [batch.share(rank, 2) for rank in (0, 1)]
+    dim = 1 if isinstance(batch, Sequences) else 0
+    for whole, *parts in zip(batch, *halves, strict=True):
+        assert_close(torch.stack(parts, dim + 1).flatten(dim, dim + 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Teacher(form, x_features=0), "--data.x_features: got 0"),
+        (lambda: AffineTasks(tasks=0), "--data.tasks: got 0"),
+        (lambda: AffineTasks(batch_size=0), "--data.batch_size: got 0"),
+        (lambda: StateMachine(states=3, symbols=2), "--data.symbols: got 2, expected null or 3"),
+        (lambda: StateMachine(length=8, test_length=4), "--data.test_length: got 4, expected at least"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(ExperimentError, match=message):
+        make()
+
+
+def bilinear_machine(transitions):
+    """h' = A_x h with the machine's own matrices, h_0 the first unit vector, and the state read off."""
+    symbols, states = transitions.shape
+
+    def cell(input_size, hidden_size):
+        return RNNCell(input_size, hidden_size, form, activation=torch.nn.functional.normalize, start=1.0)
+
+    def recurrent(input_size):
+        return Recurrent(input_size, states, cell, learnt_state=True)
+
+    network = SequenceLabeller(symbols, states, recurrent).requires_grad_(False)
+    [direction] = network.recurrent.directions
+    direction.start["h"].copy_(torch.eye(states)[:1] - 1)
+    # W[o, i, s]: symbol s takes state i to o. RNNCell calls f(x, h), so that the symbol is x and the state z.
+    direction.cell.integrator.interaction.weight.copy_(torch.eye(states)[transitions].permute(2, 1, 0))
+    network.decoder.weight.copy_(torch.eye(states))
+    network.decoder.bias.zero_()
+    return network
+
+
+def test_a_bilinear_recurrence_with_identity_and_swap_computes_parity_at_any_length():
+    network = bilinear_machine(torch.tensor([[0, 1], [1, 0]]))
+    [direction] = network.recurrent.directions
+    A_0, A_1 = direction.cell.integrator.terms().W.unbind(-1)
+    assert_close(A_0, torch.eye(2))
+    assert_close(A_1, torch.eye(2).flip(0))
+    symbols = torch.randint(2, (3000, 4), generator=torch.Generator().manual_seed(0))
+    assert_close(network(symbols).argmax(-1), symbols.cumsum(0) % 2)
+
+
+@pytest.mark.parametrize("machine", ["addition", "maps", "permutations"])
+def test_a_bilinear_recurrence_is_any_finite_state_machine(machine):
+    data = ready(StateMachine(machine, 5, length=4, test_length=300, eval_examples=8, seed=3))
+    [batch] = data.test_dataloader()
+    assert_close(bilinear_machine(data.transitions)(batch.symbols).argmax(-1), batch.states)
+
+
+def test_a_cell_starts_where_it_is_told():
+    assert_close(RNNCell(2, 3, Additive).initial_state(4).h, torch.zeros(4, 3))
+    assert_close(RNNCell(2, 3, form, start=0.5).initial_state(4).h, torch.full((4, 3), 0.5))
+
+
+def test_heads_see_their_own_task_only():
+    network = MultiHead(4, 3, 2, hidden=5).double()
+    x, z = torch.randn(6, 4, dtype=torch.double), torch.eye(3, dtype=torch.double)
+    features = 2**0.5 * network.shared(x).relu()
+    for k, code in enumerate(z):
+        head = torch.nn.functional.linear(features, network.heads.terms().W[:, k], network.heads.terms().U[:, k])
+        assert_close(network(x, code), head)

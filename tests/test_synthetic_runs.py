@@ -1,0 +1,135 @@
+"""Training on made data: every task overfits a batch, its metrics are right, and a run goes on where it stopped."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from torch.testing import assert_close
+
+from experiments.core.checkpoints import Checkpoints
+from experiments.core.errors import ExperimentError
+from experiments.core.randomness import RandomState
+from experiments.core.run_folder import RunFolder
+from experiments.data import AffineTasks, StateMachine, TextData
+from experiments.tasks import Regression, StateTracking
+from models import SequenceLabeller
+from multint import Bilinear, Conditional, Integrator, Recurrent, RNNCell
+
+Adam = partial(torch.optim.Adam, lr=0.02)
+pure = partial(Bilinear, z_term=False, x_term=False, bias=None)
+
+
+def cell(input_size, hidden_size):
+    return RNNCell(input_size, hidden_size, pure, activation=torch.nn.functional.normalize, start=1.0)
+
+
+def labeller(symbols, states):
+    return SequenceLabeller(symbols, states, partial(Recurrent, hidden_size=8, cell=cell))
+
+
+def regression():
+    return Regression(partial(Conditional, hidden=16, layers=2), Adam)
+
+
+def tracking():
+    return StateTracking(labeller, Adam)
+
+
+SMALL = {"batch_size": 8, "epoch": 3, "eval_examples": 12}
+PROTOCOLS = [
+    (regression, partial(AffineTasks, 2, 2, 2, **SMALL)),
+    (tracking, partial(StateMachine, "addition", 2, length=4, test_length=10, **SMALL)),
+]
+both = pytest.mark.parametrize(("task", "data"), PROTOCOLS, ids=["regression", "state_tracking"])
+
+
+def evaluated(task, data):
+    trainer = Trainer(
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    [scores] = trainer.test(task, data, verbose=False)
+    return scores
+
+
+@both
+def test_a_task_overfits_a_batch(task, data):
+    seed_everything(1, verbose=False)
+    task, data = task(), data()
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    task._use(task.describe(data), "the data")
+    optimizer = task.configure_optimizers()
+    first = task.measure(batch, "train")["loss"].value.item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = task.measure(batch, "train")["loss"].value
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02 * first
+
+
+@both
+def test_a_resumed_run_equals_an_uninterrupted_one(task, data, tmp_path):
+    """Stopped after the fifth of eight steps: in the middle of an epoch."""
+
+    def run(folder, until, checkpoint=None):
+        seed_everything(1, verbose=False)
+        run_folder = RunFolder(folder, "run", checkpoint)
+        run_folder.make()
+        callbacks = [RandomState(), Checkpoints(run_folder)]
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = Trainer(callbacks=callbacks, max_steps=until, max_epochs=-1, **quiet)
+        trainer.fit(task(), data(), ckpt_path=checkpoint, weights_only=True)
+        return run_folder.last
+
+    whole = run(tmp_path / "whole", 8)
+    stopped = run(tmp_path / "stopped", 5)
+    resumed = run(tmp_path / "stopped", 8, stopped)
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (whole, resumed)]
+    assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+class Zero(Integrator):
+    """y = 0."""
+
+    def integrate(self, x, z):
+        return x.new_zeros(len(x), self.out_features)
+
+
+def test_predicting_nothing_has_an_error_of_one():
+    task = Regression(Zero)
+    scores = evaluated(task, AffineTasks(4, 3, 2, batch_size=5, eval_examples=12, seed=1))
+    assert scores["test/nmse"] == pytest.approx(1.0)
+
+
+class RightUntil(torch.nn.Module):
+    """Knows the sums modulo 2 until that step, and tells the opposite from there on."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, symbols):
+        states = symbols.cumsum(0) % 2
+        states[self.steps :] = 1 - states[self.steps :]
+        return torch.nn.functional.one_hot(states, 2).float()
+
+
+def test_accuracy_is_told_by_length():
+    data = StateMachine("addition", 2, length=4, test_length=20, batch_size=5, eval_examples=12, seed=1)
+    scores = evaluated(StateTracking(lambda symbols, states: RightUntil(6)), data)
+    by_length = {name: value for name, value in scores.items() if "accuracy" in name}
+    # Steps 1–4, 5–8, 9–16, and the 4 that are left.
+    expected = {"accuracy_4": 1, "accuracy_8": 0.5, "accuracy_16": 0, "accuracy_20": 0, "accuracy": 6 / 20}
+    assert by_length == {f"test/{name}": pytest.approx(value) for name, value in expected.items()}
+
+
+@both
+def test_data_of_another_kind_are_refused(task, data):
+    with pytest.raises(ExperimentError, match="the data are TextData, expected"):
+        task().describe(TextData())
