@@ -27,7 +27,8 @@ def differentiable_product(
 ) -> Tensor:  # (N, O)
     """`left @ right`, differentiable any number of times."""
     fits = left.dtype == right.dtype and left.shape[1] == right.shape[0]  # else let mm say so
-    if torch.compiler.is_compiling() or not fits or not _by_onednn(right, len(left)) or _by_rules_of_mm(left):
+    # The number of rows is asked for last: where a step is read, the answer must not fix it.
+    if torch.compiler.is_compiling() or not fits or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
         return left @ right
     if left.dtype == torch.float32 and onednn.mkl_is_at_home():  # a single product, in no order made ready for it
         return left @ right
@@ -91,6 +92,8 @@ class _Product(torch.autograd.Function):
 
 def _by_rules_of_mm(left: Tensor) -> bool:
     """Whether something is active that knows `mm` and not our own function."""
+    if left.device.type == "meta":  # which autocast cannot be asked about
+        return True
     return torch.is_autocast_enabled(left.device.type) or onednn.only_mm_is_known()
 
 
