@@ -36,7 +36,7 @@ class Points(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
-class Regression(Task):
+class Fitting(Task):
     """Least squares. It has its say at the end."""
 
     monitor = Monitor("loss", "min")
@@ -65,13 +65,13 @@ class Untested(Points):
     test_dataloader = LightningDataModule.test_dataloader
 
 
-class Misnamed(Regression):
+class Misnamed(Fitting):
     """It monitors what it does not measure."""
 
     monitor = Monitor("accuracy", "max")
 
 
-class Lossless(Regression):
+class Lossless(Fitting):
     """It measures no loss."""
 
     def measure(self, batch, stage):
@@ -165,7 +165,7 @@ def test_a_task_of_ones_own_is_trained_tested_and_shown(module, capsys):
     config.write_text(
         """
         model:
-          class_path: Regression
+          class_path: Fitting
           init_args: {network: own.Line, optimizer: {class_path: Adam, init_args: {lr: 0.1}}}
         data: Points
         trainer: {max_epochs: 30}
@@ -195,23 +195,23 @@ def test_a_policy_without_data_learns_from_its_rollouts(module, capsys):
 
 @few_workers
 def test_a_checkpoint_of_another_task_or_of_other_data_is_refused(module, capsys):
-    options = ("--model=Regression", "--model.network=own.Line", "--data=Points", "--trainer.max_epochs=1")
+    options = ("--model=Fitting", "--model.network=own.Line", "--data=Points", "--trainer.max_epochs=1")
     assert fit(*options) == 0
     last = "runs/run/version_0/checkpoints/last.ckpt"
     assert fit("--model=Bandit", "--trainer.max_epochs=1", "--ckpt_path", last) == 2
-    assert "the checkpoint is of the task Regression" in capsys.readouterr().err
+    assert "the checkpoint is of the task Fitting" in capsys.readouterr().err
     assert fit(*options, "--data.features=3", "--ckpt_path", last) == 2
     assert "differ in the features" in capsys.readouterr().err
     assert main(["sample", last, "--trust", "own"]) == 2
     assert "writes no text" in capsys.readouterr().err
 
 
-REGRESSION = ("--model.network=own.Line", "--trainer.max_epochs=1")
+FITTING = ("--model.network=own.Line", "--trainer.max_epochs=1")
 
 
 @few_workers
 def test_a_task_without_a_test_is_reported_without_one(module, capsys):
-    assert fit("--model=Regression", "--data=Untested", *REGRESSION) == 0
+    assert fit("--model=Fitting", "--data=Untested", *FITTING) == 0
     out = capsys.readouterr().out
     assert "validation loss" in out
     assert "test loss" not in out
@@ -223,7 +223,7 @@ def test_a_task_without_a_test_is_reported_without_one(module, capsys):
     [("Misnamed", "its monitor is val/accuracy, not one of val/loss"), ("Lossless", "expected a loss")],
 )
 def test_a_task_that_contradicts_itself_is_one_message(task, part, module, capsys):
-    assert fit(f"--model={task}", "--data=Points", *REGRESSION, "--trainer.num_sanity_val_steps=0") == 2
+    assert fit(f"--model={task}", "--data=Points", *FITTING, "--trainer.num_sanity_val_steps=0") == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert part in shown
@@ -231,7 +231,7 @@ def test_a_task_that_contradicts_itself_is_one_message(task, part, module, capsy
 
 @few_workers
 def test_weights_are_exported_of_a_task_that_knows_no_call(module, capsys):
-    assert fit("--model=Regression", "--data=Points", *REGRESSION) == 0
+    assert fit("--model=Fitting", "--data=Points", *FITTING) == 0
     export = ("export", "runs/run/version_0/checkpoints/best.ckpt", "--trust", "own")
     assert main([*export, "--format", "safetensors", "--output", "line.safetensors"]) == 0
     assert main([*export, "--format", "onnx"]) == 2
