@@ -69,29 +69,35 @@ def reached(sweep: Sweep, rows: Sequence[Row]) -> str:
 
 
 def draw(sweep: Sweep, rows: Sequence[Row], output: Path) -> None:
-    """Draw the curves with their intervals, a panel for each panel, and with a goal one more of what reached it."""
+    """Draw means, seeds and intervals, a panel for each panel, and with a goal one more of what reached it."""
     # Imported here because it takes a second, which a mistake need not wait for.
     from matplotlib.figure import Figure
 
+    # The frame is that of the seeds' values: an interval of few seeds may be far wider, or go below 0 on a logarithm.
     values = [row["value"] for row in rows]
     is_wide = min(values) > 0 and max(values) > 10 * min(values)
+    margin = 0.05 * (max(values) - min(values))
+    lowest, highest = (min(values) / 2, max(values) * 2) if is_wide else (min(values) - margin, max(values) + margin)
     panels = [*sweep.panels, *(["goal"] if sweep.goal is not None else [])]
     figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(all_axes, sweep.panels, strict=False):
         for color, arm in enumerate(sweep.arms):
             points = curve(rows, panel, arm)
-            axes.plot([p.x for p in points], [p.mean for p in points], marker=".", color=f"C{color}", label=arm)
-            # Not below the lowest seed: on a logarithmic axis an interval that holds 0 would have no end.
-            low = [max(p.mean - p.half_width, min(p.values)) for p in points]
-            high = [p.mean + p.half_width for p in points]
-            axes.fill_between([p.x for p in points], low, high, color=f"C{color}", alpha=0.2)
+            xs, means = [p.x for p in points], [p.mean for p in points]
+            axes.plot(xs, means, color=f"C{color}", label=arm)
+            seeds = [(p.x, value) for p in points for value in p.values]
+            axes.plot(*zip(*seeds, strict=True), linestyle="", marker=".", markersize=4, color=f"C{color}")
+            low = [max(p.mean - p.half_width, lowest) for p in points]
+            axes.fill_between(xs, low, [p.mean + p.half_width for p in points], color=f"C{color}", alpha=0.15)
         axes.set(title=f"{sweep.panel} {panel}".strip(), xlabel=sweep.x, ylabel=sweep.metric.rstrip("_*"))
         axes.set_xscale("log", base=2)
         if sweep.goal is not None:
             axes.axhline(sweep.goal, color="grey", linewidth=0.8)
         if is_wide:
             axes.set_yscale("log")
+        if lowest < highest:  # else there is one value, and matplotlib finds a frame
+            axes.set_ylim(lowest, highest)
     all_axes[0].legend(fontsize="small")
     if sweep.goal is not None:
         _draw_goal(sweep, rows, all_axes[-1])
