@@ -131,7 +131,7 @@ def test_a_sweep_runs_what_is_missing_and_keeps_the_rest(small, tmp_path, monkey
         (("metric: test/nmse", "metric: test/accuracy"), "nothing was logged as test/accuracy, but "),
         (("x: parameters", ""), "the key 'x' is missing"),
         (("seeds:", "seed:"), "there is no key 'seed'"),
-        (("[0, 1]", "3"), "seeds: got 3, expected 1 to 10 different whole numbers"),
+        (("[0, 1]", "3"), "seeds: got 3, expected a list of different whole numbers"),
         (("x: parameters", "x: parameters\ngoal: 0.1\npanels: {small: {}}"), "panels: got 'small', expected numbers"),
         (("[4, 8]", "4"), "MLP: got .*expected one setting with a list of values"),
         ((f"base: {CONFIG}", "base: none.yaml"), "'none.yaml' does not exist"),

@@ -85,5 +85,5 @@ def scipy_stats() -> ModuleType:
     try:
         from scipy import stats  # takes a second
     except ImportError as error:
-        raise ExperimentError('a study needs scipy: pip install -c constraints.txt -e ".[study]"') from error
+        raise ExperimentError('studies and sweeps need scipy: pip install -c constraints.txt -e ".[study]"') from error
     return stats

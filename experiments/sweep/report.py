@@ -5,16 +5,14 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 from experiments.core.errors import writing
+from experiments.study.statistics import estimate
 from experiments.sweep.definition import Sweep
 
 Row = dict[str, Any]
-
-# The 97.5 % point of Student's t for 1 … 9 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Point(NamedTuple):
@@ -37,8 +35,9 @@ def curve(rows: Sequence[Row], panel: str, arm: str) -> list[Point]:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % t-interval of the mean, for up to ten values; NaN for one."""
-    return _T[len(values) - 2] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Of the 95 % t-interval of the mean; NaN for one value."""
+    of_values = estimate(values)
+    return math.nan if of_values is None or of_values.high is None else of_values.high - of_values.mean
 
 
 def table(rows: Sequence[Row]) -> str:
