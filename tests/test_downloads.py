@@ -101,12 +101,12 @@ def test_another_file_of_that_name_is_refused_and_kept(server: Server, tmp_path:
 
 
 def refused(file: KnownFile, root: Path, message: str) -> None:
-    """The download fails with a message that says what, why and the remedy, and leaves no file."""
+    """The download fails with a message that says what, why and the remedy, and leaves nothing."""
     with pytest.raises(ExperimentError, match=message) as error:
         file.fetch(root)
     for part in (file.name, file.url, str(file.home(root)), file.checksum, "--data.root"):
         assert str(part) in str(error.value)
-    assert files_below(root) == []
+    assert list(root.iterdir()) == []
 
 
 def test_a_wrong_checksum_is_refused(server: Server, tmp_path: Path) -> None:

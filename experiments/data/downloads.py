@@ -1,5 +1,6 @@
 """Files with a known address and checksum: taken from disk where they are, downloaded where not."""
 
+import contextlib
 import errno
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class KnownFile:
             # pooch writes to a temporary file, renames it only when the checksum is right, and removes it otherwise.
             pooch.retrieve(self.url, self.checksum, home.name, home.parent, downloader=downloader)
         except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError):  # its folder is of use only with a file in it
+                home.parent.rmdir()
             raise ExperimentError(
                 f"{self.name}: the download from {self.url} failed: {_reason(error, home.parent)}. "
                 f"Try again, or put the file at {home} by hand ({self.checksum}), "

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from experiments.data.drawn_batches import generator_of
 from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Sizes
 from experiments.data.functions.function_data import Predict
-from experiments.data.functions.task_loaders import generator_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

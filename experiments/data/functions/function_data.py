@@ -10,9 +10,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
+from experiments.data.drawn_batches import Draw, FixedBatches, TrainingBatches
 from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Batch, Sizes, shared_out
-from experiments.data.functions.task_loaders import Draw, FixedTasks, TrainingTasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +115,7 @@ class FunctionData(LightningDataModule, ABC):
         if not self._sets:
             self._sets = self._functions()
 
-    def train_dataloader(self) -> TrainingTasks:
+    def train_dataloader(self) -> TrainingBatches:
         """Batches of new tasks, resumable within an epoch."""
         [(name, functions)] = self._sets["train"].items()
 
@@ -127,23 +127,23 @@ class FunctionData(LightningDataModule, ABC):
 
         assert self.seed is not None
         position = None if self.trainer is None else self._position
-        return TrainingTasks(draw, self.epoch, self.seed, position, *self._processes())
+        return TrainingBatches(draw, self.epoch, self.seed, position, *self._processes())
 
-    def val_dataloader(self) -> FixedTasks:
+    def val_dataloader(self) -> FixedBatches:
         """The validation's tasks."""
         return self._fixed("valid")
 
-    def test_dataloader(self) -> FixedTasks:
+    def test_dataloader(self) -> FixedBatches:
         """The test's tasks, with the ceiling where that is known."""
         return self._fixed("test")
 
-    def _fixed(self, split: str) -> FixedTasks:
+    def _fixed(self, split: str) -> FixedBatches:
         draws, counts = {}, {}
         for name, functions in self._sets[split].items():
             tasks = min(self.tasks[split], functions.count or sys.maxsize)
             counts[name] = -(-tasks // self.eval_batch_size)
             draws[name] = self._evaluated(functions, tasks, name)
-        return FixedTasks(draws, counts, (split, self.eval_seed), *self._processes())
+        return FixedBatches(draws, counts, (split, self.eval_seed), *self._processes())
 
     def _evaluated(self, functions: Functions, tasks: int, name: str) -> Draw:
         def draw(index: int, generator: torch.Generator) -> Batch:

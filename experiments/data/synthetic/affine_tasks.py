@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from experiments.data.functions.task_loaders import generator_of
+from experiments.data.drawn_batches import generator_of
 from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.pairs import Pairs
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from experiments.core.errors import ExperimentError
-from experiments.data.functions.task_loaders import FixedTasks, TrainingTasks
+from experiments.data.drawn_batches import FixedBatches, TrainingBatches
 
 
 class DrawnData(LightningDataModule, ABC):
@@ -60,11 +60,11 @@ class DrawnData(LightningDataModule, ABC):
                 f"{processes}, so that each has as many."
             )
 
-    def train_dataloader(self) -> TrainingTasks:
+    def train_dataloader(self) -> TrainingBatches:
         """Batches of new examples, resumable within an epoch."""
         assert self.seed is not None
         position = None if self.trainer is None else self._position
-        return TrainingTasks(
+        return TrainingBatches(
             lambda _, generator: self.draw(self.batch_size, "train", generator),
             self.epoch,
             self.seed,
@@ -72,22 +72,22 @@ class DrawnData(LightningDataModule, ABC):
             *self._processes(),
         )
 
-    def val_dataloader(self) -> FixedTasks:
+    def val_dataloader(self) -> FixedBatches:
         """The validation's examples."""
         return self._fixed("valid")
 
-    def test_dataloader(self) -> FixedTasks:
+    def test_dataloader(self) -> FixedBatches:
         """The test's examples."""
         return self._fixed("test")
 
-    def _fixed(self, split: str) -> FixedTasks:
+    def _fixed(self, split: str) -> FixedBatches:
         size = self.batch_size
 
         def draw(index: int, generator: torch.Generator) -> Any:
             return self.draw(min(size, self.eval_examples - index * size), split, generator)
 
         counts = {split: -(-self.eval_examples // size)}
-        return FixedTasks({split: draw}, counts, (split, self.seed), *self._processes())
+        return FixedBatches({split: draw}, counts, (split, self.seed), *self._processes())
 
     def _processes(self) -> tuple[int, int]:
         """This process's rank, and how many train together."""

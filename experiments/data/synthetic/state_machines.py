@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.data.functions.task_loaders import generator_of
+from experiments.data.drawn_batches import generator_of
 from experiments.data.synthetic.drawn_data import DrawnData
 
 Machine = Literal["addition", "maps", "permutations"]

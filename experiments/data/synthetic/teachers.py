@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import building
-from experiments.data.functions.task_loaders import generator_of
+from experiments.data.drawn_batches import generator_of
 from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.pairs import Pairs
 from multint import Integrator

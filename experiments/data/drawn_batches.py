@@ -1,12 +1,21 @@
-"""Loaders of tasks: an endless stream to train on, which can go on where it stopped, and fixed sets to evaluate on."""
+"""Loaders of drawn batches: an endless stream to train on, resumable anywhere, and fixed sets to evaluate on."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, Self
 
 import torch
 
 from experiments.core.errors import ExperimentError
-from experiments.data.functions.batches import Batch
+
+
+class Batch(Protocol):
+    """What is drawn: of tasks, or of examples."""
+
+    def share(self, rank: int, processes: int, /) -> Self:
+        """The part of one process among those that share the batch."""
+        ...
+
 
 Draw = Callable[[int, torch.Generator], Batch]  # the batch of an index
 
@@ -20,14 +29,14 @@ def generator_of(
     return torch.Generator().manual_seed((int.from_bytes(digest, "little") + index) % 2**32)
 
 
-class TrainingTasks:
-    """Batches of new tasks, `epoch` of them to a pass.
+class TrainingBatches:
+    """New batches, `epoch` of them to a pass.
 
     Batch i of all passes is drawn from a generator of its own, made of the seed and i. So a run that goes on needs to
     know i alone, by Lightning's protocol for resuming within an epoch: see `Windows`, and there for `resume_at`.
 
-    Of several processes each has every so many-th task of a batch: their tasks are different ones, and together those
-    that one process would have.
+    Of several processes each has its share of every batch: theirs are different ones, and together those that one
+    process would have.
 
     Args:
         draw: the batch of an index, from a generator.
@@ -77,8 +86,8 @@ class TrainingTasks:
         self._next, self._seed = state["next"], state["seed"]
 
 
-class FixedTasks:
-    """The same tasks at every pass: batches of several sets, one set after the other.
+class FixedBatches:
+    """The same batches at every pass: those of several sets, one set after the other.
 
     Args:
         draws: by the sets' names, the batch of an index, from a generator.
