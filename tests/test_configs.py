@@ -65,10 +65,15 @@ def mlp(sizes):
 # Of neural processes, by hand: the encoders' layers, and the decoder's of x with what they give.
 POOLED = mlp([2, 128, 128, 128, 128]) + mlp([128, 128, 128])
 LATENT = mlp([2, 128, 128, 128, 128]) + mlp([128, 128, 256])
+DEEP = mlp([2, *[128] * 6]) + mlp([128] * 6)  # to before the last layer
 PROCESSES = {
     "protocol_b_cnp": 2 * POOLED + mlp([257, 128, 128, 2]),
     "protocol_b_np": POOLED + LATENT + mlp([257, 128, 128, 2]),
-    "protocol_a_cnp": mlp([2, *[128] * 6]) + mlp([128] * 7) + mlp([129, *[128] * 5, 2]),
+    "protocol_a_cnp": DEEP + mlp([128, 128]) + mlp([129, *[128] * 5, 2]),
+    "protocol_a_np": 2 * (mlp([2, *[128] * 6]) + mlp([128] * 6))
+    + mlp([128, 128])
+    + mlp([128, 256])
+    + mlp([257, *[128] * 5, 2]),
 }
 
 

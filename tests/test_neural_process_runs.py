@@ -21,7 +21,17 @@ from experiments.core.schedule import CosineLearningRate
 from experiments.data import Curves, Images, Table, TextData
 from experiments.tasks import NeuralProcesses
 from experiments.tasks.task_scores import Scores
-from models import AttentiveEncoder, LatentEncoder, NeuralProcess, Points, PooledEncoder, log_likelihood
+from models import (
+    AttentiveEncoder,
+    LatentEncoder,
+    NeuralProcess,
+    Points,
+    PooledEncoder,
+    elbo,
+    importance_weighted,
+    log_likelihood,
+)
+from models.neural_process import joined
 from multint import Conditional, MultiplicativeIntegration
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -171,6 +181,30 @@ def test_a_task_overfits_one_batch(data, is_latent, request):
         optimizer.step()
     per_value = -math.log(0.1 * math.sqrt(2 * math.pi))
     assert -loss.item() > per_value - 0.6
+
+
+OBJECTIVES = {
+    "elbo": lambda net, context, targets, everything: elbo(net, context, targets, 2),
+    "importance": lambda net, context, targets, everything: importance_weighted(net, context, targets, everything, 2),
+    "joint": lambda net, context, targets, everything: log_likelihood(net, context, targets, 2).joint,
+}
+
+
+@pytest.mark.parametrize("bound", OBJECTIVES)
+@pytest.mark.parametrize("predict_context", [True, False])
+def test_training_maximises_the_bound_that_was_asked_for(bound, predict_context):
+    trained, source = task(), data()
+    trained.bound, trained.predict_context = bound, predict_context
+    trained.network = trained.build(trained.describe(source))
+    source.setup()
+    batch = next(iter(source.train_dataloader()))
+    context, targets = Points(*batch[:3]), Points(*batch[3:6])
+    everything = joined(context, targets)
+    torch.manual_seed(0)
+    loss = trained.measure(batch, "train")["loss"].value
+    torch.manual_seed(0)
+    expected = OBJECTIVES[bound](trained.network, context, everything if predict_context else targets, everything)
+    assert_close(loss, -expected.mean())
 
 
 def test_scores_have_the_intervals_of_means_over_independent_batches():

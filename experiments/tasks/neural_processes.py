@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class NeuralProcesses(Task):
     """Maximises the log-likelihood of a function's values at targets, given a context of its points.
 
-    Without a latent path the objective is the targets' log-likelihood itself. With one it is a bound of it by draws
-    from q(z | targets): the ELBO of Garnelo et al. 2018 or, with several draws, the importance-weighted bound. Either
-    is divided by each task's number of targets. In evaluation the targets are always held out.
+    Without a latent path the objective is the targets' log-likelihood itself. With one it is a bound of it: by draws
+    from q(z | targets) the ELBO of Garnelo et al. 2018 or the importance-weighted bound, or the `joint` below by draws
+    from p(z | context), as in Foong et al. 2020. It is divided by each task's number of targets. In evaluation the
+    targets are always held out.
 
     Logged in evaluation, in nats per target, each task weighing the same:
       log_likelihood      log mean_k p(y_n | z_k) of every target by itself, z_k ~ p(z | context), k = 1 … eval_samples
@@ -62,7 +63,7 @@ class NeuralProcesses(Task):
         halve_after: int | None = None,
         predict_context: bool = True,
         samples: int = 1,
-        bound: Literal["elbo", "importance"] = "elbo",
+        bound: Literal["elbo", "importance", "joint"] = "elbo",
         eval_samples: int = 50,
         buckets: list[int] | None = None,
     ) -> None:
@@ -151,6 +152,8 @@ class NeuralProcesses(Task):
         network = self._network()
         if network.latent is None:
             return log_likelihood(network, context, predicted).marginal
+        if self.bound == "joint":
+            return log_likelihood(network, context, predicted, self.samples).joint
         if self.bound == "elbo":
             return elbo(network, context, predicted, self.samples)
         return importance_weighted(network, context, predicted, everything, self.samples)
