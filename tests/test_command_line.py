@@ -1,6 +1,7 @@
 """The command line: a run from a config to a sample, mistakes in one message, and what a config may name."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -321,3 +322,14 @@ def test_a_trusted_stranger_is_imported_and_trust_ends_with_the_command(stranger
     assert main([*argv, "--trust", "stranger", "--print_config"]) == 0
     assert stranger.exists()
     assert "--trust stranger" in message(capsys, *argv)
+
+
+def test_a_reader_that_goes_away_is_no_failure():
+    """As `head` does, at the end of a pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "--help"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -57,7 +57,7 @@ def scores(net, context, targets):
     of_tasks = [*log_likelihood(net, context, targets, 4, torch.Generator().manual_seed(1))]
     if net.latent is not None:
         of_tasks.append(importance_weighted(net, context, targets, everything, 4, torch.Generator().manual_seed(2)))
-        of_tasks.append(elbo(net, context, everything, 4, torch.Generator().manual_seed(3)))
+        of_tasks.append(elbo(net, context, everything, everything, 4, torch.Generator().manual_seed(3)))
     of_tasks = torch.stack(of_tasks)
     return of_tasks, torch.autograd.grad(of_tasks.sum(), list(net.parameters()), materialize_grads=True)
 
@@ -130,7 +130,7 @@ def test_likelihoods_are_what_they_say(paths):
 @of_latent_paths
 def test_the_elbo_is_the_notebooks(paths):
     net, context, everything = network(paths), points(2, 5), points(2, 9, seed=1)
-    bound = elbo(net, context, everything, 2, torch.Generator().manual_seed(1))
+    bound = elbo(net, context, everything, everything, 2, torch.Generator().manual_seed(1))
     posterior, prior = Normal(*net.prior(everything)), Normal(*net.prior(context))
     z = net.prior(everything).sample(2, torch.Generator().manual_seed(1))
     densities = Normal(*net(context, everything.x, z)).log_prob(everything.y).sum(-1)

@@ -184,7 +184,7 @@ def test_a_task_overfits_one_batch(data, is_latent, request):
 
 
 OBJECTIVES = {
-    "elbo": lambda net, context, targets, everything: elbo(net, context, targets, 2),
+    "elbo": lambda net, context, targets, everything: elbo(net, context, targets, everything, 2),
     "importance": lambda net, context, targets, everything: importance_weighted(net, context, targets, everything, 2),
     "joint": lambda net, context, targets, everything: log_likelihood(net, context, targets, 2).joint,
 }
@@ -210,7 +210,7 @@ def test_training_maximises_the_bound_that_was_asked_for(bound, predict_context)
 def test_scores_have_the_intervals_of_means_over_independent_batches():
     values = torch.randn(12, dtype=torch.float64)
     alone = Scores(torch.arange(12), torch.arange(12), {"a": values})
-    half_width = 1.959963984540054 * values.std() / math.sqrt(12)
+    half_width = 2.200985160082949 * values.std() / math.sqrt(12)  # t of 11 degrees of freedom
     assert_close(torch.tensor(alone.estimate("a")), torch.stack([values.mean(), half_width]).float())
     of_batches = values.repeat_interleave(5)  # tasks of a batch that are all alike tell no more than one of them
     alike = Scores(torch.arange(12).repeat_interleave(5), torch.zeros(60), {"a": of_batches})

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -53,8 +55,13 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
             print(_overview(commands), end="")
         else:
             _dispatch(Invocation(rest, trusted), commands, packages)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
             return 130
@@ -66,6 +73,16 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
         print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more, as after `| head`; what is left of it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages: Sequence[str]) -> None:

@@ -23,7 +23,6 @@ from experiments.study.jobs import Job, Process, Running, run_all
 from experiments.study.lock import locked
 from experiments.study.outcomes import chosen_metric, outcomes
 from experiments.study.report import write_report
-from experiments.study.statistics import scipy_stats
 
 
 def main(invocation: Invocation) -> None:
@@ -34,7 +33,6 @@ def main(invocation: Invocation) -> None:
     name, *argv = invocation.argv
     options = _parser(name).parse_args(argv)
     _check(options)
-    scipy_stats()  # now, and not after hours
     study = read_study(options.study)
     folder = options.output or Path("runs/studies") / study.path.stem
     arms = resolved(study, options.set, invocation.trusted)

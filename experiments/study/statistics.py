@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
-from experiments.core.errors import ExperimentError
+from experiments.core.intervals import CONFIDENCE, half_width
 
-CONFIDENCE = 0.95
 # Up to so many, all sign patterns are gone through: 2¹⁴, those of 14 pairs. Beyond, as many are drawn.
 _PATTERNS = 2**14
 
@@ -42,7 +40,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if count == 1:
         return Estimate(mean, None, None, 1)
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    half = error * float(scipy_stats().t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    half = half_width(error, count - 1)
     return Estimate(mean, mean - half, mean + half, count)
 
 
@@ -63,13 +61,17 @@ def difference(
     if len(set(differences)) == 1:
         of_pairs = estimate(differences)  # scipy divides by their spread, which is 0
     else:
-        low, high = scipy_stats().ttest_rel(b, a).confidence_interval(CONFIDENCE)
+        from scipy import stats
+
+        low, high = stats.ttest_rel(b, a).confidence_interval(CONFIDENCE)
         of_pairs = Estimate(math.fsum(differences) / len(seeds), float(low), float(high), len(seeds))
     return Difference(of_pairs, _permutation_p(a, b))
 
 
 def _permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
-    test = scipy_stats().permutation_test(
+    from scipy import stats
+
+    test = stats.permutation_test(
         (b, a),
         lambda y, x, axis: (y - x).mean(axis=axis),
         permutation_type="samples",
@@ -78,12 +80,3 @@ def _permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
         rng=0,
     )
     return float(test.pvalue)
-
-
-def scipy_stats() -> ModuleType:
-    """`scipy.stats`, which is an extra. Raises ExperimentError where it is not installed."""
-    try:
-        from scipy import stats  # takes a second
-    except ImportError as error:
-        raise ExperimentError('studies and sweeps need scipy: pip install -c constraints.txt -e ".[study]"') from error
-    return stats

@@ -15,7 +15,6 @@ from experiments.core.errors import ExperimentError, write_text, writing
 from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
 from experiments.core.training import main as fit
-from experiments.study.statistics import scipy_stats
 from experiments.sweep.definition import Cell, Sweep, cells, read_sweep
 from experiments.sweep.report import Row, draw, reached, table
 
@@ -34,7 +33,6 @@ def main(invocation: Invocation) -> None:
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, as those in experiments/sweeps")
     parser.add_argument("--out", type=Path, default=None, help="the folder of the results (runs/sweeps/NAME)")
     options = parser.parse_args(invocation.argv[1:])
-    scipy_stats()  # now, and not after hours
     out = options.out or Path("runs/sweeps") / options.sweep.stem
     sweep = read_sweep(options.sweep)
     with writing(out):

@@ -38,10 +38,12 @@ class NeuralProcesses(Task):
       marginal_ceiling    `log_likelihood` of the exact Gaussian process, where the data are of one
       joint_ceiling       and `joint` of it
     The second to the fourth are there with a latent path only, the last four in the test only.
-    A name with `_half_width` is that of the 95 % normal interval over tasks. In the test the names begin with that of
-    the set; the best checkpoint's report shows them by context size too.
+    A name with `_half_width` is that of the 95 % t-interval over tasks. In the test the names begin with that of the
+    set; the best checkpoint's report shows them by context size too. With a latent path they depend, by the draws, on
+    the number of processes.
 
-    The smallest predictive deviation, the network's `floor`, caps all of these at −log(floor·√(2π)).
+    The smallest predictive deviation, the network's `floor`, caps all of these at −log(floor·√(2π)) for each of the Y
+    values of a point.
 
     Args:
         network: factory `(X, Y) -> NeuralProcess`; it is called when the sizes of the data's points are known.
@@ -117,11 +119,18 @@ class NeuralProcesses(Task):
         if not self._tested:
             return ""
         network = self._network()
-        cap = -math.log(network.floor * math.sqrt(2 * math.pi)) if network.floor else math.inf
-        head = f"Nats per held-out target; ± 95 % over tasks. σ is at least {network.floor:g}, so at most {cap:.3f}."
+        head = ["Nats per held-out target, each by itself; ± 95 % over tasks."]
+        if network.floor:
+            cap = -network.y_features * math.log(network.floor * math.sqrt(2 * math.pi))
+            head.append(f"σ is at least {network.floor:g}, so they are at most {cap:.3f}.")
+        if any("joint_ceiling" in scores.values for scores in self._tested.values()):
+            head.append("The ceilings are the exact process's: of each target by itself, and of all together (joint).")
         if network.latent is not None:
-            head += f" Of {self.eval_samples} draws of z."
-        return "\n\n".join([head, *(table(name, scores, self.buckets) for name, scores in self._tested.items())])
+            head.append(f"By {self.eval_samples} draws of z; joint and importance are of all targets together.")
+            head.append("elbo is of context and targets, by one draw.")
+        return "\n\n".join(
+            ["\n".join(head), *(table(name, scores, self.buckets) for name, scores in self._tested.items())]
+        )
 
     def pictures(self, data: LightningDataModule | None) -> "Mapping[str, Figure]":
         assert isinstance(data, FunctionData)
@@ -155,7 +164,7 @@ class NeuralProcesses(Task):
         if self.bound == "joint":
             return log_likelihood(network, context, predicted, self.samples).joint
         if self.bound == "elbo":
-            return elbo(network, context, predicted, self.samples)
+            return elbo(network, context, predicted, everything, self.samples)
         return importance_weighted(network, context, predicted, everything, self.samples)
 
     def _evaluate(self, batch: Batch, context: Points, targets: Points, stage: Stage) -> dict[str, Mean]:
@@ -172,8 +181,8 @@ class NeuralProcesses(Task):
         if network.latent is not None and stage == "test":
             everything = joined(context, targets)
             values["importance"] = importance_weighted(network, context, targets, everything, draws, generator)
-            values["elbo"] = elbo(network, context, everything, 1, generator)
+            values["elbo"] = elbo(network, context, everything, everything, 1, generator)
         if batch.ceiling is not None and stage == "test":
             values |= {"marginal_ceiling": batch.ceiling.marginal, "joint_ceiling": batch.ceiling.joint}
-        self._scores.take(batch.name, batch.index, context.counts, values)
+        self._scores.take(batch.name, None if batch.has_own_sizes else batch.index, context.counts, values)
         return {"loss": Mean(-scores.marginal.mean(), count)}

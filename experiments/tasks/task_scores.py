@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NORMAL = 1.959963984540054  # its 97.5 % point
+from experiments.core.intervals import half_width
 
 
 class Estimate(NamedTuple):
-    """A mean over tasks, and the half width of its 95 % normal interval."""
+    """A mean over tasks, and the half width of its 95 % t-interval."""
 
     mean: float
     half_width: float
@@ -20,11 +20,10 @@ class Estimate(NamedTuple):
 class Scores(NamedTuple):
     """What the tasks of a set scored.
 
-    Tasks of a batch may share their sizes, so that they are alike. The intervals take batches for independent, not
-    tasks: with one task to a batch it is the usual interval of a mean.
+    Tasks that share the sizes of their batch are alike, so the intervals take such batches for independent, not tasks.
     """
 
-    batch: Tensor  # (N,) int64: which the task was in
+    batch: Tensor  # (N,) int64: whose sizes the task has; negative: its own
     context: Tensor  # (N,) int64: how many points it has
     values: Mapping[str, Tensor]  # (N,) each, float64
 
@@ -37,15 +36,16 @@ class Scores(NamedTuple):
         return summary
 
     def estimate(self, name: str) -> Estimate:
-        """The mean over all tasks. The half width is NaN where there is one batch."""
+        """The mean over all tasks. The half width is NaN where there is one batch, or one task."""
         values = self.values[name]
-        _, number = self.batch.unique(return_inverse=True)
+        alone = -1 - torch.arange(len(values))
+        _, number = torch.where(self.batch < 0, alone, self.batch).unique(return_inverse=True)
         batches = int(number.max()) + 1
         mean = values.mean()
         sums = torch.zeros(batches, dtype=values.dtype).index_add_(0, number, values - mean)
         deviation = sums.square().sum().sqrt() / len(values)
         factor = math.sqrt(batches / (batches - 1)) if batches > 1 else math.nan
-        return Estimate(mean.item(), _NORMAL * factor * deviation.item())
+        return Estimate(mean.item(), half_width(factor * deviation.item(), batches - 1))
 
     def where(self, low: int, high: float) -> "Scores":
         """The tasks with at least `low` and fewer than `high` context points."""
@@ -62,13 +62,13 @@ class TaskScores:
     def take(
         self,
         name: str,  # of the set
-        batch: int,
+        batch: int | None,  # None: each task has sizes of its own
         context: Tensor,  # (B,)
         values: Mapping[str, Tensor],  # (B,) each
     ) -> None:
         """Take in a batch."""
         of_tasks = {metric: value.detach().double().cpu() for metric, value in values.items()}
-        scores = Scores(torch.full((len(context),), batch), context.cpu(), of_tasks)
+        scores = Scores(torch.full((len(context),), -1 if batch is None else batch), context.cpu(), of_tasks)
         self._parts.setdefault(name, []).append(scores)
 
     def taken(self) -> dict[str, Scores]:

@@ -67,19 +67,20 @@ def importance_weighted(
 def elbo(
     network: NeuralProcess,
     context: Points,  # (B, C, ·)
-    everything: Points,  # (B, C + N, ·): the targets, which include the context
+    targets: Points,  # (B, N, ·)
+    everything: Points,  # (B, C + N, ·)
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B,)
-    """E_q[log p(everything | z)] − KL(q(z | everything) ‖ p(z | context)), per point of everything.
+    """E_q[log p(targets | z)] − KL(q(z | everything) ‖ p(z | context)), per target.
 
-    Source: Garnelo et al. 2018 (Neural Processes), equation 9, with the targets of their public notebook.
+    Source: Garnelo et al. 2018 (Neural Processes), equation 9. In their public notebook the targets are everything.
     """
-    everything = _checked(network, everything)
+    targets = _checked(network, targets)
     prior, posterior = network.prior(context), network.prior(everything)
     z = posterior.sample(_at_least_one(samples), generator)
-    of_tasks = _point_log_density(network(context, everything.x, z), everything).sum(-1)  # (K, B)
-    return (of_tasks.mean(0) - posterior.divergence(prior)) / everything.counts
+    of_tasks = _point_log_density(network(context, targets.x, z), targets).sum(-1)  # (K, B)
+    return (of_tasks.mean(0) - posterior.divergence(prior)) / targets.counts
 
 
 def _point_log_density(

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     name: str  # of the set that the tasks are from
     index: int  # of the batch in its set
     ceiling: Ceiling | None = None
+    has_own_sizes: bool = False  # whether the sizes were drawn for each task
 
     def share(self, rank: int, processes: int) -> "Batch":
         """The tasks of one process among several."""

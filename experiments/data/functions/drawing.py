@@ -75,17 +75,20 @@ def completions(functions: "Pictures", sizes: Sizes, predict: Predict, seed: int
         rows = panels[3 * number : 3 * number + 3]
         rows[0][0].imshow(values.view(height, width).numpy(), cmap="gray", vmin=0, vmax=1)
         rows[0][0].set_title("truth", fontsize="small")
-        for column, c in enumerate(contexts, start=1):
+        places = functions.places.unsqueeze(0)
+        predicted = [_mixture(*predict(places[:, order[:c]], values[:, order[:c]], places)) for c in contexts]
+        highest = max(float(std.max()) for _, std in predicted)
+        for column, (c, (mean, std)) in enumerate(zip(contexts, predicted, strict=True), start=1):
             seen = order[:c]
-            mean, std = _mixture(
-                *predict(functions.places[seen].unsqueeze(0), values[:, seen], functions.places.unsqueeze(0))
-            )
             rgb = torch.tensor([0.15, 0.25, 0.6]).repeat(len(functions.places), 1)  # blue: not seen
             rgb[seen] = values[0, seen].expand(-1, 3)
             rows[0][column].imshow(rgb.view(height, width, 3).numpy())
             rows[0][column].set_title(f"{c} pixels", fontsize="small")
-            for axes, shown, title in ((rows[1][column], mean, "mean"), (rows[2][column], std, "deviation")):
-                axes.imshow(shown.view(height, width).numpy(), cmap="gray", vmin=0, vmax=1 if title == "mean" else None)
+            for axes, shown, title, most in (
+                (rows[1][column], mean, "mean", 1),
+                (rows[2][column], std, f"deviation, 0 to {highest:.2f}", highest),
+            ):
+                axes.imshow(shown.view(height, width).numpy(), cmap="gray", vmin=0, vmax=most)
                 axes.set_title(title, fontsize="x-small")
     return figure
 
@@ -102,7 +105,7 @@ def groups(functions: "Groups", sizes: Sizes, predict: Predict, seed: int, x_nam
         x, y = functions.x[group, order], functions.y[group, order]
         for axes, wanted in zip(row, contexts, strict=True):
             c = min(wanted, size - 1)
-            axes.set_title(f"group {group + 1}, {c} rows", fontsize="small")
+            axes.set_title(f"{functions.names[group]}, {c} rows", fontsize="small")
             if functions.x_features == 1 and functions.y_features == 1:
                 grid = torch.linspace(float(x.min()), float(x.max()), _GRID).unsqueeze(0)
                 _draw_prediction(axes, predict, (x[:c].mT, y[:c].mT), grid)

@@ -176,7 +176,7 @@ def _drawn(
     """One task of each of the chosen functions."""
     contexts, targets = sizes.draw(functions.available(chosen), generator, is_ragged)
     x, y, covariance = functions.observe(chosen, int((contexts + targets).max()), generator)
-    batch = shared_out(x, y, contexts, targets, name, index)
+    batch = shared_out(x, y, contexts, targets, name, index)._replace(has_own_sizes=is_ragged)
     if not with_ceiling or covariance is None:
         return batch
     return batch._replace(ceiling=gaussian_process.log_likelihood(covariance, y[..., 0], contexts, targets))

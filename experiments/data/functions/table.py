@@ -27,7 +27,9 @@ class Groups(Functions):
     def __init__(
         self,
         rows: list[tuple[Tensor, Tensor]],  # x (N_g, X) and y (N_g, Y) of each group
+        names: list[str],
     ) -> None:
+        self.names = names
         self.count: int | None = len(rows)
         self.sizes = torch.tensor([len(x) for x, _ in rows])
         self.x, self.y = (pad_sequence([pair[i] for pair in rows], batch_first=True).float() for i in range(2))
@@ -116,20 +118,24 @@ class Table(FunctionData):
                 f"{self.path}: got {len(groups)} groups by the column '{self.group}', expected at least "
                 f"{sum(counts.values()) + 1}: --data.valid and --data.test hold {sum(counts.values())} out."
             )
-        rows = list(groups.values())
+        names, rows = list(groups), list(groups.values())
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.eval_seed)).tolist()
         valid, test = counts["valid"], counts["test"]
         splits = {"valid": order[:valid], "test": order[valid : valid + test], "train": order[valid + test :]}
         if self.standardise:
             rows = _standardised(rows, splits["train"])
-        return {split: {self.path.stem: Groups([rows[i] for i in chosen])} for split, chosen in splits.items()}
+        return {
+            split: {self.path.stem: Groups([rows[i] for i in chosen], [names[i] for i in chosen])}
+            for split, chosen in splits.items()
+        }
 
     def pictures(self, predict: Predict) -> "dict[str, Figure]":
         from experiments.data.functions.drawing import groups
 
         [functions] = self._sets["test"].values()
         assert isinstance(functions, Groups)
-        return {"predictions": groups(functions, self.eval_sizes, predict, self.eval_seed, self.x[0], self.y[0])}
+        x_name, y_name = (f"{name}, standardised" if self.standardise else name for name in (self.x[0], self.y[0]))
+        return {"predictions": groups(functions, self.eval_sizes, predict, self.eval_seed, x_name, y_name)}
 
     def _check(self, groups: Rows) -> None:
         least = 1 if self.sizes.targets is None else self.sizes.targets[0]
