@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes, at Python's exit too
         return 128 + signal.SIGPIPE
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
@@ -76,13 +78,10 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads the output any more, as after `| head`; what is left of it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Whether nobody reads the output any more, as after `| head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are always told
+    return bool(output.poll(0))
 
 
 def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages: Sequence[str]) -> None:
