@@ -1,6 +1,6 @@
 """Whole networks as plain PyTorch modules."""
 
-from models.initialisation import Uniform
+from models.initialisation import Glorot, Uniform
 from models.language_model import Features, LanguageModel
 from models.multi_head import MultiHead
 from models.neural_process import (
@@ -30,6 +30,7 @@ __all__ = [
     "Points",
     "PooledEncoder",
     "SequenceLabeller",
+    "Glorot",
     "Uniform",
     "elbo",
     "importance_weighted",

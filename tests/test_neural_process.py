@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from models import (
     AttentiveEncoder,
     ConcatMLP,
+    Glorot,
     LatentEncoder,
     NeuralProcess,
     Points,
@@ -259,3 +260,17 @@ def test_draws_are_asked_for_where_there_is_a_latent_path_only():
         without.prior(context)
     with pytest.raises(OptionError, match="samples is 0"):
         log_likelihood(with_z, context, context, 0)
+
+
+def test_glorot_starts_linear_layers_and_leaves_integrators():
+    def made(**settings):
+        torch.manual_seed(0)
+        return NeuralProcess(X, Y, PooledEncoder, decoder=partial(Conditional, integrator=LowRank), **settings)
+
+    before, after = made(), made(initialise=Glorot())
+    assert_close(after.decoder.state_dict(), before.decoder.state_dict(), rtol=0, atol=0)
+    layers = [module for module in after.encoder.modules() if isinstance(module, torch.nn.Linear)]
+    for layer in layers:
+        assert_close(layer.weight.var() * sum(layer.weight.shape) / 2, torch.ones(()), rtol=0.1, atol=0)
+        assert not layer.bias.any()
+    assert layers

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.initialisation import Glorot
 from models.neural_process.decoders import ConcatMLP
 from models.neural_process.encoders import Gaussian, LatentEncoder, PooledEncoder
 from models.neural_process.points import Points, check_inputs, check_points
@@ -30,6 +31,7 @@ class NeuralProcess(nn.Module):
             are. A decoder with many parameters for each pair of features, as `Bilinear`, is small by it.
         floor: the smallest standard deviation. It caps a log-likelihood at −log(floor·√(2π)) for each value.
         shift: subtracted before the softplus, so that σ starts smaller.
+        initialise: fills the linear layers anew after they are built; None leaves every part its own initialisation.
 
     Raises: OptionError without encoder and latent, and for settings out of range; ShapeError for points that do not
     fit.
@@ -46,6 +48,7 @@ class NeuralProcess(nn.Module):
         context_size: int | None = None,
         floor: float = 0.1,
         shift: float = 0.0,
+        initialise: Glorot | None = None,
     ) -> None:
         super().__init__()
         if encoder is None and latent is None:
@@ -62,6 +65,8 @@ class NeuralProcess(nn.Module):
         features = sum(path.out_features for path in paths)
         self.projection = nn.Linear(features, context_size) if context_size is not None else nn.Identity()
         self.decoder = decoder(x_features, context_size or features, 2 * y_features)
+        if initialise is not None:
+            initialise(self)
 
     def forward(
         self,
