@@ -3,19 +3,20 @@
 import contextlib
 import csv
 import io
+import math
 import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from experiments.core.checkpoints import load_task
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, write_text, writing
 from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
+from experiments.core.result_file import read_result
 from experiments.core.training import main as fit
-from experiments.sweep.definition import Cell, Sweep, cells, read_sweep
+from experiments.sweep.definition import Cell, Sweep, cells, is_number, read_sweep
 from experiments.sweep.report import Row, draw, reached, table
 
 COLUMNS = ("panel", "arm", "size", "seed", "x", "value", "parameters", "seconds", "key")
@@ -48,12 +49,12 @@ def main(invocation: Invocation) -> None:
 
 
 def _complete(sweep: Sweep, file: Path, trusted: list[str]) -> list[Row]:
-    """All rows of the sweep, those on file first."""
-    known: dict[str, list[Row]] = {}
+    """All rows of the sweep, each run once: those on file, or of another arm with the same settings, are taken over."""
+    known: dict[str, dict[str, Row]] = {}  # by key and x
     if file.is_file():
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
-                known.setdefault(row["key"], []).append(_typed(row))
+                known.setdefault(row["key"], {})[row["x"]] = _typed(row)
     rows: list[Row] = []
     for panel in sweep.panels:
         for arm in sweep.arms:
@@ -61,9 +62,11 @@ def _complete(sweep: Sweep, file: Path, trusted: list[str]) -> list[Row]:
                 of_point: list[Row] = []
                 for cell in point:
                     if cell.key not in known:
-                        known[cell.key] = _run(sweep, cell, trusted)
-                        _write(file, [row for of_cell in known.values() for row in of_cell])
-                    of_point += known[cell.key]
+                        known[cell.key] = {str(row["x"]): row for row in _run(sweep, cell, trusted)}
+                        _write(file, [row for of_cell in known.values() for row in of_cell.values()])
+                    # The key knows no names: these may have changed.
+                    names = {"panel": cell.panel, "arm": cell.arm}
+                    of_point += [row | names for row in known[cell.key].values()]
                 rows += of_point
                 if sweep.goal is not None and sum(row["value"] for row in of_point) <= sweep.goal * len(of_point):
                     break
@@ -72,7 +75,10 @@ def _complete(sweep: Sweep, file: Path, trusted: list[str]) -> list[Row]:
 
 
 def _run(sweep: Sweep, cell: Cell, trusted: list[str]) -> list[Row]:
-    """The rows of one run: one, or one for each number that the * of the metric stands for."""
+    """The rows of one run: one, or one for each number that the * of the metric stands for.
+
+    A run that diverged may have no test. Then the value is NaN, and so is the x of a *.
+    """
     name = ", ".join(str(part) for part in (cell.panel, cell.arm, cell.size) if part not in ("", None))
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,22 +88,28 @@ def _run(sweep: Sweep, cell: Cell, trusted: list[str]) -> list[Row]:
             fit(Invocation(argv, trusted))
         run = Path(folder) / "cell/version_0"
         logged = {key: float(value) for row in read_metrics(run / "metrics.csv") for key, value in row.items()}
-        parameters = sum(p.numel() for p in load_task(run / "checkpoints/best.ckpt").parameters())
-    before, star, after = sweep.metric.partition("*")
-    points = {
-        metric[len(before) : len(metric) - len(after)]: value
-        for metric, value in logged.items()
-        if (metric.startswith(before) and metric.endswith(after) if star else metric == sweep.metric)
-    }
+        result = read_result(run / "result.yaml")
+    assert result is not None
+    points = _points(sweep.metric, logged)
+    if not points and (result["diverged_at"] is not None or not all(map(math.isfinite, logged.values()))):
+        points = {"nan" if "*" in sweep.metric else "": math.nan}
     if not points:
         raise ExperimentError(f"sweep: {name}: nothing was logged as {sweep.metric}, but {', '.join(logged)}.")
-    seconds = round(time.perf_counter() - begun, 1)
-    print(
-        f"{name}, seed {cell.seed}: {parameters:,} parameters, {points if star else logged[sweep.metric]}", flush=True
-    )
+    seconds, parameters = round(time.perf_counter() - begun, 1), result["parameters"]
+    print(f"{name}, seed {cell.seed}: {parameters:,} parameters, {points.get('', points)}", flush=True)
     common = {**cell._asdict(), "parameters": parameters, "seconds": seconds}
-    xs = {"": parameters if sweep.x == "parameters" else cell.size}
-    return [_typed({**common, "x": xs.get(at, at), "value": value}) for at, value in points.items()]
+    x = parameters if sweep.x == "parameters" else cell.size
+    return [_typed({**common, "x": at or x, "value": value}) for at, value in points.items()]
+
+
+def _points(metric: str, logged: dict[str, float]) -> dict[str, float]:
+    """What was logged as the metric, by the numbers that its * stands for; by "" where it has none."""
+    before, star, after = metric.partition("*")
+    if not star:
+        return {"": logged[metric]} if metric in logged else {}
+    found = [name for name in logged if name.startswith(before) and name.endswith(after)]
+    by_place = {name[len(before) : len(name) - len(after)]: logged[name] for name in found}
+    return {at: value for at, value in by_place.items() if is_number(at)}
 
 
 def _typed(row: dict[str, Any]) -> Row:

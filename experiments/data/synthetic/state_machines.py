@@ -10,6 +10,7 @@ from experiments.data.drawn_batches import generator_of
 from experiments.data.synthetic.drawn_data import DrawnData
 
 Machine = Literal["addition", "maps", "permutations"]
+_DRAWS = 1000
 
 
 class Sequences(NamedTuple):
@@ -29,7 +30,7 @@ class StateMachine(DrawnData):
     Args:
         machine: δ. "addition": (q + symbol) mod Q, with as many symbols as states; two of them make parity. "maps": for
             each symbol a random map of the states, which soon forgets where it started. "permutations": for each symbol
-            a random permutation, which never forgets.
+            a random permutation, which never forgets. Random machines are drawn until one can reach all its states.
         states: Q.
         symbols: S; None for as many as states.
         length: T in training and validation.
@@ -69,9 +70,17 @@ class StateMachine(DrawnData):
         return {"symbols": self.symbols, "states": self.states, "length": self.length}
 
     def setup(self, stage: str | None = None) -> None:
-        """Draws the machine."""
+        """Draws the machine. Raises ExperimentError where no draw reaches all states: maps of too few symbols."""
         super().setup(stage)
-        self.transitions = self._transitions(generator_of(0, "machine", self.seed))  # (S, Q): δ
+        generator = generator_of(0, "machine", self.seed)
+        draws = (self._transitions(generator) for _ in range(_DRAWS))
+        transitions = next((drawn for drawn in draws if _reaches_all(drawn)), None)
+        if transitions is None:
+            raise ExperimentError(
+                f"--data.symbols: got {self.symbols}, expected more: none of {_DRAWS} random machines reaches all "
+                f"{self.states} states."
+            )
+        self.transitions = transitions  # (S, Q): δ
 
     def draw(self, count: int, split: str, generator: torch.Generator) -> Sequences:
         length = self.test_length if split == "test" else self.length
@@ -89,3 +98,14 @@ class StateMachine(DrawnData):
         if self.machine == "maps":
             return torch.randint(Q, (S, Q), generator=generator)
         return torch.stack([torch.randperm(Q, generator=generator) for _ in range(S)])
+
+
+def _reaches_all(transitions: Tensor) -> bool:
+    """Whether a machine (S, Q) can get from state 0 to every state."""
+    successors = transitions.T.tolist()  # of each state
+    reached, ahead = {0}, [0]
+    while ahead:
+        new = set(successors[ahead.pop()]) - reached
+        reached |= new
+        ahead += new
+    return len(reached) == len(successors)
