@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 from multint import Bilinear, Integrator
+from multint.integrators.checks import positive
 
 
 class MultiHead(Integrator):
@@ -14,11 +15,13 @@ class MultiHead(Integrator):
 
     Args:
         hidden: features of the shared layer.
+
+    Raises: OptionError for a number of features below 1; ShapeError for streams that do not fit.
     """
 
     def __init__(self, x_features: int, z_features: int, out_features: int, hidden: int = 128) -> None:
         super().__init__(x_features, z_features, out_features)
-        self.shared = nn.Linear(x_features, hidden)
+        self.shared = nn.Linear(x_features, positive(self, "hidden", hidden))
         self.heads = Bilinear(hidden, z_features, out_features, x_term=False, bias=None)
 
     def integrate(

@@ -397,6 +397,13 @@ def test_wrong_contexts_are_named():
         condition(conv_net()[0], C, lambda x, z, o: nn.Linear(x, o))
 
 
+def test_what_is_no_module_is_refused():
+    with pytest.raises(
+        MultintError, match=r"condition: module is a builtin_function_or_method, expected a torch\.nn\."
+    ):
+        condition(torch.relu, C)
+
+
 def test_what_is_refused_leaves_the_network_alone():
     net, x = conv_net()
     with pytest.raises(MultintError):

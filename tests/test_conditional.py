@@ -141,6 +141,12 @@ def test_a_row_of_one_layer_is_the_integrator_itself():
         ({"activation": nn.ReLU}, "activation gives a ReLU for a tensor .* expected an elementwise function"),
         ({"activation": torch.sum}, r"activation gives the shape \(\)"),
         ({"activation": nn.PReLU(device="meta")}, "meta device; give its gain"),
+        ({"activation": "relu"}, "activation is 'relu', expected an elementwise function"),
+        ({"activation": "relu", "gain": 1}, "activation is 'relu'"),
+        ({"activation": partial(torch.softmax, dim=-1)}, "makes a number's result depend on the others"),
+        ({"activation": nn.Softmax(-1), "gain": 1}, "makes a number's result depend on the others"),
+        ({"norm": nn.ReLU()}, r"norm is a ReLU, expected a factory \(features\) -> module"),
+        ({"norm": 3}, "norm is a int, expected a factory"),
         ({"gain": "a"}, "gain is 'a', expected a number"),
         ({"hidden": 1, "norm": nn.LayerNorm}, "norm is the layer normalisation of one feature"),
         ({"integrator": partial(LowRank, rank=0)}, "LowRank: rank is 0"),
@@ -151,9 +157,21 @@ def test_wrong_settings_say_what_was_expected(settings, message):
         Conditional(X, C, OUT, **settings)
 
 
-def test_a_context_of_the_wrong_width_is_named():
-    with pytest.raises(MultintError, match=r"Conditional: context has 4 features, expected 5 \(context_features\)"):
-        stack()(x, normal(6, 4))
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ((x, normal(6, 4)), r"context has 4 features, expected 5 \(context_features\)"),
+        ((x, None), r"context is a NoneType, expected a tensor \(\.\.\., 5\)"),
+        ((x, [0.0] * C), "context is a list"),
+        ((x.numpy(), c), r"x is a ndarray, expected a tensor \(\.\.\., 7\)"),
+    ],
+)
+def test_a_stream_that_does_not_fit_is_named(streams, message):
+    with pytest.raises(MultintError, match=f"Conditional: {message}"):
+        stack()(*streams)
+
+
+def test_a_context_without_features_is_refused():
     with pytest.raises(MultintError, match="context_features is 0"):
         Conditional(X, 0, OUT)
 
@@ -169,6 +187,7 @@ def test_any_activation_keeps_the_second_moment():
         u = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close((f.gain * activation(u)).square().mean(), torch.tensor(1.0), rtol=0.02, atol=0)
     assert Conditional(X, C, OUT).gain == pytest.approx(2**0.5, rel=1e-6)
+    assert Conditional(X, C, OUT, activation=nn.RReLU()).gain == pytest.approx(2**0.5, rel=0.1)  # draws, by the element
     assert Conditional(X, C, OUT, activation=torch.zeros_like).gain == 1
 
 

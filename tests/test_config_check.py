@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.__main__ import main
-from experiments.core.configs import ready_configs
+from experiments.core.configs import CONFIGS, ready_configs
 from tests.test_command_line import INTEGRATOR, QUICKSTART, SMALL, message
 from tests.test_configs import built
 
@@ -98,6 +98,23 @@ def test_a_config_file_that_cannot_be_used_is_one_line(content, part, capsys, tm
     # As a base of another too.
     (tmp_path / "good.yaml").write_text("base: bad.yaml")
     one_message(capsys, f"--config={tmp_path / 'good.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "choice"),
+    [
+        ("encoder", "LatentEncoder", "PooledEncoder"),
+        ("encoder", "torch.nn.Linear", "AttentiveEncoder"),
+        ("decoder", "PooledEncoder", "ConcatMLP"),
+        ("decoder", "torch.nn.Linear", "Conditional"),
+    ],
+)
+def test_a_neural_processs_parts_are_of_their_kind(part, name, choice, capsys):
+    curves = str(CONFIGS / "functions/curves.yaml")
+    shown = message(capsys, "fit", "--config", curves, f"--model.network.{part}={name}")
+    assert shown.count("\n") == 1
+    assert f"model.network.{part}: '{name}' is no" in shown
+    assert choice in shown
 
 
 def test_without_a_model_a_config_is_asked_for(capsys):

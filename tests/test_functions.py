@@ -16,6 +16,7 @@ from experiments.data import Curves, Images, Table
 from experiments.data.functions import RBF, Matern52, Mixture, Periodic, WeaklyPeriodic, gaussian_process
 from experiments.data.functions.batches import Sizes
 from experiments.data.functions.image_files import read_idx, read_omniglot
+from experiments.data.functions.table import read_table
 
 KERNELS = [RBF(), Matern52(), Periodic(), WeaklyPeriodic(), Mixture()]
 NOISE = 0.1
@@ -57,16 +58,27 @@ def sklearn_kernel(kernel, parameters, task):
     kernels = pytest.importorskip(
         "sklearn.gaussian_process.kernels", reason="scikit-learn is not installed (extra dev)"
     )
-    length, scale, *period = (value[task].item() for value in parameters)
-    of_unit_scale = {
-        RBF: lambda: kernels.RBF(length),
-        Matern52: lambda: kernels.Matern(length, nu=2.5),
-        Periodic: lambda: kernels.ExpSineSquared(length, *period),
-    }[type(kernel)]()
-    return kernels.ConstantKernel(scale**2) * of_unit_scale + kernels.WhiteKernel(NOISE**2)
+
+    def scaled(of_unit_scale, scale):
+        return kernels.ConstantKernel(scale**2) * of_unit_scale
+
+    def rbf(length, scale):
+        return scaled(kernels.RBF(length), scale)
+
+    def periodic(length, scale, period):
+        return scaled(kernels.ExpSineSquared(length, period), scale)
+
+    theirs = {
+        RBF: rbf,
+        Matern52: lambda length, scale: scaled(kernels.Matern(length, nu=2.5), scale),
+        Periodic: periodic,
+        WeaklyPeriodic: lambda *values: rbf(*values[:2]) * periodic(*values[2:]),
+        Mixture: lambda *values: rbf(*values[:2]) + rbf(*values[2:]),
+    }
+    return theirs[type(kernel)](*(value[task].item() for value in parameters)) + kernels.WhiteKernel(NOISE**2)
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:3], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_the_exact_likelihood_is_scikit_learns(kernel):
     x, y, covariance, parameters = process(kernel)
     c, n = 5, 4
@@ -239,12 +251,21 @@ def test_idx_files_are_read_packed_or_not(tmp_path):
         (b"", "got 0 bytes"),
         (gzip.compress(b"abc")[:-3], "damaged"),
         (idx(torch.zeros(2, 3, 3, dtype=torch.uint8)), "got 2 images, expected at least 3"),
+        (idx(torch.zeros(0, 3, 3, dtype=torch.uint8)), "got 0 images of 3 × 3, expected some, with pixels"),
+        (idx(torch.zeros(4, 3, 0, dtype=torch.uint8)), "got 4 images of 3 × 0, expected some"),
     ],
 )
 def test_a_file_of_something_else_is_refused(content, part, tmp_path):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ExperimentError, match=part):
         Images(path=str(tmp_path / "file")).setup()
+
+
+def test_images_of_another_size_for_the_test_are_refused(tmp_path):
+    for name, size in (("train", 6), ("test", 5)):
+        (tmp_path / name).write_bytes(idx(torch.zeros(4, 6, size, dtype=torch.uint8)))
+    with pytest.raises(ExperimentError, match=r"--data.test_path: its images are 6 × 5, expected 6 × 6 as those of"):
+        Images(path=str(tmp_path / "train"), test_path=str(tmp_path / "test"), most=None, context=(1, 2)).setup()
 
 
 def table(path, **settings):
@@ -300,12 +321,14 @@ def test_a_standardised_table_has_unit_variance(csv_file):
         ({"group": "whom"}, "1", ["--data.group", "Did you mean 'who'"]),
         ({"context": (3, 5)}, "1", ["the group 'group 0' has 3 rows, expected at least 4", "--data.context"]),
         ({"x": ["who"]}, "1", ["'who': got 'group 0'"]),
-        ({"delimiter": ";"}, "1", ["no column 'who'"]),
+        ({"delimiter": ";"}, "1", ["no column 'who'", "Choices: t,u,who,v", "one cell alone: see --data.delimiter"]),
+        ({}, "1,2", ["own.csv, line 3: got 5 cells, expected 4, as the header has"]),
         ({"valid": 0.6, "test": 0.3}, "1", ["got 6 groups by the column 'who', expected at least 7"]),
         ({"path": "other.csv"}, "1", ["other.csv: no such file"]),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(settings, cell, parts, csv_file):
+    """With that cell in the third line."""
     lines = csv_file.read_text(encoding="utf-8").splitlines()
     lines[2] = f'1,2,"group 0",{cell}'
     csv_file.write_text("\n".join(lines), encoding="utf-8")
@@ -313,6 +336,35 @@ def test_a_table_that_cannot_be_used_is_refused(settings, cell, parts, csv_file)
         Table(**({"path": str(csv_file), "group": "who", "x": ["t"], "y": ["v"], "context": (1, 3)} | settings)).setup()
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "own.csv: the file is empty, expected a header"),
+        ("\n\n", "the file is empty"),
+        ("t,who,v\n", "got 0 groups"),
+        ("t,who,v\n1,,2\n", "line 2, 'who': got an empty cell, expected the group"),
+        ("t,who,v\n1, ,2\n", "line 2, 'who': got an empty cell"),
+        ("t,v,who\n1,2\n", "line 2: got 2 cells, expected 3"),
+        ("t,v,who,v\n1,2,3,4\n", "own.csv has the column 'v' 2 times"),
+    ],
+)
+def test_rows_and_headers_that_cannot_be_used_are_refused(text, message, tmp_path):
+    (tmp_path / "own.csv").write_text(text)
+    with pytest.raises(ExperimentError, match=message):
+        table(tmp_path / "own.csv", x=["t"]).setup()
+
+
+def test_groups_are_told_apart_by_what_is_written_and_empty_lines_are_none(tmp_path):
+    (tmp_path / "own.csv").write_text("who,t,v,,\n3,1,2,,\n\n 3 ,3,4,,\nb,5,6,,\n")
+    groups = read_table(tmp_path / "own.csv", "who", ["t"], ["v"])
+    assert {name: x.flatten().tolist() for name, (x, _) in groups.items()} == {"3": [1, 3], "b": [5]}
+
+
+def test_a_bound_on_points_without_targets_warns():
+    with pytest.warns(UserWarning, match="--data.most: no effect without --data.targets"):
+        table("own.csv", most=5)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +377,18 @@ def test_a_table_that_cannot_be_used_is_refused(settings, cell, parts, csv_file)
         (lambda: Curves(eval_context=(-1, 3)), "eval_context"),
         (lambda: Curves(noise=math.nan), "noise"),
         (lambda: Curves(x_range=(1, 1)), "x_range"),
-        (lambda: Curves(test_kernels=[RBF(), RBF()]), "test_kernels"),
+        (
+            lambda: Curves(test_kernels=[RBF(), RBF((1, 1))]),
+            "test_kernels: got rbf, rbf, .* each kind once.* a test of",
+        ),
         (lambda: RBF(length=(0.5, 0.1)), "length"),
         (lambda: Periodic(period=(0, 1)), "period"),
         (lambda: Mixture([]), "lengths"),
         (lambda: Images(), "root"),
         (lambda: Images("a", valid=0.5), "valid"),
         (lambda: Table("a", "g", [], ["y"]), "data.x"),
+        (lambda: Table("a", "g", ["x", "z"], ["y", "x"]), "--data.x, --data.y: got the column 'x' 2 times"),
+        (lambda: Table("a", "g", ["x", "x"], ["y"]), "got the column 'x' 2 times"),
         (lambda: Table("a", "g", ["x"], ["y"], delimiter="tab"), "delimiter"),
         (lambda: Table("a", "g", ["x"], ["y"], valid=0), "valid"),
     ],

@@ -230,6 +230,7 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: Diagonal(7, 5, 3), r"out_features is 3, expected x_features \(7\)"),
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
+        (lambda: Hypernetwork(7, 5, 3, 4, network=nn.ReLU()), r"network is a ReLU, expected a factory \(Z, G\)"),
         (lambda: Pairwise((7,), 3), "got 1 streams"),
         (lambda: Pairwise(7, 5, 3), "Pairwise: features is 7, expected those of k ≥ 2 streams"),
         (lambda: SumOf(7, 5, 3, Additive, nn.Bilinear), "SumOf: second gives a Bilinear, expected a multint.Integ"),

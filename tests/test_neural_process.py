@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
@@ -194,7 +195,7 @@ def test_every_integrator_decodes_at_the_published_size(integrator, hidden, hidd
 
 
 NARROW, WIDE = torch.zeros(2, 3, X), torch.zeros(2, 3, X + 1)
-VALUES = torch.zeros(2, 3, Y)
+VALUES, ONE_Z = torch.zeros(2, 3, Y), torch.zeros(1, 2, 5)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,9 @@ VALUES = torch.zeros(2, 3, Y)
             ["a task has no targets"],
         ),
         (Points(NARROW[:1], VALUES[:1]), Points(NARROW, VALUES), ["1 contexts and 2 sets of targets"]),
+        (Points(NARROW, VALUES), None, ["the targets are a NoneType, expected Points"]),
+        ((NARROW, VALUES), Points(NARROW, VALUES), ["the context are a tuple, expected Points(x, y)"]),
+        (Points(NARROW, VALUES, [[True] * 3] * 2), Points(NARROW, VALUES), ["the mask of the context is a list"]),
     ],
 )
 def test_points_that_do_not_fit_are_refused(context, targets, parts):
@@ -224,29 +228,67 @@ def test_points_that_do_not_fit_are_refused(context, targets, parts):
         assert part in str(error.value)
 
 
-def test_padded_refuses_a_set_of_unequal_numbers():
-    with pytest.raises(ShapeError, match="set 1 has 3 points x and 2 points y"):
-        padded([(NARROW[0], VALUES[0]), (NARROW[0], VALUES[0, :2])])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, context: net(context, None, ONE_Z), "x of the targets is a NoneType, expected a tensor"),
+        (lambda net, context: net(context, [NARROW[0], NARROW[0, :1]], ONE_Z), "x of the targets is a list"),
+        (lambda net, context: net(context, NARROW, ONE_Z[..., :4]), r"z is \(1, 2, 4\), expected a tensor \(K, 2, 5\)"),
+        (lambda net, context: net(context, NARROW, ONE_Z[:, :1]), r"z is \(1, 1, 5\), expected a tensor \(K, 2, 5\)"),
+        (lambda net, context: net(context, NARROW, ONE_Z[0]), r"z is \(2, 5\), expected a tensor \(K, 2, 5\)"),
+        (lambda net, context: net(context, NARROW, [0.0] * 5), r"z is a list, expected a tensor \(K, 2, 5\)"),
+        (lambda net, context: importance_weighted(net, context, context, None), "a NoneType, expected Points"),
+        (lambda net, context: padded([]), "padded: got no sets"),
+        (lambda net, context: padded([(NARROW[0], VALUES[0]), (NARROW[0], VALUES[0, :2])]), "set 1 has 3 points x and"),
+        (lambda net, context: joined(context, Points(NARROW[:1], VALUES[:1])), "joined: 2 and 1 sets"),
+        (lambda net, context: joined(context, Points(WIDE, VALUES)), "joined: .* has 3 features, expected 2"),
+        (lambda net, context: ConcatMLP(X, 4, 6)(NARROW, NARROW), "ConcatMLP: context has 2 features, expected 4"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(call, message):
+    net = NeuralProcess(X, Y, **PATHS["np"])
+    with pytest.raises(ShapeError, match=message):
+        call(net, Points(NARROW, VALUES))
+
+
+def test_a_mask_is_where_the_sets_are():
+    sets = padded([(torch.zeros(n, X, device="meta"), torch.zeros(n, Y, device="meta")) for n in (3, 2)])
+    assert {values.device.type for values in sets} == {"meta"}
+    assert sets.mask.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"encoder": None},
-        {"floor": 1.0},
-        {"context_size": 0},
-        {"encoder": partial(PooledEncoder, copies=0)},
-        {"encoder": partial(PooledEncoder, layers=0)},
-        {"encoder": partial(AttentiveEncoder, heads=3)},
-        {"encoder": partial(AttentiveEncoder, layers=2)},
-        {"latent": partial(LatentEncoder, floor=-0.1)},
-        {"decoder": partial(ConcatMLP, layers=1)},
+        ({"encoder": None}, "no encoder and no latent path"),
+        ({"floor": 1.0}, "floor is 1.0"),
+        ({"context_size": 0}, "context_size is 0"),
+        ({"x_features": -1}, "NeuralProcess: x_features is -1, expected a whole number of at least 1"),
+        ({"y_features": 0}, "NeuralProcess: y_features is 0"),
+        ({"encoder": partial(PooledEncoder, copies=0)}, "copies is 0"),
+        ({"encoder": partial(PooledEncoder, layers=0)}, "layers is 0"),
+        ({"encoder": partial(PooledEncoder, hidden=-3)}, "hidden is -3, expected a whole number of at least 1"),
+        ({"encoder": partial(AttentiveEncoder, heads=3)}, "128 features among 3 heads"),
+        ({"encoder": partial(AttentiveEncoder, layers=2)}, "layers is 2"),
+        ({"encoder": partial(AttentiveEncoder, hidden=0)}, "hidden is 0"),
+        ({"latent": partial(LatentEncoder, floor=-0.1)}, "floor is -0.1"),
+        ({"latent": partial(LatentEncoder, features=0)}, "LatentEncoder: features is 0"),
+        ({"latent": partial(LatentEncoder, features=0, post_layers=0)}, "LatentEncoder: features is 0"),
+        ({"latent": partial(LatentEncoder, hidden=0)}, "hidden is 0"),
+        ({"decoder": partial(ConcatMLP, layers=1)}, "layers is 1"),
+        ({"decoder": partial(ConcatMLP, hidden=0)}, "ConcatMLP: hidden is 0"),
+        ({"encoder": nn.Linear}, "encoder gives a Linear, expected Encoder"),
+        ({"encoder": LatentEncoder}, "encoder gives a LatentEncoder, expected Encoder"),
+        ({"encoder": PooledEncoder(X, Y)}, r"encoder is a PooledEncoder, expected a factory \(X, Y\) -> Encoder"),
+        ({"latent": PooledEncoder}, "latent gives a PooledEncoder, expected LatentEncoder"),
+        ({"latent": "LatentEncoder"}, "latent is a str, expected a factory"),
+        ({"decoder": nn.Linear}, "decoder gives a Linear, expected a multint.Integrator"),
+        ({"decoder": PooledEncoder}, "decoder gives a PooledEncoder, expected a multint.Integrator"),
     ],
-    ids=str,
 )
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(OptionError):
-        NeuralProcess(X, Y, **settings)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(OptionError, match=message):
+        NeuralProcess(**{"x_features": X, "y_features": Y} | settings)
 
 
 def test_draws_are_asked_for_where_there_is_a_latent_path_only():

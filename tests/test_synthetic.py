@@ -10,6 +10,7 @@ from experiments.core.errors import ExperimentError
 from experiments.data import AffineTasks, Sequences, StateMachine, Teacher
 from models import MultiHead, SequenceLabeller
 from multint import Additive, Bilinear, Recurrent, RNNCell
+from multint.errors import OptionError
 
 
 def form(x_features, z_features, out_features):
@@ -174,3 +175,8 @@ def test_heads_see_their_own_task_only():
     for k, code in enumerate(z):
         head = torch.nn.functional.linear(features, network.heads.terms().W[:, k], network.heads.terms().U[:, k])
         assert_close(network(x, code), head)
+
+
+def test_a_shared_layer_without_features_is_refused():
+    with pytest.raises(OptionError, match="MultiHead: hidden is -1, expected a whole number of at least 1"):
+        MultiHead(4, 3, 2, hidden=-1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from multint.errors import OptionError
+from multint.integrators.checks import positive
 
 
 class Attention(nn.Module):
@@ -11,13 +12,14 @@ class Attention(nn.Module):
 
     Where a set has no points, what they would add is 0. The scores are divided by √F of all heads, as published.
 
-    Raises: OptionError unless the features share out evenly among the heads.
+    Raises: OptionError for a number below 1, and unless the features share out evenly among the heads.
     Source: Lee et al. 2019 (Set Transformer), equations 6 and 7.
     """
 
     def __init__(self, in_features: int, out_features: int, heads: int) -> None:
         super().__init__()
-        if heads < 1 or out_features % heads:
+        positive(self, "out_features", out_features)
+        if out_features % positive(self, "heads", heads):
             raise OptionError(f"Attention: {out_features} features among {heads} heads, expected a divisor of them")
         self.heads = heads
         self.query = nn.Linear(in_features, out_features, bias=False)

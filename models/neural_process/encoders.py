@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from models.neural_process.attention import Attention
 from models.neural_process.points import Points
 from multint.errors import OptionError
+from multint.integrators.checks import positive
 
 
 class Gaussian(NamedTuple):
@@ -38,15 +40,30 @@ class Gaussian(NamedTuple):
         return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
 
 
-def mlp(in_features: int, hidden: int, out_features: int, layers: int) -> nn.Sequential:
-    """So many linear layers with ReLU between them. Raises OptionError for none."""
-    if layers < 1:
-        raise OptionError(f"mlp: layers is {layers}, expected at least 1")
-    sizes = [in_features, *[hidden] * (layers - 1), out_features]
-    parts: list[nn.Module] = []
-    for size, following in pairwise(sizes):
-        parts += [nn.Linear(size, following), nn.ReLU(inplace=True)]
-    return nn.Sequential(*parts[:-1])
+class MLP(nn.Sequential):
+    """So many linear layers with ReLU between them. Raises OptionError for a number below 1."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, layers: int) -> None:
+        positive(self, "hidden", hidden)
+        sizes = [in_features, *[hidden] * (positive(self, "layers", layers) - 1), out_features]
+        parts: list[nn.Module] = []
+        for size, following in pairwise(sizes):
+            parts += [nn.Linear(size, following), nn.ReLU(inplace=True)]
+        super().__init__(*parts[:-1])
+
+
+class Encoder(nn.Module, ABC):
+    """What a context is to each target: r_n = f(context, x_n). A subclass sets `out_features`, the features F of r."""
+
+    out_features: int
+
+    @abstractmethod
+    def forward(
+        self,
+        context: Points,  # (B, C, ·), with zeros as padding
+        x: Tensor,  # (B, N, X) of the targets
+    ) -> Tensor:  # (B, N, F), or (B, 1, F) where it is the same for all
+        """r of each target."""
 
 
 class DeepSet(nn.Module):
@@ -78,7 +95,7 @@ class DeepSet(nn.Module):
         super().__init__()
         pooled = hidden if post_layers else out_features
         self.points = PointEncoder(x_features + y_features, hidden, pooled, layers, attention_heads, relu=True)
-        self.post = mlp(hidden, hidden, out_features, post_layers) if post_layers else nn.Identity()
+        self.post = MLP(hidden, hidden, out_features, post_layers) if post_layers else nn.Identity()
 
     def forward(
         self,
@@ -109,11 +126,11 @@ class PointEncoder(nn.Module):
         super().__init__()
         self.attention: Attention | None = None
         if not attention_heads:
-            self.each = mlp(in_features, hidden, out_features, layers)
+            self.each = MLP(in_features, hidden, out_features, layers)
             return
         if layers < 3:
             raise OptionError(f"layers is {layers}, expected at least 3 where self-attention takes the place of two")
-        self.each = mlp(in_features, hidden, hidden, layers - 2)
+        self.each = MLP(in_features, hidden, hidden, layers - 2)
         if relu:
             self.each.append(nn.ReLU(inplace=True))
         self.attention = Attention(hidden, out_features, attention_heads)
@@ -126,7 +143,7 @@ class PointEncoder(nn.Module):
         return h if self.attention is None else self.attention(h, h, h, points.mask)
 
 
-class PooledEncoder(nn.Module):
+class PooledEncoder(Encoder):
     """r = ρ(mean_i φ(x_i, y_i)): one vector for all targets. See `DeepSet`, and there for an empty context.
 
     Args:
@@ -149,8 +166,7 @@ class PooledEncoder(nn.Module):
         copies: int = 1,
     ) -> None:
         super().__init__()
-        if copies < 1:
-            raise OptionError(f"PooledEncoder: copies is {copies}, expected at least 1")
+        positive(self, "copies", copies)
         sets = [DeepSet(x_features, y_features, hidden, hidden, layers, post_layers) for _ in range(copies)]
         self.sets = nn.ModuleList(sets)
         self.out_features = copies * hidden
@@ -163,7 +179,7 @@ class PooledEncoder(nn.Module):
         return torch.cat([of_set(context) for of_set in self.sets], -1).unsqueeze(-2)
 
 
-class AttentiveEncoder(nn.Module):
+class AttentiveEncoder(Encoder):
     """r_n = attention(k(x_n), k(x_i), φ(x_i, y_i)): each target reads the context points near to it.
 
     With no points to read, r_n is made of the target's own key.
@@ -190,7 +206,7 @@ class AttentiveEncoder(nn.Module):
         self_attention: bool = True,
     ) -> None:
         super().__init__()
-        self.keys = mlp(x_features, hidden, hidden, key_layers)
+        self.keys = MLP(x_features, hidden, hidden, key_layers)
         own_heads = heads if self_attention else 0
         self.points = PointEncoder(x_features + y_features, hidden, hidden, layers, own_heads, relu=False)
         self.attention = Attention(hidden, hidden, heads)
@@ -235,9 +251,8 @@ class LatentEncoder(nn.Module):
         super().__init__()
         if not 0 <= floor < 1:
             raise OptionError(f"LatentEncoder: floor is {floor}, expected a number in [0, 1)")
-        self.floor = floor
+        self.floor, self.out_features = floor, positive(self, "features", features)
         self.set = DeepSet(x_features, y_features, 2 * features, hidden, layers, post_layers, attention_heads)
-        self.out_features = features
 
     def forward(
         self,

@@ -37,17 +37,22 @@ class Points(NamedTuple):
 def padded(
     sets: Sequence[tuple[Tensor, Tensor]],  # of x (N_b, X) and y (N_b, Y)
 ) -> Points:
-    """The sets as one `Points`, with a mask. Raises ShapeError for a set whose x and y differ in number."""
+    """The sets as one `Points`, with a mask. Raises ShapeError for no sets, and for one of unequal x and y."""
+    if not sets:
+        raise ShapeError("padded: got no sets, expected at least one")
     for number, (x, y) in enumerate(sets):
         if len(x) != len(y):
             raise ShapeError(f"padded: set {number} has {len(x)} points x and {len(y)} points y, expected as many")
     x, y = (pad_sequence([pair[i] for pair in sets], batch_first=True) for i in range(2))
-    counts = torch.tensor([len(x) for x, _ in sets])
-    return Points(x, y, torch.arange(x.shape[1]) < counts.unsqueeze(-1))
+    counts = torch.tensor([len(x) for x, _ in sets], device=x.device)
+    return Points(x, y, torch.arange(x.shape[1], device=x.device) < counts.unsqueeze(-1))
 
 
 def joined(first: Points, second: Points) -> Points:
-    """The union of two sets each."""
+    """The union of two sets each. Raises ShapeError where they are not as many, or of other features."""
+    check_points("joined", "second", second, first.x.shape[-1], first.y.shape[-1])
+    if len(first.x) != len(second.x):
+        raise ShapeError(f"joined: {len(first.x)} and {len(second.x)} sets, expected as many")
     x, y = torch.cat([first.x, second.x], 1), torch.cat([first.y, second.y], 1)
     if first.mask is None and second.mask is None:
         return Points(x, y)
@@ -66,6 +71,8 @@ def check_points(
     y_features: int,
 ) -> None:
     """Raise a ShapeError unless the points are B sets of these features, with a mask that fits if there is one."""
+    if not isinstance(points, Points):
+        raise ShapeError(f"{owner}: the {what} are a {type(points).__name__}, expected Points(x, y) or `padded` sets")
     x, y, mask = points
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         raise ShapeError(
@@ -79,15 +86,15 @@ def check_points(
             f"{owner}: the {what} has x of {tuple(x.shape[:2])} and y of {tuple(y.shape[:2])} (tasks, points), "
             "expected equal ones: ragged sets are padded to one length, with a mask"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-        raise ShapeError(
-            f"{owner}: the mask of the {what} is {tuple(mask.shape)} {mask.dtype}, expected {tuple(x.shape[:2])} "
-            "torch.bool"
-        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+        got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ShapeError(f"{owner}: the mask of the {what} is {got}, expected {tuple(x.shape[:2])} torch.bool")
 
 
 def check_inputs(owner: str, what: str, x: Tensor, features: int, name: str) -> None:
-    """Raise a ShapeError unless the tensor is (B, N, features)."""
+    """Raise a ShapeError unless it is a tensor (B, N, features)."""
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{owner}: the {what} is a {type(x).__name__}, expected a tensor (B, N, {features})")
     if x.ndim != 3:
         raise ShapeError(f"{owner}: the {what} is {tuple(x.shape)}, expected (B, N, {features})")
     if x.shape[-1] != features:

@@ -47,7 +47,8 @@ def condition(
     Shapes: the context is (..., C). For a layer with channels in dimension 1 (convolutions, batch and group
     normalisation) c is (B, C), or (C,) for all, and acts alike at every place. For others the features are the last
     dimension, and the leading shapes broadcast from the right: rows (B, O) take c (B, C), and sequences (B, T, O) take
-    c (B, 1, C).
+    c (B, 1, C). As (B, C) it is an error there for nearly all T, but for T = B step n of every sequence would get
+    context n, and for T = 1 every row every context.
 
     Args:
         module: the network. It is changed in place, its weights keep their names, and it is called only through what is
@@ -59,9 +60,11 @@ def condition(
     A layer's O is read from its `out_channels`, `num_channels` or `num_features` (dimension 1) or its `out_features`,
     `embedding_dim` or `normalized_shape` (last dimension). A block of your own that sets one of them can be chosen too.
 
-    Raises: OptionError where `where` chooses no layer, or one whose width is not known.
+    Raises: OptionError for what is no module, and where `where` chooses no layer, or one whose width is not known.
     Source: Perez et al. 2018 (FiLM); Bachlechner et al. 2021 (ReZero) for r.
     """
+    if not isinstance(module, nn.Module):
+        raise OptionError(f"condition: module is a {type(module).__name__}, expected a torch.nn.Module")
     return Conditioned(module, context_features, integrator, _choose(module, where))
 
 

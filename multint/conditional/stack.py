@@ -74,7 +74,8 @@ class Conditional(Integrator):
         if residual and layers < 3:
             warnings.warn(f"Conditional: residual has no effect with layers={layers}", stacklevel=2)
         self.activation, self.residual = activation, residual
-        self.gain = _gain(activation) if gain is None else number(self, "gain", gain)
+        u, phi = _elementwise(activation)
+        self.gain = _gain(u, phi) if gain is None else number(self, "gain", gain)
         if integrator is not None and _needs_equal_features(integrator, x_features, context_features):
             # Told by the factory and not by the sizes: hidden layers have O = X, and need their matrices all the same.
             integrator = Projected.of(integrator)
@@ -137,21 +138,35 @@ def _needs_equal_features(integrator: Callable[[int, int, int], Integrator], x_f
     return False
 
 
-def _gain(activation: Callable[[Tensor], Any]) -> float:
-    """1/√E[φ(u)²] for u ~ N(0, 1), by quadrature; 1 for a φ that is 0."""
+def _elementwise(activation: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+    """Numbers u all over a normal's range, and φ(u). Raises an OptionError unless φ is an elementwise function."""
+    expected = "expected an elementwise function, such as torch.relu or torch.nn.GELU()"
+    if not callable(activation):
+        raise OptionError(f"Conditional: activation is {activation!r}, {expected}")
     parameter = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
     like = torch.empty(0, device="cpu") if parameter is None else parameter.detach()
     u = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64, device="cpu")
-    weight = torch.exp(-(u**2) / 2)
+    state = torch.get_rng_state()
     with torch.no_grad():
-        phi = activation(u.to(like))
+        phi = activation(u.to(like, copy=True))  # which may work in place
     if not isinstance(phi, Tensor) or phi.shape != u.shape:
         got = f"the shape {tuple(phi.shape)}" if isinstance(phi, Tensor) else f"a {type(phi).__name__}"
-        raise OptionError(
-            f"Conditional: activation gives {got} for a tensor {tuple(u.shape)}, expected an elementwise function, "
-            "such as torch.relu or torch.nn.GELU()"
-        )
+        raise OptionError(f"Conditional: activation gives {got} for a tensor {tuple(u.shape)}, {expected}")
+    if phi.is_meta:
+        return u, phi
+    kept = torch.arange(len(u), device="cpu") % 3 == 0
+    torch.set_rng_state(state)  # a φ that draws, draws the same
+    with torch.no_grad():
+        again = activation(torch.where(kept, u, 0).to(like))
+    if not torch.allclose(phi[kept.to(phi.device)], again[kept.to(phi.device)], rtol=1e-5, atol=0, equal_nan=True):
+        raise OptionError(f"Conditional: activation makes a number's result depend on the others, {expected}")
+    return u, phi
+
+
+def _gain(u: Tensor, phi: Tensor) -> float:
+    """1/√E[φ(u)²] for u ~ N(0, 1), by quadrature; 1 for a φ that is 0."""
     if phi.is_meta:
         raise OptionError("Conditional: the activation's parameters are on the meta device; give its gain, such as 1")
+    weight = torch.exp(-(u**2) / 2)
     moment = float((weight * phi.cpu().double() ** 2).sum() / weight.sum())
     return 1 / math.sqrt(moment) if moment > 0 else 1.0

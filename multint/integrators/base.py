@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multint.errors import FormError, OptionError, ShapeError
-from multint.integrators.checks import check_features, check_leading, number, positive
+from multint.integrators.checks import check_factory, check_features, check_leading, number, positive
 from multint.integrators.terms import Terms
 
 
@@ -245,11 +245,7 @@ def build(
 
     Raises: OptionError where the factory gives something else; ShapeError where it gives other sizes.
     """
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise OptionError(
-            f"{type(owner).__name__}: {argument} is a {type(factory).__name__}, expected a factory (X, Z, O) -> "
-            "Integrator, such as the class"
-        )
+    check_factory(owner, argument, factory, "(X, Z, O) -> Integrator")
     integrator = factory(x_features, z_features, out_features)
     gives = f"{type(owner).__name__}: {argument} gives a {type(integrator).__name__}"
     if not isinstance(integrator, Integrator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,21 @@ def number(owner: nn.Module, name: str, value: float, expected: str = "a number"
     return value
 
 
+def check_factory(owner: nn.Module, argument: str, factory: Any, expected: str) -> None:
+    """Raise an OptionError for a module that is made already, or for what cannot be called."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise OptionError(
+            f"{type(owner).__name__}: {argument} is a {type(factory).__name__}, expected a factory {expected}, such as "
+            "the class"
+        )
+
+
 def check_features(owner: nn.Module, stream: str, tensor: Tensor, features: int, name: str) -> None:
-    """Raise a ShapeError unless the tensor's last dimension is `features`."""
+    """Raise a ShapeError unless it is a tensor whose last dimension is `features`."""
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(
+            f"{type(owner).__name__}: {stream} is a {type(tensor).__name__}, expected a tensor (..., {features})"
+        )
     if tensor.ndim == 0 or tensor.shape[-1] != features:
         got = "no dimensions" if tensor.ndim == 0 else f"{tensor.shape[-1]} features"
         raise ShapeError(f"{type(owner).__name__}: {stream} has {got}, expected {features} ({name})")

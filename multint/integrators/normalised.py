@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from multint.errors import OptionError
 from multint.integrators.base import Integrator, build
 from multint.integrators.bilinear import TensorProduct
+from multint.integrators.checks import check_factory
 from multint.integrators.hadamard import MultiplicativeIntegration
 
 
@@ -72,7 +73,11 @@ class Normalised(Integrator):
 
 
 def normalisation(owner: nn.Module, argument: str, factory: Callable[[int], nn.Module], features: int) -> nn.Module:
-    """The norm that an argument of the owner, a factory, gives, or an OptionError where it would give nothing but 0."""
+    """The norm that an argument of the owner, a factory, gives.
+
+    Raises: OptionError for what is no factory, and where the norm would give nothing but 0.
+    """
+    check_factory(owner, argument, factory, "(features) -> module")
     norm = factory(features)
     if features == 1 and isinstance(norm, nn.LayerNorm):
         raise OptionError(

@@ -58,7 +58,7 @@ class Curves(FunctionData):
 
     Args:
         kernel: of the training's and the validation's curves.
-        test_kernels: of the test's, a set for each, called by its name; None: the training's.
+        test_kernels: of the test's, a set for each, called by its kind, each kind once; None: the training's.
         noise: standard deviation of the observations' noise.
         x_range: where the inputs lie.
         context: how many context points a task has, from the first to the second number.
@@ -112,7 +112,10 @@ class Curves(FunctionData):
         self.test_kernels = test_kernels or [self.kernel]
         names = [of_test.name for of_test in self.test_kernels]
         if len(set(names)) < len(names):
-            raise ExperimentError(f"--data.test_kernels: got {', '.join(names)}, expected each kernel once.")
+            raise ExperimentError(
+                f"--data.test_kernels: got {', '.join(names)}, expected each kind once. Give another of the same kind "
+                "to a test of its own: test --ckpt_path CKPT --data.test_kernels=[…]."
+            )
 
     @property
     def features(self) -> tuple[int, int]:

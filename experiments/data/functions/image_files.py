@@ -19,7 +19,7 @@ _IDX_IMAGES = 0x0803  # unsigned bytes in three dimensions
 def read_idx(path: Path) -> Tensor:  # (N, H, W) uint8
     """The images of an IDX file, packed by gzip or not.
 
-    Raises ExperimentError for a file that is not there, is no such file, or is cut off.
+    Raises ExperimentError for a file that is not there, is no such file, is cut off, or has no pixels.
     """
     if not path.is_file():
         raise ExperimentError(f"{path}: no such file.")
@@ -36,6 +36,8 @@ def read_idx(path: Path) -> Tensor:  # (N, H, W) uint8
             "such as train-images-idx3-ubyte, not the labels."
         )
     count, height, width = struct.unpack(">3I", content[4:16])
+    if not (count and height and width):
+        raise ExperimentError(f"{path}: got {count} images of {height} × {width}, expected some, with pixels.")
     if len(content) - 16 != count * height * width:
         raise ExperimentError(
             f"{path}: got {len(content) - 16} bytes of pixels, expected {count * height * width}: {count} images of "

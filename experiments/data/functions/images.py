@@ -55,7 +55,7 @@ class Images(FunctionData):
         valid_alphabets: held out for validation.
         test_alphabets: held out for test.
         path: an IDX file of images, such as train-images-idx3-ubyte.gz, instead of Omniglot.
-        test_path: one for the test. None: the last images of `path`.
+        test_path: one for the test, of images as large. None: the last images of `path`.
         valid: the fraction of `path` held out for validation, and as much for test where there is no `test_path`.
         context, targets, most, ragged, batch_size, epoch, seed, eval_seed: see `Curves`.
         eval_context: `context` in validation and test; None: the same.
@@ -132,6 +132,11 @@ class Images(FunctionData):
             raise ExperimentError(f"{path}: got {len(images)} images, expected at least 3, to hold some out.")
         if self.test_path is not None:
             test = read_idx(Path(self.test_path).expanduser())
+            if test.shape[1:] != images.shape[1:]:
+                got, expected = (" × ".join(map(str, values.shape[1:])) for values in (test, images))
+                raise ExperimentError(
+                    f"--data.test_path: its images are {got}, expected {expected} as those of {path}."
+                )
             return {"train": images[:-cut], "valid": images[-cut:], "test": test}
         return {"train": images[: -2 * cut], "valid": images[-2 * cut : -cut], "test": images[-cut:]}
 

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,11 +55,12 @@ class Table(FunctionData):
     over the training's groups, and log-likelihoods are of these values.
 
     Raises ExperimentError at construction for a setting out of range, and in `setup` for a file that is not there, a
-    column that it has not, a cell that is no number, and a group with too few rows.
+    column that it has not or has twice, a row that is longer or shorter than the header, a cell that is no number, and
+    a group without a name or with too few rows. Warns where `most` has no effect.
 
     Args:
         path: the file, in UTF-8.
-        group: the column that tells the groups apart, of any content.
+        group: the column that tells the groups apart, of any content but for the spaces around it.
         x: the columns of the inputs.
         y: the columns of the values.
         standardise: see above.
@@ -66,7 +69,8 @@ class Table(FunctionData):
         test: the fraction held out for test.
         context: how many context points a task has, from the first to the second number; fewer in a small group.
         targets: the same of its target points; None: all other rows of the group.
-        most, ragged, batch_size, epoch, seed, eval_seed: see `Curves`.
+        most: see `Curves`; it bounds nothing where `targets` is None.
+        ragged, batch_size, epoch, seed, eval_seed: see `Curves`.
         eval_context: `context` in validation and test; None: the same. The targets are all others there.
         eval_batch_size: groups in a batch of these.
     """
@@ -96,6 +100,11 @@ class Table(FunctionData):
         super().__init__(batch_size, Sizes(context, targets, most), Sizes(eval_context or context, None), *shared)
         if not x or not y:
             raise ExperimentError(f"--data.{'y' if x else 'x'}: got no columns, expected at least one name.")
+        for column, times in Counter([*x, *y]).items():
+            if times > 1:
+                raise ExperimentError(f"--data.x, --data.y: got the column '{column}' {times} times, expected it once.")
+        if most is not None and targets is None:
+            warnings.warn("--data.most: no effect without --data.targets.", stacklevel=2)
         if len(delimiter) != 1:
             raise ExperimentError(f"--data.delimiter: got {delimiter!r}, expected one character.")
         if not (valid > 0 and test > 0 and valid + test < 1):
@@ -149,34 +158,50 @@ class Table(FunctionData):
 
 
 def read_table(path: Path, group: str, x: list[str], y: list[str], delimiter: str = ",") -> Rows:
-    """The rows of a CSV file with a header, by what stands in the group's column.
+    """The rows of a CSV file with a header, by what stands in the group's column. Empty lines are left out.
 
-    Raises ExperimentError for a file that is not there or no text, a column that it has not, and a cell that is no
-    finite number.
+    Raises ExperimentError for a file that is not there, empty or no text, a column that it has not or has twice, a row
+    that is longer or shorter than the header, a row without a group, and a cell that is no finite number.
     """
     if not path.is_file():
         raise ExperimentError(f"{path}: no such file.")
     numbers: dict[str, list[list[float]]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(filter(None, reader), None)
+            if header is None:
+                raise ExperimentError(f"{path}: the file is empty, expected a header and rows.")
             for setting, columns in (("group", [group]), ("x", x), ("y", y)):
                 for column in columns:
-                    if column not in (reader.fieldnames or []):
-                        choices = choices_message(column, reader.fieldnames or [])
-                        raise ExperimentError(f"--data.{setting}: {path} has no column '{column}'{choices}")
-            for row in reader:
-                cells = [_number(row[column], f"{path}, line {reader.line_num}, '{column}'") for column in [*x, *y]]
-                numbers.setdefault(row[group], []).append(cells)
+                    _check_column(column, header, f"--data.{setting}: {path}")
+            for cells in filter(None, reader):
+                line = f"{path}, line {reader.line_num}"
+                if len(cells) != len(header):
+                    raise ExperimentError(f"{line}: got {len(cells)} cells, expected {len(header)}, as the header has.")
+                row = dict(zip(header, cells, strict=True))
+                if not (name := row[group].strip()):
+                    raise ExperimentError(f"{line}, '{group}': got an empty cell, expected the group of the row.")
+                values = [_number(row[column], f"{line}, '{column}'") for column in [*x, *y]]
+                numbers.setdefault(name, []).append(values)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ExperimentError(f"{path}: no CSV file in UTF-8: {error}.") from error
     tables = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in numbers.items()}
     return {name: (table[:, : len(x)], table[:, len(x) :]) for name, table in tables.items()}
 
 
-def _number(cell: str | None, where: str) -> float:
+def _check_column(column: str, header: list[str], where: str) -> None:
+    """Raise ExperimentError unless the header has the column once."""
+    if column not in header:
+        hint = " The header is one cell alone: see --data.delimiter." if len(header) == 1 else ""
+        raise ExperimentError(f"{where} has no column '{column}'{choices_message(column, header)}{hint}")
+    if header.count(column) > 1:
+        raise ExperimentError(f"{where} has the column '{column}' {header.count(column)} times, expected it once.")
+
+
+def _number(cell: str, where: str) -> float:
     try:
-        number = float(cell or "")
+        number = float(cell)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
