@@ -7,6 +7,7 @@ from torch import nn
 
 from multint.errors import OptionError
 from multint.integrators import outermost_integrators
+from multint.integrators.init import Projection
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Glorot:
-    """Every matrix of an `nn.Linear` ~ U(−a, a) with a² = 6 / (inputs + outputs), its bias 0. Integrators keep theirs.
+    """Linear layers ~ U(−a, a) with a² = 6 / (inputs + outputs), their biases 0; integrators' matrices keep their own.
 
     PyTorch's own start has a² = 1 / inputs. Little comes through many layers of that, so that they may not learn.
 
@@ -58,10 +59,8 @@ class Glorot:
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> None:
         """Fill the network's linear layers in place."""
-        integrators = outermost_integrators(network).values()
-        theirs = {part for integrator in integrators for part in integrator.modules()}
         for module in network.modules():
-            if isinstance(module, nn.Linear) and module not in theirs:
+            if isinstance(module, nn.Linear) and not isinstance(module, Projection):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -68,10 +68,9 @@ class NeuralProcess(nn.Module):
         self.latent = self._path("latent", latent, LatentEncoder)
         paths = [path for path in (self.encoder, self.latent) if path is not None]
         features = sum(path.out_features for path in paths)
-        self.projection: nn.Module = nn.Identity()
-        if context_size is not None:
-            self.projection = nn.Linear(features, features := positive(self, "context_size", context_size))
-        self.decoder = build(self, "decoder", decoder, x_features, features, 2 * y_features)
+        size = features if context_size is None else positive(self, "context_size", context_size)
+        self.projection = nn.Identity() if context_size is None else nn.Linear(features, size)
+        self.decoder = build(self, "decoder", decoder, x_features, size, 2 * y_features)
         if initialise is not None:
             initialise(self)
 
