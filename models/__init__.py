@@ -1,5 +1,6 @@
 """Whole networks as plain PyTorch modules."""
 
+from models.hmm import Filtered, ForwardCell, HiddenMarkovModel
 from models.initialisation import Uniform
 from models.language_model import Features, LanguageModel
 from models.multi_head import MultiHead
@@ -23,6 +24,9 @@ __all__ = [
     "AttentiveEncoder",
     "ConcatMLP",
     "Features",
+    "Filtered",
+    "ForwardCell",
+    "HiddenMarkovModel",
     "LanguageModel",
     "LatentEncoder",
     "MultiHead",
