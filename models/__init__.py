@@ -18,6 +18,7 @@ from models.neural_process import (
 )
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
+from models.sequence_reader import SequenceReader
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Points",
     "PooledEncoder",
     "SequenceLabeller",
+    "SequenceReader",
     "Uniform",
     "elbo",
     "importance_weighted",
