@@ -100,7 +100,9 @@ RECURRENT = {
 def test_the_arms_of_the_memory_studies_are_what_they_are_called(study):
     cells = {}
     for arm in resolved(read_study(study), [], []):
-        cell = outer = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]["cell"]
+        recurrent = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]
+        assert recurrent["engine"] == "fused"
+        cell = outer = recurrent["cell"]
         if outer["class_path"].endswith("Mogrifier"):
             cell = outer["init_args"]["cell"]
         integrator = cell["init_args"]["integrator"]
