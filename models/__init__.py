@@ -1,5 +1,6 @@
 """Whole networks as plain PyTorch modules."""
 
+from models.hmm import Filtered, ForwardCell, HiddenMarkovModel
 from models.initialisation import Glorot, Uniform
 from models.language_model import Features, LanguageModel
 from models.multi_head import MultiHead
@@ -17,12 +18,17 @@ from models.neural_process import (
 )
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
+from models.sequence_reader import SequenceReader
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
     "AttentiveEncoder",
     "ConcatMLP",
     "Features",
+    "Filtered",
+    "ForwardCell",
+    "Glorot",
+    "HiddenMarkovModel",
     "LanguageModel",
     "LatentEncoder",
     "MultiHead",
@@ -30,7 +36,7 @@ __all__ = [
     "Points",
     "PooledEncoder",
     "SequenceLabeller",
-    "Glorot",
+    "SequenceReader",
     "Uniform",
     "elbo",
     "importance_weighted",

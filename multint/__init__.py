@@ -3,7 +3,7 @@
 An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a layer runs a cell over a sequence.
 """
 
-from multint.cells import Cell, GRUCell, LSTMCell, RNNCell
+from multint.cells import Cell, GRUCell, LSTMCell, Mogrifier, RNNCell
 from multint.conditional import Conditional, condition
 from multint.engines import explain, scan
 from multint.errors import MultintError
@@ -58,6 +58,7 @@ __all__ = [
     "Cell",
     "GRUCell",
     "LSTMCell",
+    "Mogrifier",
     "RNNCell",
     # layers
     "GRU",

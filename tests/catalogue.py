@@ -24,13 +24,14 @@ from multint import (
     Integrator,
     LowRank,
     LSTMCell,
+    Mogrifier,
     MultiplicativeIntegration,
     RNNCell,
     Swapped,
     Tucker,
 )
 from multint.cells import HiddenState
-from multint.integrators import Krause, Normalised, Projected, ScaledOf, SumOf, SwappedOf, ThroughOf
+from multint.integrators import Krause, Normalised, Projected, ScaledOf, SigmoidScale, SumOf, SwappedOf, ThroughOf
 
 Factory = Callable[[int, int, int], Integrator]
 
@@ -100,6 +101,8 @@ INTEGRATORS: dict[str, Case] = {
     "diagonal": Case(Diagonal, square=True),
     "gated": Case(Gated),
     "gated-open": Case(partial(Gated, bias=1.5)),
+    "sigmoid-scale": Case(SigmoidScale, square=True),
+    "sigmoid-scale-low-rank": Case(partial(SigmoidScale, rank=2), square=True),
     "hypernetwork": Case(partial(Hypernetwork, features=6)),
     "hypernetwork-low-rank": Case(partial(Hypernetwork, features=6, head=low_rank)),
     "hypernetwork-diagonal": Case(partial(Hypernetwork, features=6, head=Diagonal), square=True),
@@ -179,6 +182,8 @@ CELLS: dict[str, Callable[[int, int], Cell]] = {
     "gru-after": partial(GRUCell, reset_after=True),
     "gru-after-additive": partial(GRUCell, integrator=Additive, reset_after=True),
     "gru-norm": partial(GRUCell, integrator=Normalised, reset_after=True),
+    "mogrifier": partial(Mogrifier, rounds=3),
+    "mogrifier-gru-low-rank": partial(Mogrifier, cell=GRUCell, rounds=2, rank=3),
     "own-leaky": LeakyCell,
     "own-decay": DecayCell,
 }

@@ -9,7 +9,7 @@ import multint
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.training import TrainingCommands
-from experiments.tasks import LanguageModelling, NeuralProcesses, Regression, StateTracking
+from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, StateTracking
 from models import Points, log_likelihood
 
 READY = [path for paths in ready_configs().values() for path in paths]
@@ -82,11 +82,18 @@ def multiplicative(x, z, out):
     return out * (z * x + z + x + 1)
 
 
+def lstm(inputs, hidden):
+    return 4 * hidden * (inputs + hidden + 1)
+
+
 MADE = {
     "bilinear_form": multiplicative(8, 8, 1),
     "teacher_student": multiplicative(8, 8, 32) + multiplicative(32, 8, 1),
     "affine_tasks": multiplicative(8, 8, 64) + multiplicative(64, 8, 8),
     "state_machine": 64 * 2 * 64 + mlp([64, 2]),
+    "adding": lstm(2, 64) + mlp([64, 1]),
+    "copy": lstm(10, 64) + mlp([64, 8]),
+    "digits": lstm(1, 64) + mlp([64, 10]),
 }
 
 
@@ -139,8 +146,17 @@ def state_tracking(task, data):
     return network
 
 
+def memory(task, data):
+    """The task's network, after one call."""
+    learnt = task.describe(data)
+    network = task.build(learnt)
+    assert network(torch.zeros(3, 2, learnt["inputs"]), 2).shape == (2, 2, learnt["outputs"])
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
+    Memory: memory,
     NeuralProcesses: neural_process,
     Regression: regression,
     StateTracking: state_tracking,
@@ -242,7 +258,7 @@ def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
 def test_the_overview_shows_the_commands_and_the_configs(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 50
+    assert len(text.splitlines()) < 60
     for word in (
         "fit",
         "validate",

@@ -1,6 +1,7 @@
 """Published equations and models as special cases, each against a form written out by hand."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from multint import (
     scan,
 )
 from multint.cells import HiddenState, LSTMState
-from multint.integrators import Krause, Normalised
+from multint.integrators import Krause, Normalised, ThroughOf, rank
 from tests.catalogue import normal, randomise
 
 X, Z, OUT = 7, 5, 3
@@ -96,14 +97,23 @@ def test_pairwise_equals_its_dense_form_for_any_number_of_streams(k, bias):
     exact(ours, torch.autograd.grad(f(*streams).square().sum(), list(f.parameters())))
 
 
-def test_pairwise_of_three_streams():
-    f = randomise(Pairwise((X, Z, 4), OUT).double())
-    streams = x, z, normal(6, 4, seed=3)
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_pairwise_is_the_sum_over_its_pairs(k):
+    """Σ_{i<j} α_ij ⊙ W_i x_i ⊙ W_j x_j + Σ_i β_i ⊙ W_i x_i + b, one output and one pair at a time."""
+    sizes = (X, Z, 4, 6)[:k]
+    f = randomise(Pairwise(sizes, OUT).double())
+    streams = [normal(6, n, seed=n) for n in sizes]
     projected = [s @ p.weight.T for s, p in zip(streams, f.projections, strict=True)]
-    pairs = itertools.combinations(projected, 2)
-    expected = sum(a * p * q for a, (p, q) in zip(f.alphas, pairs, strict=True))
-    expected = expected + sum(b * p for b, p in zip(f.betas, projected, strict=True)) + f.bias
+    expected = torch.zeros(6, OUT).double()
+    for row, o in itertools.product(range(6), range(OUT)):
+        pairs = itertools.combinations([p[row, o] for p in projected], 2)
+        expected[row, o] = f.bias[o] + sum(a[o] * p * q for a, (p, q) in zip(f.alphas, pairs, strict=True))
+        expected[row, o] += sum(b[o] * p[row, o] for b, p in zip(f.betas, projected, strict=True))
     exact(f(*streams), expected)
+
+
+def test_pairwise_names_streams_that_do_not_fit():
+    f = Pairwise((X, Z, 4), OUT).double()
     with pytest.raises(MultintError, match="got 2 streams, expected 3"):
         f(x, z)
     with pytest.raises(MultintError, match=r"stream 2 has 5 features, expected 4 \(features\[2\]\)"):
@@ -242,18 +252,88 @@ def test_the_mixed_derivative_of_an_additive_block_and_of_a_relu_network_is_zero
         torch.testing.assert_close(mixed_derivative(f), torch.zeros(OUT, Z, X).double(), rtol=0, atol=0)
 
 
-def test_multiplicative_lstm_from_parts():
+# A((W_m x) ⊙ (U_m h)) + Vx + b: the multiplicative LSTM's map and, with other features between, the RNN's.
+multiplicative = partial(ThroughOf, outer=Additive, inner=partial(Hadamard, bias=None))
+
+
+def parts(f):
+    """W_m, U_m, V, A and b."""
+    inner, outer = f.inner, f.outer
+    matrices = inner.x_projection, inner.z_projection, outer.x_projection, outer.z_projection
+    return *(matrix.weight for matrix in matrices), outer.bias
+
+
+@pytest.mark.parametrize("gates", [Krause, multiplicative])
+def test_multiplicative_lstm_from_parts(gates):
     """Krause et al. 2016, the variant with the usual tanh candidate: m takes h's place in all gates."""
-    cell = randomise(LSTMCell(X, 4, integrator=Krause).double())
-    h, c = normal(6, 4, seed=3), normal(6, 4, seed=4)
-    outer, inner = cell.gates.outer, cell.gates.inner
-    m = (x @ inner.x_projection.weight.T) * (h @ inner.z_projection.weight.T)
-    gates = x @ outer.x_projection.weight.T + m @ outer.z_projection.weight.T + outer.bias
-    i, f, g, o = gates.chunk(4, -1)
-    new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    state = cell(x, LSTMState(h, c))
-    exact(state.c, new_c)
-    exact(state.h, o.sigmoid() * new_c.tanh())
+    cell = randomise(LSTMCell(X, 4, integrator=gates).double())
+    W_m, U_m, V, A, bias = parts(cell.gates)
+    xs, h, c = normal(5, 6, X), normal(6, 4, seed=3), normal(6, 4, seed=4)
+    output, final = scan(cell, xs, LSTMState(h, c))
+    for t in range(5):
+        m = (xs[t] @ W_m.T) * (h @ U_m.T)
+        i, f, g, o = (xs[t] @ V.T + m @ A.T + bias).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        exact(output[t], h)
+    exact(final.c, c)
+
+
+@pytest.mark.parametrize("written", ["by name", "by operator"])
+def test_multiplicative_rnn_from_parts(written):
+    """Sutskever et al. 2011: f_t = diag(W_fx x_t) W_fh h_{t−1} and h_t = tanh(W_hf f_t + W_hx x_t), with 3 factors."""
+
+    def by_operator(x_features, z_features, out_features):
+        inner = Hadamard(x_features, z_features, 3, bias=None)
+        return Additive(x_features, 3, out_features) @ inner
+
+    factory = by_operator if written == "by operator" else partial(multiplicative, inner_features=3)
+    cell = randomise(RNNCell(X, Z, factory).double())
+    W_fx, W_fh, W_hx, W_hf, bias = parts(cell.integrator)
+    xs, h = normal(5, 6, X), z
+    output, _ = scan(cell, xs, HiddenState(h))
+    for t in range(5):
+        factors = torch.stack([torch.diag(W_fx @ x_t) @ W_fh @ h_b for x_t, h_b in zip(xs[t], h, strict=True)])
+        h = (factors @ W_hf.T + xs[t] @ W_hx.T + bias).tanh()
+        exact(output[t], h)
+
+
+def test_mi_has_slices_of_rank_one():
+    """W[o] = α_o U[o]ᵀ V[o]: the tensor of a multiplicative RNN with a factor for every output, and P = diag(α)."""
+    mi = randomise(MultiplicativeIntegration(X, Z, OUT).double())
+    W = mi.terms().W
+    assert torch.linalg.matrix_rank(W).tolist() == [1] * OUT
+    f = LowRank(X, Z, OUT, rank=OUT).double()
+    f.x_factor.weight.data, f.z_factor.weight.data = mi.x_projection.weight.data, mi.z_projection.weight.data
+    f.out_factor.weight.data = mi.alpha.diag().data
+    exact(W, f.terms().W)
+
+
+def test_a_multiplicative_rnns_slices_share_their_factors():
+    """W[o] = Rᵀ diag(P[o]) Q: the pseudo-inverses of R and Q, the same for all, make every slice diagonal."""
+    f = randomise(multiplicative(X, Z, 6, inner_features=4).double())
+    assert rank(f) == (4, 4, 4)
+    W_m, U_m, _, A, _ = parts(f)
+    W = f.terms().W
+    assert torch.linalg.matrix_rank(W).tolist() == [4] * 6
+    exact(torch.linalg.pinv(U_m.T) @ W @ torch.linalg.pinv(W_m), torch.diag_embed(A))
+    # Any tensor's slices have no such basis: those of a second-order RNN are not diagonal in it.
+    other = torch.linalg.pinv(U_m.T) @ randomise(Bilinear(X, Z, 6).double()).terms().W @ torch.linalg.pinv(W_m)
+    assert (other - torch.diag_embed(other.diagonal(dim1=1, dim2=2))).abs().max() > 0.1
+
+
+def test_a_second_order_rnn_is_bilinear():
+    """h'_i = tanh(Σ_jk T[i, j, k] h_j x_k), with a tensor of full rank (Goudreau et al. 1994)."""
+    cell = randomise(RNNCell(X, Z, partial(Bilinear, z_term=False, x_term=False, bias=None)).double())
+    T = cell.integrator.terms().W
+    assert rank(cell.integrator) == (Z, Z, X)
+    xs, h = normal(5, 6, X), z
+    output, _ = scan(cell, xs, HiddenState(h))
+    for t in range(5):
+        h = torch.stack([torch.stack([h_b @ T_i @ x_t for T_i in T]) for x_t, h_b in zip(xs[t], h, strict=True)]).tanh()
+        exact(output[t], h)
+    for term in cell.integrator.terms()[1:]:
+        assert not term.any()
 
 
 def test_multiplicative_rnn_is_low_rank_without_the_state_term():
@@ -296,38 +376,22 @@ def test_mi_gru_is_the_papers(reset_after):
     exact(cell(x, HiddenState(h)).h, (1 - update) * n + update * h)
 
 
-def test_the_jacobian_of_an_mi_step():
-    """∂h'/∂h = diag(φ'(·)) diag(α ⊙ Wx + β1) U; the paper's eq. 6 writes its transpose."""
-    cell = randomise(RNNCell(X, Z).double())
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [(torch.tanh, lambda h: 1 - h**2), (nn.Identity(), torch.ones_like)],
+    ids=["tanh", "linear"],
+)
+def test_the_jacobian_of_an_mi_rnn_is_a_product_of_one_for_each_step(activation, slope):
+    """∂h_t/∂h_{t−1} = diag(φ'(·)) diag(α ⊙ Wx_t + β1) U; the paper's eq. 6 writes its transpose."""
+    cell = randomise(RNNCell(X, Z, activation=activation).double())
     f = cell.integrator
-    J = torch.func.jacrev(lambda h: cell.step(x[0], HiddenState(h)).h)(z[0])
-    slope = 1 - cell.step(x[0], HiddenState(z[0])).h ** 2
-    gain = f.alpha * (f.x_projection.weight @ x[0]) + f.beta1
-    exact(J, (slope * gain)[:, None] * f.z_projection.weight)
-
-
-def test_a_linear_mi_rnn_is_the_forward_algorithm():
-    """Wu et al. 2016, section 4.1, against the sum over all hidden paths.
-
-    h_0 is the distribution one step before the first observation, so that the first step's U carries it to π.
-    """
-    generator = torch.Generator().manual_seed(0)
-    states, symbols, steps = 3, 4, 5
-
-    def stochastic(rows, columns):
-        weights = torch.rand(rows, columns, generator=generator, dtype=torch.float64)
-        return weights / weights.sum(0)
-
-    U, emission, before = stochastic(states, states), stochastic(symbols, states), stochastic(states, 1)[:, 0]
-    cell = RNNCell(symbols, states, lambda *sizes: Hadamard(*sizes, bias=None), activation=nn.Identity()).double()
-    cell.integrator.x_projection.weight.data, cell.integrator.z_projection.weight.data = emission.T, U
-    observed = [1, 3, 0, 2, 1]
-    xs = nn.functional.one_hot(torch.tensor(observed), symbols).double().unsqueeze(1)
-    _, final = scan(cell, xs, HiddenState(before[None]))
-    likelihood = 0.0
-    for path in itertools.product(range(states), repeat=steps):
-        p = (U @ before)[path[0]]
-        for t, state in enumerate(path):
-            p = p * emission[observed[t], state] * (U[state, path[t - 1]] if t else 1.0)
-        likelihood += p
-    exact(final.h.sum(), likelihood)
+    xs = normal(4, 1, X)
+    output, _ = scan(cell, xs, HiddenState(z[:1]))
+    product = torch.eye(Z).double()
+    for t in range(4):
+        gain = f.alpha * (f.x_projection.weight @ xs[t, 0]) + f.beta1
+        one = torch.diag(slope(output[t, 0])) @ torch.diag(gain) @ f.z_projection.weight
+        before = output[t - 1] if t else z[:1]
+        exact(torch.func.jacrev(lambda h, x: cell.step(x, HiddenState(h)).h)(before, xs[t])[0, :, 0], one)
+        product = one @ product
+        exact(torch.func.jacrev(lambda h, x: scan(cell, x, HiddenState(h))[1].h)(z[:1], xs[: t + 1])[0, :, 0], product)

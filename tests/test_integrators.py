@@ -34,6 +34,7 @@ from multint.integrators import (
     Normalised,
     Projected,
     ScaledOf,
+    SigmoidScale,
     SumOf,
     SwappedOf,
     ThroughOf,
@@ -65,7 +66,7 @@ BI_AFFINE = [name for name in INTEGRATORS if has_terms(build(name))]
 
 def test_all_but_these_forms_are_bi_affine():
     without = set(INTEGRATORS) - set(BI_AFFINE)
-    forms = ("gated", "hypernetwork", "normalised", "sum-", "film", "conditional")
+    forms = ("gated", "sigmoid-scale", "hypernetwork", "normalised", "sum-", "film", "conditional")
     assert without == {name for name in INTEGRATORS if name.startswith(forms)}
 
 
@@ -118,8 +119,8 @@ def test_a_stream_enters_through_its_named_weights_alone(name, stream):
         f.get_parameter(weight).data.zero_()
     x, z = normal(6, 7), normal(6, 5, seed=2)
     other = (normal(6, 7, seed=3), z) if stream == "x" else (x, normal(6, 5, seed=3))
-    if name.endswith("diagonal") and stream == "x":
-        assert f.x_weights == (), "x enters a diagonal form by itself, through no weight"
+    if INTEGRATORS[name].square and stream == "x":
+        assert f.x_weights == (), "x enters by itself, through no weight"
         return
     torch.testing.assert_close(f(x, z), f(*other), rtol=0, atol=0)
 
@@ -228,6 +229,8 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: LowRank(7, 5, 3, rank=0), "LowRank: rank is 0, expected a whole number of at least 1"),
         (lambda: Tucker(7, 5, 3, 8, 2), "x_rank is 8, expected at most the stream's 7 features"),
         (lambda: Diagonal(7, 5, 3), r"out_features is 3, expected x_features \(7\)"),
+        (lambda: SigmoidScale(7, 5, 3), r"SigmoidScale: out_features is 3, expected x_features \(7\)"),
+        (lambda: SigmoidScale(7, 5, 7, rank=0), "SigmoidScale: rank is 0, expected a whole number"),
         (lambda: Hypernetwork(7, 5, 3, features=0), "features is 0"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=lambda a, b: nn.Linear(a, b + 1)), "network gives the shape"),
         (lambda: Hypernetwork(7, 5, 3, 4, network=nn.ReLU()), r"network is a ReLU, expected a factory \(Z, G\)"),

@@ -12,12 +12,14 @@ import torch
 import yaml
 
 import experiments.core.curves
+import experiments.data
 import experiments.study.command
+import experiments.tasks
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 from experiments.core.task import Monitor
-from experiments.study.cells import Arm, Cell, key_of, next_command
+from experiments.study.cells import Arm, Cell, key_of, next_command, resolved
 from experiments.study.definition import read_study
 from experiments.study.jobs import Process, run_all
 from experiments.study.lock import locked
@@ -81,6 +83,32 @@ def test_the_ready_studies_can_be_read(study):
     definition = read_study(study)
     assert len(definition.arms) > 1
     assert len(definition.seeds) > 1
+
+
+RECURRENT = {
+    "RNN": ("RNNCell", "Additive"),
+    "MI-RNN": ("RNNCell", "MultiplicativeIntegration"),
+    "LSTM": ("LSTMCell", "Additive"),
+    "MI-LSTM": ("LSTMCell", "MultiplicativeIntegration"),
+    "GRU": ("GRUCell", "Additive"),
+    "MI-GRU": ("GRUCell", "MultiplicativeIntegration"),
+    "Mogrifier": ("Mogrifier", "Additive"),
+}
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("memory_*.yaml")), ids=lambda path: path.stem)
+def test_the_arms_of_the_memory_studies_are_what_they_are_called(study):
+    cells = {}
+    for arm in resolved(read_study(study), [], []):
+        recurrent = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]
+        assert recurrent["engine"] == "fused"
+        cell = outer = recurrent["cell"]
+        if outer["class_path"].endswith("Mogrifier"):
+            cell = outer["init_args"]["cell"]
+        integrator = cell["init_args"]["integrator"]
+        names = outer["class_path"], integrator["class_path"] if isinstance(integrator, dict) else integrator
+        cells[arm.name] = tuple(name.rpartition(".")[2] for name in names)
+    assert cells == RECURRENT
 
 
 SETTINGS = {"name": "a", "data": {"init_args": {"root": "x", "length": 3}}, "trainer": {"max_steps": 2, "logger": None}}

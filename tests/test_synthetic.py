@@ -1,13 +1,14 @@
 """Made data against closed forms, and the networks that solve them by construction."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from experiments.core.errors import ExperimentError
-from experiments.data import AffineTasks, Sequences, StateMachine, Teacher
+from experiments.data import Adding, AffineTasks, CopyMemory, Recall, Sequences, SequentialDigits, StateMachine, Teacher
 from models import MultiHead, SequenceLabeller
 from multint import Additive, Bilinear, Recurrent, RNNCell
 from multint.errors import OptionError
@@ -80,11 +81,62 @@ def test_maps_of_too_few_symbols_are_refused():
         ready(StateMachine("maps", 30, symbols=1, seed=0))
 
 
+@pytest.mark.parametrize("length", [2, 9])
+def test_one_number_in_each_half_is_added(length):
+    xs, answers = ready(Adding(length, seed=1)).draw(4096, "train", torch.Generator().manual_seed(0))
+    numbers, marks = xs.unbind(-1)
+    for half in (marks[: length // 2], marks[length // 2 :]):
+        assert_close(half.sum(0), torch.ones(4096))
+        assert (half.sum(1) > 0).all(), "a place is never marked"
+    assert set(marks.unique().tolist()) <= {0.0, 1.0}
+    assert_close(answers[0], torch.where(marks == 1, numbers, 0).sum(0))
+    assert_close((answers - 1).square().mean(), torch.tensor(1 / 6), rtol=0.1, atol=0)
+
+
+def test_a_word_comes_before_the_delay_and_is_asked_for_after_the_bell():
+    xs, answers = ready(CopyMemory(symbols=3, length=4, delay=5, seed=1)).draw(50, "train", torch.Generator())
+    assert_close(xs.square().mean(), torch.tensor(1.0))
+    read, blank, bell = xs.argmax(-1), 3, 4
+    assert_close(read[:4], answers)
+    assert answers.unique().tolist() == [0, 1, 2]
+    after = torch.tensor([*[blank] * 4, bell, *[blank] * 4])  # the word is asked for at the four blanks
+    assert_close(read[4:], after.unsqueeze(1).expand(-1, 50))
+
+
+def test_every_digit_is_held_out_once_whatever_the_seed():
+    pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (extra dev)")
+    data, other = (ready(SequentialDigits(read, batch_size=64, seed=s)) for read, s in (("pixels", 1), ("rows", 2)))
+    seen = []
+    for split in ("val_dataloader", "test_dataloader"):
+        pixels, rows = (list(getattr(d, split)()) for d in (data, other))
+        assert [batch.xs.shape[1] for batch in pixels] == [64, 64, 64, 64, 44]
+        for one, two in zip(pixels, rows, strict=True):
+            assert (one.xs.shape[0], two.xs.shape[0]) == (64, 8)
+            assert_close(one.xs.squeeze(-1).T, two.xs.transpose(0, 1).flatten(1))
+            assert_close(one.answers, two.answers)
+        seen += [tuple(image) for batch in pixels for image in batch.xs.squeeze(-1).T.tolist()]
+    assert len(set(seen)) == 600
+    assert 0 <= min(map(min, seen)) < max(map(max, seen)) == 1
+    drawn, theirs = (next(iter(d.train_dataloader())) for d in (data, other))
+    assert not set(seen) & {tuple(image) for image in drawn.xs.squeeze(-1).T.tolist()}
+    assert drawn.answers.tolist() != theirs.answers.tolist()
+    assert drawn.answers.unique().tolist() == list(range(10))
+
+
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ExperimentError, match=r"\[digits\]"):
+        SequentialDigits(seed=1).setup()
+
+
 MADE = [
     lambda seed: Teacher(form, 3, 4, 1, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: AffineTasks(3, 2, 2, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: StateMachine("maps", 9, length=4, test_length=8, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+    lambda seed: Adding(9, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+    lambda seed: CopyMemory(6, 8, delay=3, batch_size=6, epoch=3, eval_examples=15, seed=seed),
 ]
+TIME_MAJOR = (Sequences, Recall)
 
 
 @pytest.mark.parametrize("make", MADE)
@@ -92,7 +144,7 @@ def test_the_seed_decides_all_and_evaluation_is_always_the_same(make):
     data, again, other = (ready(make(seed)) for seed in (1, 1, 2))
     for split in ("val_dataloader", "test_dataloader"):
         first = batches(getattr(data, split)())
-        assert sum(batch.share(0, 1)[0].shape[isinstance(batch, Sequences)] for batch in first) == 15
+        assert sum(batch.share(0, 1)[0].shape[isinstance(batch, TIME_MAJOR)] for batch in first) == 15
         assert_close(first, batches(getattr(data, split)()), rtol=0, atol=0)
         assert_close(first, batches(getattr(again, split)()), rtol=0, atol=0)
         assert not torch.equal(first[0][-1], batches(getattr(other, split)())[0][-1])
@@ -106,7 +158,7 @@ def test_the_seed_decides_all_and_evaluation_is_always_the_same(make):
 def test_processes_share_a_batch(make):
     batch = batches(ready(make(1)).train_dataloader())[0]
     halves = [batch.share(rank, 2) for rank in (0, 1)]
-    dim = 1 if isinstance(batch, Sequences) else 0
+    dim = 1 if isinstance(batch, TIME_MAJOR) else 0
     for whole, *parts in zip(batch, *halves, strict=True):
         assert_close(torch.stack(parts, dim + 1).flatten(dim, dim + 1), whole)
 
@@ -118,6 +170,8 @@ def test_processes_share_a_batch(make):
         (lambda: AffineTasks(tasks=0), "--data.tasks: got 0"),
         (lambda: AffineTasks(batch_size=0), "--data.batch_size: got 0"),
         (lambda: StateMachine(states=3, symbols=2), "--data.symbols: got 2, expected null or 3"),
+        (lambda: Adding(length=1), "--data.length: got 1, expected at least 2"),
+        (lambda: CopyMemory(delay=0), "--data.delay: got 0"),
         (lambda: StateMachine(length=8, test_length=4), "--data.test_length: got 4, expected at least"),
     ],
 )

@@ -1,5 +1,6 @@
 """Training on made data: every task overfits a batch, its metrics are right, and a run goes on where it stopped."""
 
+import math
 from functools import partial
 
 import pytest
@@ -11,10 +12,10 @@ from experiments.core.checkpoints import Checkpoints
 from experiments.core.errors import ExperimentError
 from experiments.core.randomness import RandomState
 from experiments.core.run_folder import RunFolder
-from experiments.data import AffineTasks, StateMachine, TextData
-from experiments.tasks import Regression, StateTracking
-from models import SequenceLabeller
-from multint import Bilinear, Conditional, Integrator, Recurrent, RNNCell
+from experiments.data import Adding, AffineTasks, CopyMemory, SequentialDigits, StateMachine, TextData
+from experiments.tasks import Memory, Regression, StateTracking
+from models import SequenceLabeller, SequenceReader
+from multint import Bilinear, Conditional, GRUCell, Integrator, Recurrent, RNNCell
 
 Adam = partial(torch.optim.Adam, lr=0.02)
 pure = partial(Bilinear, z_term=False, x_term=False, bias=None)
@@ -36,12 +37,26 @@ def tracking():
     return StateTracking(labeller, Adam)
 
 
+def memory():
+    return Memory(partial(SequenceReader, recurrent=partial(Recurrent, hidden_size=16, cell=GRUCell)), Adam)
+
+
+def digits(batch_size, epoch, eval_examples):
+    """Its evaluations are as large as they are."""
+    pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (extra dev)")
+    return SequentialDigits("rows", batch_size, epoch)
+
+
 SMALL = {"batch_size": 8, "epoch": 3, "eval_examples": 12}
 PROTOCOLS = [
     (regression, partial(AffineTasks, 2, 2, 2, **SMALL)),
     (tracking, partial(StateMachine, "addition", 2, length=4, test_length=10, **SMALL)),
+    (memory, partial(Adding, 6, **SMALL)),
+    (memory, partial(CopyMemory, 3, 2, delay=2, **SMALL)),
+    (memory, partial(digits, **SMALL)),
 ]
-both = pytest.mark.parametrize(("task", "data"), PROTOCOLS, ids=["regression", "state_tracking"])
+NAMES = ["regression", "state_tracking", "adding", "copy", "digits"]
+every_task = pytest.mark.parametrize(("task", "data"), PROTOCOLS, ids=NAMES)
 
 
 def evaluated(task, data):
@@ -56,7 +71,7 @@ def evaluated(task, data):
     return scores
 
 
-@both
+@every_task
 def test_a_task_overfits_a_batch(task, data):
     seed_everything(1, verbose=False)
     task, data = task(), data()
@@ -73,7 +88,7 @@ def test_a_task_overfits_a_batch(task, data):
     assert loss.item() < 0.02 * first
 
 
-@both
+@every_task
 def test_a_resumed_run_equals_an_uninterrupted_one(task, data, tmp_path):
     """Stopped after the fifth of eight steps: in the middle of an epoch."""
 
@@ -107,6 +122,26 @@ def test_predicting_nothing_has_an_error_of_one():
     assert scores["test/nmse"] == pytest.approx(1.0)
 
 
+class Guess(torch.nn.Module):
+    """Gives the same outputs for every sequence."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.register_buffer("outputs", torch.tensor(outputs))
+
+    def forward(self, xs, last):
+        return self.outputs.expand(last, xs.shape[1], -1)
+
+
+def test_who_remembers_nothing_has_the_known_losses():
+    """1/6 for the sum of two numbers, log K and 1/K for K symbols."""
+    sizes = {"batch_size": 300, "eval_examples": 5000, "seed": 1}
+    scores = evaluated(Memory(lambda inputs, outputs: Guess([1.0])), Adding(8, **sizes))
+    assert scores == {"test/loss": pytest.approx(1 / 6, rel=0.05)}
+    scores = evaluated(Memory(lambda inputs, outputs: Guess([0.0] * 4)), CopyMemory(4, 3, 2, **sizes))
+    assert scores == {"test/loss": pytest.approx(math.log(4)), "test/accuracy": pytest.approx(1 / 4, rel=0.05)}
+
+
 class RightUntil(torch.nn.Module):
     """Knows the sums modulo 2 until that step, and tells the opposite from there on."""
 
@@ -129,7 +164,7 @@ def test_accuracy_is_told_by_length():
     assert by_length == {f"test/{name}": pytest.approx(value) for name, value in expected.items()}
 
 
-@both
+@every_task
 def test_data_of_another_kind_are_refused(task, data):
     with pytest.raises(ExperimentError, match="the data are TextData, expected"):
         task().describe(TextData())

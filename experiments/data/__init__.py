@@ -1,18 +1,33 @@
 """What is learnt from: a file or a folder for each kind of data."""
 
 from experiments.data.functions import Curves, FunctionData, Images, Table
-from experiments.data.synthetic import AffineTasks, DrawnData, Pairs, Sequences, StateMachine, Teacher
+from experiments.data.synthetic import (
+    Adding,
+    AffineTasks,
+    CopyMemory,
+    DrawnData,
+    Pairs,
+    Recall,
+    Sequences,
+    SequentialDigits,
+    StateMachine,
+    Teacher,
+)
 from experiments.data.text import Batch, TextData, Vocabulary, Windows, WordData, WordVocabulary, vocabulary_from
 
 __all__ = [
+    "Adding",
     "AffineTasks",
     "Batch",
+    "CopyMemory",
     "Curves",
     "DrawnData",
     "FunctionData",
     "Images",
     "Pairs",
+    "Recall",
     "Sequences",
+    "SequentialDigits",
     "StateMachine",
     "Table",
     "Teacher",

@@ -1,8 +1,9 @@
 """What is learnt: one Task each."""
 
 from experiments.tasks.language_modelling import LanguageModelling
+from experiments.tasks.memory import Memory
 from experiments.tasks.neural_processes import NeuralProcesses
 from experiments.tasks.regression import Regression
 from experiments.tasks.state_tracking import StateTracking
 
-__all__ = ["LanguageModelling", "NeuralProcesses", "Regression", "StateTracking"]
+__all__ = ["LanguageModelling", "Memory", "NeuralProcesses", "Regression", "StateTracking"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from multint.errors import OptionError
 from multint.integrators.checks import positive
 
 
@@ -59,3 +61,31 @@ class Cell(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
+
+
+def build_cell(
+    owner: nn.Module,
+    factory: Callable[[int, int], Cell],
+    input_size: int,
+    hidden_size: int,
+) -> Cell:
+    """The cell that the owner's argument `cell`, a factory, gives for these sizes.
+
+    Raises: OptionError where the factory is none, or gives no cell with a named tuple for its state.
+    """
+    name = type(owner).__name__
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise OptionError(
+            f"{name}: cell is a {type(factory).__name__}, expected a factory (input_size, hidden_size) -> Cell, "
+            "such as the class, since every layer and direction has a cell of its own"
+        )
+    cell = factory(input_size, hidden_size)
+    if not isinstance(cell, Cell):
+        raise OptionError(f"{name}: cell gives a {type(cell).__name__}, expected a multint.Cell")
+    state = cell.initial_state(1)
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise OptionError(
+            f"{name}: {type(cell).__name__}.initial_state gives a {type(state).__name__}, expected a named tuple of "
+            "tensors (B, ...), such as multint.cells.HiddenState"
+        )
+    return cell

@@ -11,7 +11,7 @@ from multint.integrators.additive import Additive, Concat
 from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, build, outermost_integrators
 from multint.integrators.bilinear import Bilinear
 from multint.integrators.compose import Krause, Projected, Swapped
-from multint.integrators.diagonal import Diagonal, Gated
+from multint.integrators.diagonal import Diagonal, Gated, SigmoidScale
 from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
@@ -41,6 +41,7 @@ __all__ = [
     "Projected",
     "Scaled",
     "ScaledOf",
+    "SigmoidScale",
     "Sum",
     "SumOf",
     "Swapped",

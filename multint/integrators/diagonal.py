@@ -1,4 +1,4 @@
-"""One stream scales the other, feature by feature: FiLM and the gated linear unit."""
+"""One stream scales the other, feature by feature: FiLM, the gated linear unit, and the Mogrifier's gate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from multint.errors import SquareError
 from multint.integrators.base import BiAffine, Integrator
+from multint.integrators.checks import positive
 from multint.integrators.init import Projection
 from multint.integrators.terms import Terms
 from multint.integrators.vectors import vector
@@ -30,11 +31,7 @@ class Diagonal(BiAffine):
         out_features: int,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        if out_features != x_features:
-            raise SquareError(
-                f"Diagonal: out_features is {out_features}, expected x_features ({x_features}), since it scales x; "
-                "for other sizes, Projected lets it scale a linear map of x, ThroughOf and SwappedOf any other map"
-            )
+        _check_square(self)
         self.scale_projection = Projection("z", z_features, out_features, variance=0.0)
         self.shift_projection = Projection("z", z_features, out_features, variance=0.0)
         self.scale_bias = nn.Parameter(torch.ones(out_features))
@@ -91,6 +88,52 @@ class Gated(Integrator):
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
         return self.x_projection.plus(x, self.x_bias) * self.z_projection.plus(z, self.z_bias).sigmoid()
+
+
+class SigmoidScale(Integrator):
+    """y = 2σ(Qz) ⊙ x, so O = X: each feature of x is scaled by a number between 0 and 2. Not bi-affine: no `terms()`.
+
+    Qz starts with the variance ¼, near the identity: y has the variance 1.06.
+
+    Args:
+        rank: that of Q, as a product of two matrices; None for a full one.
+
+    Raises: SquareError where out_features differs from x_features; OptionError for a rank below 1.
+    Source: Melis et al. 2020, a round of the Mogrifier.
+    """
+
+    def __init__(
+        self,
+        x_features: int,
+        z_features: int,
+        out_features: int,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(x_features, z_features, out_features)
+        _check_square(self)
+        self.rank = None if rank is None else positive(self, "rank", rank)
+        self.z_factor = None if rank is None else Projection("z", z_features, rank)
+        self.z_projection = Projection("z" if rank is None else "", rank or z_features, out_features, variance=0.25)
+
+    def integrate(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., Z)
+    ) -> Tensor:  # (..., O)
+        gate = self.z_projection(z if self.z_factor is None else self.z_factor(z)).sigmoid()
+        return 2 * gate * x.to(gate.dtype)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.rank is None else f", rank={self.rank}")
+
+
+def _check_square(f: Integrator) -> None:
+    """Raise a SquareError unless O = X."""
+    if f.out_features != f.x_features:
+        raise SquareError(
+            f"{type(f).__name__}: out_features is {f.out_features}, expected x_features ({f.x_features}), since it "
+            "scales x; for other sizes, Projected lets it scale a linear map, ThroughOf and SwappedOf any other map"
+        )
 
 
 def _sigmoid_moments(shift: float) -> tuple[float, float]:

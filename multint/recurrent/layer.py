@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from multint.cells import Cell, LSTMCell
+from multint.cells import Cell, LSTMCell, build_cell
 from multint.engines.choice import ENGINES, Explanation, explain
 from multint.errors import OptionError, ShapeError
 from multint.integrators.checks import positive
@@ -78,7 +78,7 @@ class Recurrent(nn.Module):
         for _ in range(num_layers):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
-                built = _built(cell, size, hidden_size)
+                built = build_cell(self, cell, size, hidden_size)
                 noise = _zoneout(built, zoneout), state_dropout, weight_drop
                 self.directions.append(Direction(built, *noise, learnt_state))
 
@@ -207,25 +207,6 @@ def _probability(name: str, value: float, up_to_one: bool = False) -> float:
         upper = "at most 1" if up_to_one else "below 1"
         raise OptionError(f"Recurrent: {name} is {value!r}, expected a probability: at least 0 and {upper}")
     return value
-
-
-def _built(factory: Callable[[int, int], Cell], input_size: int, hidden_size: int) -> Cell:
-    """The factory's cell, if it is one with a named tuple for its state."""
-    if isinstance(factory, Cell):
-        raise OptionError(
-            f"Recurrent: cell is a {type(factory).__name__}, expected a factory (input_size, hidden_size) -> Cell, "
-            "such as the class, since every layer and direction has a cell of its own"
-        )
-    cell = factory(input_size, hidden_size)
-    if not isinstance(cell, Cell):
-        raise OptionError(f"Recurrent: cell gives a {type(cell).__name__}, expected a multint.Cell")
-    state = cell.initial_state(1)
-    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
-        raise OptionError(
-            f"Recurrent: {type(cell).__name__}.initial_state gives a {type(state).__name__}, expected a named tuple of "
-            "tensors (B, ...), such as multint.cells.HiddenState"
-        )
-    return cell
 
 
 def _zoneout(cell: Cell, zoneout: float | dict[str, float]) -> dict[str, float]:

@@ -1,9 +1,24 @@
-"""Data that are made: by teachers, by tasks that contradict each other, and by finite-state machines."""
+"""Data that are made: by teachers, by contradicting tasks, by finite-state machines, and to be remembered."""
 
+from experiments.data.synthetic.adding import Adding
 from experiments.data.synthetic.affine_tasks import AffineTasks
+from experiments.data.synthetic.copying import CopyMemory
+from experiments.data.synthetic.digits import SequentialDigits
 from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.pairs import Pairs
+from experiments.data.synthetic.recall import Recall
 from experiments.data.synthetic.state_machines import Sequences, StateMachine
 from experiments.data.synthetic.teachers import Teacher
 
-__all__ = ["AffineTasks", "DrawnData", "Pairs", "Sequences", "StateMachine", "Teacher"]
+__all__ = [
+    "Adding",
+    "AffineTasks",
+    "CopyMemory",
+    "DrawnData",
+    "Pairs",
+    "Recall",
+    "Sequences",
+    "SequentialDigits",
+    "StateMachine",
+    "Teacher",
+]

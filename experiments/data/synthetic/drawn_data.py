@@ -43,6 +43,10 @@ class DrawnData(LightningDataModule, ABC):
     def draw(self, count: int, split: str, generator: torch.Generator) -> Any:
         """So many examples for "train", "valid" or "test". They have a `share` for each process; see `Pairs`."""
 
+    def held_out(self, first: int, count: int, split: str, generator: torch.Generator) -> Any:
+        """An evaluation's examples from that number on: drawn, where the data are not a set of which some are kept."""
+        return self.draw(count, split, generator)
+
     @staticmethod
     def check(**sizes: int) -> None:
         """Raise ExperimentError for one of these settings that is below 1."""
@@ -84,7 +88,8 @@ class DrawnData(LightningDataModule, ABC):
         size = self.batch_size
 
         def draw(index: int, generator: torch.Generator) -> Any:
-            return self.draw(min(size, self.eval_examples - index * size), split, generator)
+            first = index * size
+            return self.held_out(first, min(size, self.eval_examples - first), split, generator)
 
         counts = {split: -(-self.eval_examples // size)}
         return FixedBatches({split: draw}, counts, (split, self.seed), *self._processes())

@@ -1,0 +1,61 @@
+"""Memory: answer at the end of a sequence what was in it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from experiments.core.errors import ExperimentError
+from experiments.core.means import Mean
+from experiments.core.task import Monitor, Stage, Task
+from experiments.data.synthetic import DrawnData, Recall
+from models import SequenceReader
+
+
+class Memory(Task):
+    """Minimises the mean loss of the answers at the last steps of each sequence.
+
+    Of numbers it is the squared error; of classes −log p(class), and `accuracy` is logged too, the share that is right.
+
+    Args:
+        network: factory `(X, O) -> SequenceReader` for the numbers of features and of outputs.
+        optimizer, halve_after: see `Task`.
+    """
+
+    monitor = Monitor("loss", "min")
+    unit = "answers"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], SequenceReader],
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
+        halve_after: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, halve_after)
+        self._build_network = network
+
+    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+        learnt = data.learnt() if isinstance(data, DrawnData) else {}
+        if "inputs" not in learnt:
+            raise ExperimentError(
+                f"Memory: the data are {type(data).__name__}, expected Adding, CopyMemory or SequentialDigits."
+            )
+        return learnt
+
+    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        return self.describe(data)
+
+    def build(self, description: dict[str, Any]) -> SequenceReader:
+        return self._build_network(description["inputs"], description["outputs"])
+
+    def measure(self, batch: Recall, stage: Stage) -> dict[str, Mean]:
+        assert self.network is not None
+        answers = batch.answers
+        outputs = self.network(batch.xs, len(answers))
+        if answers.is_floating_point():
+            return {"loss": Mean(nn.functional.mse_loss(outputs.squeeze(-1), answers), answers.numel())}
+        loss = nn.functional.cross_entropy(outputs.flatten(0, 1), answers.flatten())
+        right = (outputs.detach().argmax(-1) == answers).float().mean()
+        return {"loss": Mean(loss, answers.numel()), "accuracy": Mean(right, answers.numel())}
