@@ -55,6 +55,8 @@ def written(folder, **changes):
         ({"published": {"IM": {"value": 1, "source": "x"}}}, ["published: IM", "Did you mean 'MI'"]),
         ({"published": {"MI": {"value": 1}}}, ["published: MI", "source"]),
         ({"published": {"MI": {"value": "1", "source": "x"}}}, ["published: MI", "NUMBER"]),
+        ({"draw": "val/loss"}, ["draw", "'val/loss'", "list"]),
+        ({"draw": ["test/loss"]}, ["draw", "'test/loss' is no curve", "val/NAME"]),
         ({"cluster": {"cpu": 1}}, ["cluster", "'cpu'", "'cpus'"]),
         ({"cluster": {"cpus": 0}}, ["cpus", "got 0", "at least 1"]),
         ({"cluster": {"retries": 1.5}}, ["retries", "1.5"]),

@@ -46,6 +46,7 @@ class Study(NamedTuple):
     seeds: list[int]
     metric: Metric | None  # None: the task's monitor, in the test
     published: dict[str, Published]  # by arm
+    draw: list[str]  # what the runs recorded beside the metric
     cluster: Cluster
 
 
@@ -54,14 +55,15 @@ def read_study(path: Path) -> Study:
 
     Its keys: `base`, a config, found beside the file; `arms`, names with the settings of each over the base, nested or
     dotted, none for the base itself; `seeds`, a list. And optionally `settings`, of all arms; `metric`, a logged
-    name or `{name, mode}`; `published`, `{value, source}` by arm; `cluster`, `{cpus, gpus, retries}` of one run.
+    name or `{name, mode}`; `published`, `{value, source}` by arm; `draw`, a list of logged names, as val/loss, and of
+    files of histograms, as activations; `cluster`, `{cpus, gpus, retries}` of one run.
 
     Raises: ExperimentError for a file that is none of this.
     """
     if not path.is_file():
         raise ExperimentError(f"study: '{path}' does not exist, expected a YAML file.")
     given = _mapping(load_yaml(read_text(str(path)), f"study: '{path}'"), f"study: '{path}'")
-    _refuse_unknown(given, ("base", "settings", "arms", "seeds", "metric", "published", "cluster"), "")
+    _refuse_unknown(given, ("base", "settings", "arms", "seeds", "metric", "published", "draw", "cluster"), "")
     for key in ("base", "arms", "seeds"):
         if given.get(key) is None:
             raise ExperimentError(f"study: '{path}': the key '{key}' is missing, expected base, arms and seeds.")
@@ -77,6 +79,7 @@ def read_study(path: Path) -> Study:
         _seeds(given["seeds"]),
         _metric(given.get("metric")),
         _published(given.get("published"), arms),
+        _draw(given.get("draw")),
         _cluster(given.get("cluster")),
     )
 
@@ -158,6 +161,17 @@ def _published(given: Any, arms: Mapping[str, Any]) -> dict[str, Published]:
             raise ExperimentError(f"study: {place}got {number!r}, expected {{value: NUMBER, source: TEXT}}.")
         published[arm] = Published(float(value), source)
     return published
+
+
+def _draw(given: Any) -> list[str]:
+    names = [] if given is None else given
+    expected = "expected a list of logged names, train/NAME or val/NAME, and of files of histograms, as activations."
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ExperimentError(f"study: draw: got {given!r}, {expected}")
+    for name in names:
+        if "/" in name and not name.startswith(("train/", "val/")):
+            raise ExperimentError(f"study: draw: '{name}' is no curve, {expected}")
+    return names
 
 
 def _cluster(given: Any) -> Cluster:

@@ -10,12 +10,17 @@ from experiments.study.definition import Mode, Study
 from experiments.study.outcomes import State, compared, last_words, outcomes
 from experiments.study.page import Page
 from experiments.study.plots import draw_curves, draw_dots
+from experiments.study.recorded import draw_recorded
 from experiments.study.tables import body, cells_csv, headings, markdown, notes, rows_csv
 
 _CURVES = "Mean over the seeds, and the range of them as a band; in brackets how many. Dotted: a run that diverged."
 _DOTS = (
     "Each seed, joined by thin lines; beside them the mean with its 95 % t-interval. Diamond: published. "
     "Cross: diverged."
+)
+_RECORDED = (
+    "Mean over the seeds, and the range of them as a band; in brackets how many. Histograms: the same of each bin's "
+    "share, at each run's last validation."
 )
 
 
@@ -27,7 +32,8 @@ def write_report(
     folder: Path,
     command: Sequence[str],  # that made the study
 ) -> str:
-    """Write `table.md`, `table.csv`, `cells.csv`, `curves` and `seeds` as PNG and SVG, and `report.html`.
+    """Write `table.md`, `table.csv`, `cells.csv`, `curves`, `seeds` and `recorded`, where there is something to
+    draw, as PNG and SVG, and `report.html`.
 
     Returns the table with its notes. Raises: ExperimentError where no cell is finished, for a metric that was not
     logged, and where the files cannot be written.
@@ -48,6 +54,8 @@ def write_report(
     write_text(folder / "cells.csv", cells_csv(of_cells))
     draw_curves(rows, of_cells, metric, folder / "curves")
     draw_dots(rows, of_cells, metric, folder / "seeds")
+    if study.draw:
+        draw_recorded(study.draw, rows, of_cells, folder / "recorded")
     page = Page(f"Study {study.path.stem}")
     page.table(headings(rows, metric), body(rows))
     page.items(said)
@@ -55,6 +63,9 @@ def write_report(
     page.image(folder / "seeds.svg", _DOTS)
     page.heading("Learning curves")
     page.image(folder / "curves.svg", _CURVES)
+    if study.draw:
+        page.heading("Recorded")
+        page.image(folder / "recorded.svg", _RECORDED)
     page.heading("Commands")
     page.code(_shell(command))
     page.code("\n".join(_shell(cell.command) for cell in cells))
