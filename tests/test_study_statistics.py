@@ -104,7 +104,7 @@ def made_up(folder):
     path = folder / "made_up.yaml"
     path.write_text("# <made up> & not run\n")
     published = {"first": Published(1.25, "A & B <2020>")}
-    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, [], Cluster())
+    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, [], None, Cluster())
     arms = [Arm(name, f"key{i}", {}, Monitor("score", "max")) for i, name in enumerate(SCORES)]
     cells = [Cell(arm, seed, folder / "out") for arm in arms for seed in SEEDS]
     for cell in cells:
