@@ -77,7 +77,7 @@ class HiddenActivations(Callback):
             counts = self._counts.get(name, torch.zeros(self.bins + 1, dtype=torch.int64))  # others may have all data
             *bins, saturated = torch.stack(gathered(counts)).sum(0).tolist()
             share = saturated / sum(bins) if sum(bins) else float("nan")
-            pl_module.log(named("val/saturated", name), torch.tensor(share), sync_dist=True)
+            pl_module.log(named("val/saturated", name), share, sync_dist=True)
             self._histograms.append(Histogram(trainer.global_step, name, edges, bins))
         if trainer.state.fn == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             write_histograms(Path(trainer.default_root_dir) / "activations.csv", self._histograms)

@@ -52,7 +52,7 @@ class BatchAnalysis(Callback):
         for name, of_sequences in values.items():
             of_all = torch.cat(gathered(of_sequences.detach().cpu()))
             # Every process has the same value already; Lightning warns unless told to average.
-            pl_module.log(f"val/{name}", of_all.mean().float(), sync_dist=True)
+            pl_module.log(f"val/{name}", of_all.mean().item(), sync_dist=True)
 
 
 class GradientNorms(BatchAnalysis):
