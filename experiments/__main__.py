@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from experiments.core.command_line import Command, run
 
 # Whose classes a config may name without their module.
-PACKAGES = ("experiments.tasks", "experiments.data")
+PACKAGES = ("experiments.tasks", "experiments.data", "experiments.analyses")
 
 _TRAINING = "experiments.core.training"
 COMMANDS = {

@@ -39,6 +39,7 @@ COUNTED = {
     "wikitext103_multencdec": 107_179_767,
     "quickstart": character_model(97, 64, 256, gates=4),
     "ptb": character_model(50, 64, 256, gates=4),
+    "ptb_exploratory": character_model(50, None, 128, gates=1),
     "ptb_paper": character_model(50, None, 2048, gates=1),
 }
 

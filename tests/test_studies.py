@@ -14,10 +14,13 @@ import yaml
 import experiments.core.curves
 import experiments.data
 import experiments.study.command
+import experiments.study.report
+import experiments.study.search
 import experiments.tasks
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
+from experiments.core.result_file import write_result
 from experiments.core.task import Monitor
 from experiments.study.cells import Arm, Cell, key_of, next_command, resolved
 from experiments.study.definition import read_study
@@ -25,6 +28,7 @@ from experiments.study.jobs import Process, run_all
 from experiments.study.lock import locked
 
 STUDIES = CONFIGS.parent / "studies"
+LR = "model.optimizer.init_args.lr"
 INTEGRATOR = "model.network.recurrent.cell.integrator"
 GOOD = {"base": str(CONFIGS / "characters/quickstart.yaml"), "arms": {"MI": None}, "seeds": [0, 1]}
 
@@ -57,6 +61,15 @@ def written(folder, **changes):
         ({"published": {"IM": {"value": 1, "source": "x"}}}, ["published: IM", "Did you mean 'MI'"]),
         ({"published": {"MI": {"value": 1}}}, ["published: MI", "source"]),
         ({"published": {"MI": {"value": "1", "source": "x"}}}, ["published: MI", "NUMBER"]),
+        ({"draw": "val/loss"}, ["draw", "'val/loss'", "list"]),
+        ({"draw": ["test/loss"]}, ["draw", "'test/loss' is no curve", "val/NAME"]),
+        ({"search": {"setting": LR, "values": [1, 2], "seed": [7]}}, ["search", "'seed'", "'seeds'"]),
+        ({"search": {"values": [1, 2], "seeds": [7]}}, ["search: setting", "None"]),
+        ({"search": {"setting": "seed_everything", "values": [1, 2], "seeds": [7]}}, ["search", "the study itself"]),
+        ({"search": {"setting": LR, "values": [1, 1], "seeds": [7]}}, ["search: values", "different"]),
+        ({"search": {"setting": LR, "values": [1, None], "seeds": [7]}}, ["search: values", "numbers or names"]),
+        ({"search": {"setting": LR, "values": [1, 2]}}, ["search: seeds", "None"]),
+        ({"search": {"setting": LR, "values": [1, 2], "seeds": [7, 1]}}, ["search: seeds: 1", "other seeds"]),
         ({"cluster": {"cpu": 1}}, ["cluster", "'cpu'", "'cpus'"]),
         ({"cluster": {"cpus": 0}}, ["cpus", "got 0", "at least 1"]),
         ({"cluster": {"retries": 1.5}}, ["retries", "1.5"]),
@@ -177,6 +190,69 @@ def test_missing_cells_are_run_finished_ones_kept_and_failed_ones_reported(text,
     assert finished.read_bytes() == before
     assert len(list((tmp_path / "out").rglob("result.yaml"))) == 2
     assert "2 cells: 1 finished, 1 to run" in capsys.readouterr().out
+
+
+class MadeUp:
+    """A job that ends at once: its score is what the test says of its learning rate; of none it fails."""
+
+    scores = {}  # noqa: RUF012
+    started = []  # noqa: RUF012
+
+    def __init__(self, job, lock):
+        cell = job.cell
+        rate = yaml.safe_load((cell.of_arm / "config.yaml").read_text())[LR]
+        self.started.append((cell.seed, rate))
+        score = self.scores.get(rate)
+        self._code = 1 if score is None else 0
+        if score is not None:
+            cell.run.checkpoints.mkdir(parents=True)
+            metrics = {"val/bpc": score, "test/bpc": score + 0.5}
+            diverged = 1 if rate == 0.3 else None
+            rest = {"best_step": 1, "steps": 1, "diverged_at": diverged, "parameters": 1, "seconds_per_step": None}
+            write_result(cell.run.result, {"metrics": metrics} | rest)
+
+    def poll(self):
+        return self._code
+
+
+def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, monkeypatch):
+    def resolved(study, changes, trusted):  # as they are: to parse the settings takes a second for each
+        common = {"trainer": {"max_time": None}, "threads": 1}
+        return [Arm(name, key_of(s), common | s, Monitor("bpc", "min")) for name, s in study.arms.items()]
+
+    monkeypatch.setattr(experiments.study.command, "resolved", resolved)
+    monkeypatch.setattr(experiments.study.search, "resolved", resolved)
+    monkeypatch.setattr(experiments.study.command, "Process", MadeUp)
+    monkeypatch.setattr(MadeUp, "started", started := [])
+    monkeypatch.setattr(MadeUp, "scores", scores := {0.001: 3.0, 0.3: 1.0})
+    for name in ("draw_curves", "draw_dots"):  # they take a second
+        monkeypatch.setattr(experiments.study.report, name, lambda *given: given[-1].with_suffix(".svg").touch())
+    search = {"setting": LR, "values": [0.001, 0.02, 0.3], "seeds": [7, 8]}
+    path = written(tmp_path, search=search)
+    command = ["study", str(path), "--output", str(tmp_path / "out")]
+    assert main([*command, "--set", f"{LR}=1"]) == 2
+    assert "the study searches for it" in capsys.readouterr().err
+
+    assert main(command) == 1
+    assert started == [(seed, rate) for rate in (0.001, 0.02, 0.3) for seed in (7, 8)]
+    assert "failed: MI, 0.02, seed 7" in capsys.readouterr().err
+    assert main(["report", *command[1:]]) == 2
+    assert "search: not finished: MI, 0.02, seed 7; MI, 0.02, seed 8" in capsys.readouterr().err
+
+    scores[0.02] = 2.0
+    started.clear()
+    assert main(command) == 0
+    assert started == [(7, 0.02), (8, 0.02), (0, 0.02), (1, 0.02)], "that of 0.3 diverged"
+    said = f"{LR} of each arm is the best of 0.001, 0.02, 0.3 by val/bpc with seeds 7, 8: MI 0.02."
+    assert said in capsys.readouterr().out
+    table = (tmp_path / "out/search.csv").read_text().splitlines()
+    assert table[1:] == [
+        f"MI,{LR},{rest}" for rest in ("0.001,val/bpc,3.0,0", "0.02,val/bpc,2.0,1", "0.3,val/bpc,nan,0")
+    ]
+    page = (tmp_path / "out/report.html").read_text()
+    assert main(["report", *command[1:]]) == 0
+    assert (tmp_path / "out/report.html").read_text() == page
+    assert page.count("--seed_everything=7") == 3
 
 
 def test_a_broken_run_is_gone_on_with_from_its_checkpoint_or_redone(tmp_path):

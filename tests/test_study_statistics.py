@@ -7,12 +7,15 @@ import re
 import pytest
 import torch
 
+import experiments.study.recorded
 from experiments.core.errors import ExperimentError
+from experiments.core.histograms import Histogram, write_histograms
 from experiments.core.result_file import write_result
 from experiments.core.task import Monitor
 from experiments.study.cells import Arm, Cell
 from experiments.study.definition import Cluster, Metric, Published, Study
-from experiments.study.outcomes import State, chosen_metric, outcomes
+from experiments.study.outcomes import State, chosen_metric, compared, outcomes
+from experiments.study.recorded import draw_recorded
 from experiments.study.report import write_report
 from experiments.study.statistics import difference, estimate, smallest_p
 
@@ -101,7 +104,7 @@ def made_up(folder):
     path = folder / "made_up.yaml"
     path.write_text("# <made up> & not run\n")
     published = {"first": Published(1.25, "A & B <2020>")}
-    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, Cluster())
+    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, [], None, Cluster())
     arms = [Arm(name, f"key{i}", {}, Monitor("score", "max")) for i, name in enumerate(SCORES)]
     cells = [Cell(arm, seed, folder / "out") for arm in arms for seed in SEEDS]
     for cell in cells:
@@ -203,6 +206,32 @@ def test_a_run_without_a_result_and_one_with_a_damaged_one_are_unfinished(study)
     states = [State.UNFINISHED, State.UNFINISHED, State.FINISHED, State.MISSING]
     assert [outcome.state for outcome in found[:4]] == states
     assert found[0].note == "it began"
+
+
+def test_what_the_runs_recorded_is_drawn(study, monkeypatch):
+    definition, arms, cells = study
+    drawn = []
+    monkeypatch.setattr(experiments.study.recorded, "save", lambda figure, stem: drawn.append(figure))
+    by_cell = {("first", 0): [1, 3], ("first", 1): [3, 1], ("first", 2): [4, 0], ("few", 0): [0, 2]}
+    for cell in cells:
+        if counts := by_cell.get((cell.arm.name, cell.seed)):
+            histograms = [Histogram(2, "", [-1.0, 0.0, 1.0], [9, 9]), Histogram(4, "", [-1.0, 0.0, 1.0], counts)]
+            write_histograms(cell.run.path / "activations.csv", histograms)
+    of_cells = outcomes(cells, "test/score")
+    rows = list(compared(arms, of_cells, definition))
+    draw_recorded(["activations", "val/score"], rows, of_cells, cells[0].root / "recorded")
+    [figure] = drawn
+    histograms, curves = figure.axes[:2]
+    means = {
+        patch.get_label(): patch.get_data().values.tolist() for patch in histograms.patches if not patch.get_fill()
+    }
+    assert means == {"first (3)": [2 / 3, 1 / 3], "few (1)": [0.0, 1.0]}
+    band = next(patch.get_data() for patch in histograms.patches if patch.get_fill())
+    assert (band.values.tolist(), band.baseline.tolist()) == ([1.0, 0.75], [0.25, 0.0])
+    lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
+    assert lines["first (3)"] == [[4.0, 2.0]]
+    with pytest.raises(ExperimentError, match=r"no run has recorded 'activation'\. Did you mean 'activations'"):
+        draw_recorded(["activation"], rows, of_cells, cells[0].root / "recorded")
 
 
 def test_without_a_finished_cell_there_is_no_report(study):

@@ -100,6 +100,14 @@ class Task(LightningModule, ABC):
         """What is logged of the means, by name: of a batch in training, of all that was seen in evaluation."""
         return means
 
+    def last_loss(self, network: nn.Module, batch: Any, steps: int) -> Tensor:
+        """The loss at the last of so many steps, () and summed over the sequences of a batch, for analyses.
+
+        The network, one that `build` gave, starts from its initial state. Raises ExperimentError for a batch that is
+        shorter, and for a task that does not say how.
+        """
+        raise ExperimentError(f"{type(self).__name__}: this task does not say what the loss at one step is.")
+
     def show(self) -> str:
         """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
         return ""

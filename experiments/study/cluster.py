@@ -20,9 +20,8 @@ except ImportError as error:
 def connect(
     address: str,  # of a cluster, or "local"
     each: Cluster,
-    count: int,  # of cells
 ) -> tuple[Callable[[Job], Running], int]:
-    """Join the cluster, or start one of this machine; return how a job is started there, and how many at once.
+    """Join the cluster, or start one of this machine; return how a job is started there, and how many at once at most.
 
     Raises: ExperimentError where there is no cluster at the address, or where this machine has less than a run takes.
     """
@@ -46,7 +45,7 @@ def connect(
     # One call for each worker: a run has a process of its own, and what it holds is free afterwards.
     task = ray.remote(num_cpus=each.cpus, num_gpus=each.gpus, max_retries=each.retries, max_calls=1)(_run)
     # A cluster is given all cells at once: it may grow with what waits.
-    return lambda job: _Task(job, task), min(at_once, count) if is_local else count
+    return lambda job: _Task(job, task), at_once if is_local else sys.maxsize
 
 
 def _run(job: Job, folder: str) -> int:

@@ -7,7 +7,7 @@ import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from experiments.study.jobs import Job, Process, Running, run_all
 from experiments.study.lock import locked
 from experiments.study.outcomes import chosen_metric, outcomes
 from experiments.study.report import write_report
+from experiments.study.search import searched, trials, with_found
 
 
 def main(invocation: Invocation) -> None:
@@ -35,21 +36,35 @@ def main(invocation: Invocation) -> None:
     _check(options)
     study = read_study(options.study)
     folder = options.output or Path("runs/studies") / study.path.stem
-    arms = resolved(study, options.set, invocation.trusted)
-    cells = [Cell(arm, seed, folder) for arm in arms for seed in study.seeds]
+    given = options.set, invocation.trusted
+    tried = trials(study, *given, folder) if study.search is not None else []
+    # Where there is a search, what the arms will be is not known before it has ended.
+    arms = [trial.arm for trial in tried] or resolved(study, *given)
     metric, mode = chosen_metric(study, arms)
-    board = None
-    if name == "study":
-        _warn_of_the_clock(arms)
-        outcomes(cells, metric)  # one that a finished cell did not log is a mistake now
-        with locked(folder) as lock, _terminable():
-            board = _run(study, arms, cells, metric, options, invocation.trusted, lock)
+    search = board = None
+    with _running(study, arms, options, invocation.trusted, folder) if name == "study" else nullcontext() as run:
+        if study.search is not None:
+            if run is not None:
+                of_trials = [cell for trial in tried for cell in trial.cells]
+                _refuse_failed(run(arms, of_trials, f"val/{arms[0].monitor.name}"))
+            search = searched(study.search, tried)
+            study = with_found(study, search)
+            arms = resolved(study, *given)
+        cells = [Cell(arm, seed, folder) for arm in arms for seed in study.seeds]
+        if run is not None:
+            outcomes(cells, metric)  # one that a finished cell did not log is a mistake now
+            board = run(arms, cells, metric)
     if board is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
         command += ["--output", str(folder)] if options.output else []
-        table = write_report(study, arms, cells, (metric, mode), folder, command)
+        table = write_report(study, arms, cells, (metric, mode), folder, command, search)
         print(f"\n{table}\n\nwritten: {folder / 'report.html'}")
-    if board is not None and board.failed:
+    if board is not None:
+        _refuse_failed(board)
+
+
+def _refuse_failed(board: Board) -> None:
+    if board.failed:
         print(f"\n{board.errors()}", file=sys.stderr)
         raise SystemExit(1)
 
@@ -88,37 +103,46 @@ def _warn_of_the_clock(arms: Sequence[Arm]) -> None:
         )
 
 
-def _run(
-    study: Study,
-    arms: Sequence[Arm],
-    cells: Sequence[Cell],
-    metric: str,
-    options: Namespace,
-    trusted: Sequence[str],
-    lock: IO[str],
-) -> Board:
-    """Run the cells that are not finished."""
-    missing = [cell for cell in cells if cell.result is None]
-    at_once = options.jobs or 1
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    start: Callable[[Job], Running] = partial(Process, lock=lock)
-    if options.cluster and missing:
-        from experiments.study.cluster import connect  # Ray is an extra
+@contextmanager
+def _running(
+    study: Study, arms: Sequence[Arm], options: Namespace, trusted: Sequence[str], folder: Path
+) -> "Iterator[_Runner]":
+    """Within, this process alone runs cells in the folder, and SIGTERM stops them as Ctrl-C does."""
+    _warn_of_the_clock(arms)
+    with locked(folder) as lock, _terminable():
+        yield _Runner(study, options, trusted, lock)
 
-        start, at_once = connect(options.cluster, study.cluster, len(missing))
-        threads = int(study.cluster.cpus)
-    for cell in missing:
-        write_config(cell)
-    trust = [word for module in trusted for word in ("--trust", module)]
-    jobs = [Job(cell, [*_threads(cell, threads), *trust]) for cell in missing]
-    print(
-        f"{len(cells)} cells: {len(cells) - len(missing)} finished, {len(missing)} to run, {at_once} at once, "
-        f"{threads} threads each where the config does not say.",
-        flush=True,
-    )
-    with Board(arms, cells, missing, metric, at_once) as board:
-        run_all(jobs, start, at_once, board)
-    return board
+
+class _Runner:
+    """Runs the cells that are not finished, on this machine or on a cluster, which it joins once."""
+
+    def __init__(self, study: Study, options: Namespace, trusted: Sequence[str], lock: IO[str]) -> None:
+        self._cluster, self._options = study.cluster, options
+        self._trust = [word for module in trusted for word in ("--trust", module)]
+        self._at_once = options.jobs or 1
+        self._threads = max(1, len(os.sched_getaffinity(0)) // self._at_once)
+        self._start: Callable[[Job], Running] = partial(Process, lock=lock)
+        self._is_joined = False
+
+    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str) -> Board:
+        missing = [cell for cell in cells if cell.result is None]
+        if self._options.cluster and missing and not self._is_joined:
+            from experiments.study.cluster import connect  # Ray is an extra
+
+            self._start, self._at_once = connect(self._options.cluster, self._cluster)
+            self._threads, self._is_joined = int(self._cluster.cpus), True
+        at_once = min(self._at_once, max(1, len(missing)))
+        for cell in missing:
+            write_config(cell)
+        jobs = [Job(cell, [*_threads(cell, self._threads), *self._trust]) for cell in missing]
+        print(
+            f"{len(cells)} cells: {len(cells) - len(missing)} finished, {len(missing)} to run, {at_once} at once, "
+            f"{self._threads} threads each where the config does not say.",
+            flush=True,
+        )
+        with Board(arms, cells, missing, metric, at_once) as board:
+            run_all(jobs, self._start, at_once, board)
+        return board
 
 
 def _threads(cell: Cell, threads: int) -> list[str]:

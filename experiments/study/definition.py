@@ -36,6 +36,14 @@ class Cluster(NamedTuple):
     retries: int = 3  # after the death of a worker
 
 
+class Search(NamedTuple):
+    """A setting of which each arm gets the best value."""
+
+    setting: str
+    values: list[float | str]
+    seeds: list[int]  # none of the study's
+
+
 class Study(NamedTuple):
     """A study's definition, see `read_study`."""
 
@@ -46,6 +54,8 @@ class Study(NamedTuple):
     seeds: list[int]
     metric: Metric | None  # None: the task's monitor, in the test
     published: dict[str, Published]  # by arm
+    draw: list[str]  # what the runs recorded beside the metric
+    search: Search | None
     cluster: Cluster
 
 
@@ -54,14 +64,18 @@ def read_study(path: Path) -> Study:
 
     Its keys: `base`, a config, found beside the file; `arms`, names with the settings of each over the base, nested or
     dotted, none for the base itself; `seeds`, a list. And optionally `settings`, of all arms; `metric`, a logged
-    name or `{name, mode}`; `published`, `{value, source}` by arm; `cluster`, `{cpus, gpus, retries}` of one run.
+    name or `{name, mode}`; `published`, `{value, source}` by arm; `draw`, a list of logged names, as val/loss, and of
+    files of histograms, as activations; `search`, `{setting, values, seeds}`: each arm gets the value that is best in
+    validation with these seeds; `cluster`, `{cpus, gpus, retries}` of one run.
 
     Raises: ExperimentError for a file that is none of this.
     """
     if not path.is_file():
         raise ExperimentError(f"study: '{path}' does not exist, expected a YAML file.")
     given = _mapping(load_yaml(read_text(str(path)), f"study: '{path}'"), f"study: '{path}'")
-    _refuse_unknown(given, ("base", "settings", "arms", "seeds", "metric", "published", "cluster"), "")
+    _refuse_unknown(
+        given, ("base", "settings", "arms", "seeds", "metric", "published", "draw", "search", "cluster"), ""
+    )
     for key in ("base", "arms", "seeds"):
         if given.get(key) is None:
             raise ExperimentError(f"study: '{path}': the key '{key}' is missing, expected base, arms and seeds.")
@@ -77,6 +91,8 @@ def read_study(path: Path) -> Study:
         _seeds(given["seeds"]),
         _metric(given.get("metric")),
         _published(given.get("published"), arms),
+        _draw(given.get("draw")),
+        _search(given.get("search"), given["seeds"]),
         _cluster(given.get("cluster")),
     )
 
@@ -124,12 +140,12 @@ def _dotted(settings: Mapping[Any, Any], above: str = "") -> list[str]:
     return keys
 
 
-def _seeds(given: Any) -> list[int]:
+def _seeds(given: Any, place: str = "seeds") -> list[int]:
     is_list = isinstance(given, list) and bool(given)
     if not is_list or any(type(seed) is not int or not 0 <= seed < 2**32 for seed in given):
-        raise ExperimentError(f"study: seeds: got {given!r}, expected a list of whole numbers from 0 to {2**32 - 1}.")
+        raise ExperimentError(f"study: {place}: got {given!r}, expected a list of whole numbers from 0 to {2**32 - 1}.")
     if twice := sorted({seed for seed in given if given.count(seed) > 1}):
-        raise ExperimentError(f"study: seeds: {twice[0]} stands twice. Each seed is run once.")
+        raise ExperimentError(f"study: {place}: {twice[0]} stands twice. Each seed is run once.")
     return given
 
 
@@ -158,6 +174,37 @@ def _published(given: Any, arms: Mapping[str, Any]) -> dict[str, Published]:
             raise ExperimentError(f"study: {place}got {number!r}, expected {{value: NUMBER, source: TEXT}}.")
         published[arm] = Published(float(value), source)
     return published
+
+
+def _draw(given: Any) -> list[str]:
+    names = [] if given is None else given
+    expected = "expected a list of logged names, train/NAME or val/NAME, and of files of histograms, as activations."
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ExperimentError(f"study: draw: got {given!r}, {expected}")
+    for name in names:
+        if "/" in name and not name.startswith(("train/", "val/")):
+            raise ExperimentError(f"study: draw: '{name}' is no curve, {expected}")
+    return names
+
+
+def _search(given: Any, seeds: list[int]) -> Search | None:
+    if given is None:
+        return None
+    whole = _mapping(given, "study: search")
+    _refuse_unknown(whole, Search._fields, "search: ")
+    setting, values = whole.get("setting"), whole.get("values")
+    if not isinstance(setting, str) or not setting:
+        raise ExperimentError(
+            f"study: search: setting: got {setting!r}, expected one, as model.optimizer.init_args.lr."
+        )
+    refuse_own(setting, f"study: search: {setting}")
+    are_values = isinstance(values, list) and all(isinstance(value, str) or _is_number(value) for value in values)
+    if not are_values or len(values) < 2 or len(set(values)) < len(values):
+        raise ExperimentError(f"study: search: values: got {values!r}, expected a list of different numbers or names.")
+    own = _seeds(whole.get("seeds"), "search: seeds")
+    if both := sorted(set(own) & set(seeds)):
+        raise ExperimentError(f"study: search: seeds: {both[0]} is one of the study's too, expected other seeds.")
+    return Search(setting, values, own)
 
 
 def _cluster(given: Any) -> Cluster:

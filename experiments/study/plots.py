@@ -26,23 +26,23 @@ def draw_curves(
     Raises: ExperimentError where the files cannot be written.
     """
     name = metric.partition("/")[2]
-    read = {outcome.cell.id: _curves(outcome, name) for outcome in outcomes}
-    panels = [stage for stage in _STAGES if any(of_run[stage] for of_run in read.values())] or ["val"]
-    figure = _figure(figsize=(5.5 * len(panels), 4.5))
+    read = {outcome.cell.id: {stage: curve(outcome, f"{stage}/{name}") for stage in _STAGES} for outcome in outcomes}
+    panels = [stage for stage in _STAGES if any(stages[stage] for stages in read.values())] or ["val"]
+    figure = new_figure(figsize=(5.5 * len(panels), 4.5))
     for axes, stage in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=f"{stage}/{name}", xlabel="step")
         for i, row in enumerate(rows):
             of_arm = [outcome for outcome in outcomes if outcome.cell.arm is row.arm]
             curves = [read[outcome.cell.id][stage] for outcome in of_arm if outcome.state is State.FINISHED]
             style: dict[str, Any] = {"color": f"C{i % 10}"}
-            _draw_band(axes, curves, f"{row.arm.name} ({len(curves)})", style)
+            draw_band(axes, curves, f"{row.arm.name} ({len(curves)})", style)
             for outcome in of_arm:
                 if outcome.state is State.DIVERGED:
-                    curve = read[outcome.cell.id][stage]
+                    of_run = read[outcome.cell.id][stage]
                     label = f"{outcome.cell.label}: diverged"
-                    axes.plot(list(curve), list(curve.values()), ":", **style, label=label)
+                    axes.plot(list(of_run), list(of_run.values()), ":", **style, label=label)
         axes.legend()
-    _save(figure, stem)
+    save(figure, stem)
 
 
 def draw_dots(
@@ -56,7 +56,7 @@ def draw_dots(
     Thin lines join equal seeds. A run that diverged is a cross above its arm.
     Raises: ExperimentError where the files cannot be written.
     """
-    figure = _figure(figsize=(max(4.5, 1.4 * len(rows) + 1.5), 4.5))
+    figure = new_figure(figsize=(max(4.5, 1.4 * len(rows) + 1.5), 4.5))
     axes = figure.add_subplot()
     place = {row.arm.key: i for i, row in enumerate(rows)}
     by_seed: dict[int, list[tuple[int, float]]] = {}
@@ -81,34 +81,32 @@ def draw_dots(
     axes.set_xticks(range(len(rows)), [row.arm.name for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set(ylabel=metric)
-    _save(figure, stem)
+    save(figure, stem)
 
 
-def _draw_band(axes: Any, curves: list[Curve], label: str, style: dict[str, Any]) -> None:
+def draw_band(axes: Any, curves: list[Curve], label: str, style: dict[str, Any]) -> None:
+    """A line of the curves' mean where all have a value, with their range as a band."""
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     points = [[curve[step] for curve in curves] for step in steps]
     axes.plot(steps, [math.fsum(at) / len(at) for at in points], **style, label=label)
     axes.fill_between(steps, [min(at) for at in points], [max(at) for at in points], alpha=0.2, **style)
 
 
-def _curves(outcome: Outcome, name: str) -> dict[str, Curve]:
-    """The finite values of a run, by stage."""
-    curves: dict[str, Curve] = {stage: {} for stage in _STAGES}
-    for row in read_metrics(outcome.cell.run.metrics):
-        for stage, curve in curves.items():
-            if math.isfinite(value := float(row.get(f"{stage}/{name}", "nan"))):
-                curve[int(row["step"])] = value
-    return curves
+def curve(outcome: Outcome, name: str) -> Curve:
+    """The finite values that a run logged by this name."""
+    values = ((int(row["step"]), float(row[name])) for row in read_metrics(outcome.cell.run.metrics) if name in row)
+    return {step: value for step, value in values if math.isfinite(value)}
 
 
-def _figure(figsize: tuple[float, float]) -> Any:
+def new_figure(figsize: tuple[float, float]) -> Any:
+    """An empty figure of so many inches."""
     # Imported here because it takes a second, which a study that only begins need not wait for.
     from matplotlib.figure import Figure
 
     return Figure(figsize=figsize, layout="constrained")
 
 
-def _save(figure: Any, stem: Path) -> None:
+def save(figure: Any, stem: Path) -> None:
     """Write both files; the same picture gives the same bytes."""
     from matplotlib import rc_context
 

@@ -10,12 +10,28 @@ from experiments.study.definition import Mode, Study
 from experiments.study.outcomes import State, compared, last_words, outcomes
 from experiments.study.page import Page
 from experiments.study.plots import draw_curves, draw_dots
-from experiments.study.tables import body, cells_csv, headings, markdown, notes, rows_csv
+from experiments.study.recorded import draw_recorded
+from experiments.study.search import Searched
+from experiments.study.tables import (
+    body,
+    cells_csv,
+    headings,
+    markdown,
+    notes,
+    rows_csv,
+    search_csv,
+    search_note,
+    search_table,
+)
 
 _CURVES = "Mean over the seeds, and the range of them as a band; in brackets how many. Dotted: a run that diverged."
 _DOTS = (
     "Each seed, joined by thin lines; beside them the mean with its 95 % t-interval. Diamond: published. "
     "Cross: diverged."
+)
+_RECORDED = (
+    "Mean over the seeds, and the range of them as a band; in brackets how many. Histograms: the same of each bin's "
+    "share, at each run's last validation."
 )
 
 
@@ -26,8 +42,11 @@ def write_report(
     chosen: tuple[str, Mode],  # see `chosen_metric`
     folder: Path,
     command: Sequence[str],  # that made the study
+    search: Searched | None = None,
 ) -> str:
     """Write `table.md`, `table.csv`, `cells.csv`, `curves` and `seeds` as PNG and SVG, and `report.html`.
+
+    Where there is something of them, `recorded` as PNG and SVG and `search.csv` too.
 
     Returns the table with its notes. Raises: ExperimentError where no cell is finished, for a metric that was not
     logged, and where the files cannot be written.
@@ -40,14 +59,20 @@ def write_report(
         )
     rows = list(compared(arms, of_cells, study))
     said = notes(rows, of_cells, metric, mode)
+    if search is not None:
+        said.append(search_note(search))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows, metric)
     write_text(folder / "table.md", table + "\n" + "".join(f"- {note}\n" for note in said))
     write_text(folder / "table.csv", rows_csv(rows))
     write_text(folder / "cells.csv", cells_csv(of_cells))
+    if search is not None:
+        write_text(folder / "search.csv", search_csv(search))
     draw_curves(rows, of_cells, metric, folder / "curves")
     draw_dots(rows, of_cells, metric, folder / "seeds")
+    if study.draw:
+        draw_recorded(study.draw, rows, of_cells, folder / "recorded")
     page = Page(f"Study {study.path.stem}")
     page.table(headings(rows, metric), body(rows))
     page.items(said)
@@ -55,9 +80,15 @@ def write_report(
     page.image(folder / "seeds.svg", _DOTS)
     page.heading("Learning curves")
     page.image(folder / "curves.svg", _CURVES)
+    if study.draw:
+        page.heading("Recorded")
+        page.image(folder / "recorded.svg", _RECORDED)
+    if search is not None:
+        page.heading(f"Search: {search.metric}")
+        page.table(*search_table(search))
     page.heading("Commands")
     page.code(_shell(command))
-    page.code("\n".join(_shell(cell.command) for cell in cells))
+    page.code("\n".join(_shell(cell.command) for cell in [*(search.cells if search else ()), *cells]))
     page.heading("The study")
     page.code(study.path.read_text(encoding="utf-8"))
     failed = [outcome.cell for outcome in of_cells if outcome.state is State.UNFINISHED]

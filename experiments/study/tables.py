@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from experiments.study.definition import Mode
 from experiments.study.outcomes import Outcome, Row, State
+from experiments.study.search import Searched
 from experiments.study.statistics import Estimate, smallest_p
 
 DASH = "–"
@@ -13,6 +14,7 @@ _COLUMNS = (
     "arm", "n", "mean", "low", "high", "pairs", "difference", "difference_low", "difference_high", "p", "parameters",
     "ms_per_step", "published", "source",
 )  # fmt: skip
+_SEARCH_COLUMNS = ("arm", "setting", "value", "metric", "score", "chosen")
 _CELL_COLUMNS = ("arm", "seed", "state", "value", "steps", "note", "folder")
 
 
@@ -64,6 +66,33 @@ def cells_csv(outcomes: Sequence[Outcome]) -> str:
         line = {"arm": cell.arm.name, "seed": cell.seed, "state": outcome.state.value, "value": outcome.value}
         lines.append(line | {"steps": result.get("steps"), "note": outcome.note, "folder": str(cell.run.path)})
     return _csv(_CELL_COLUMNS, lines)
+
+
+def search_table(result: Searched) -> tuple[list[str], list[list[str]]]:
+    """The headings and the lines of the search's scores, an arm each."""
+    head = ["arm", *map(str, result.search.values), result.search.setting]
+    return head, [[of.arm, *(f"{score:.4f}" for score in of.scores), str(of.value)] for of in result.found]
+
+
+def search_csv(result: Searched) -> str:
+    """The scores of the search, unrounded."""
+    lines = []
+    for of in result.found:
+        for value, score in zip(result.search.values, of.scores, strict=True):
+            line = {"arm": of.arm, "setting": result.search.setting, "value": value, "metric": result.metric}
+            lines.append(line | {"score": score, "chosen": int(value == of.value)})
+    return _csv(_SEARCH_COLUMNS, lines)
+
+
+def search_note(result: Searched) -> str:
+    """Which value each arm has, and from what."""
+    search = result.search
+    seeds = ("seed " if len(search.seeds) == 1 else "seeds ") + ", ".join(map(str, search.seeds))
+    edges = [v for v in (min, max) if all(not isinstance(value, str) for value in search.values)]
+    ends = {of(search.values): f" (the {of.__name__}imum tried)" for of in edges}
+    given = ", ".join(f"{of.arm} {of.value}{ends.get(of.value, '')}" for of in result.found)
+    tried = ", ".join(map(str, search.values))
+    return f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}: {given}."
 
 
 def notes(

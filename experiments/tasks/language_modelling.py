@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
@@ -118,6 +118,13 @@ class LanguageModelling(Task):
             metrics |= self._worst(loss, stage)
         return metrics
 
+    def last_loss(self, network: nn.Module, batch: Batch, steps: int) -> Tensor:
+        """See `Task`. Each window of the batch is cut into as many sequences as it has room for."""
+        assert isinstance(network, LanguageModel)
+        inputs, targets = _cut(batch.inputs, steps), _cut(batch.targets, steps)[-1]
+        softmax = network.features(inputs).softmax[-1], network.decoder.weight, network.decoder.bias
+        return len(targets) * softmax_cross_entropy(*softmax, targets)
+
     def _penalty(self, features: Features, count: int) -> dict[str, Mean]:
         if not (self.activation_penalty or self.change_penalty):
             return {}
@@ -189,3 +196,16 @@ class LanguageModelling(Task):
         banned = () if unk or self.vocabulary.unknown is None else (self.vocabulary.unknown,)
         drawn = sample(self.network, read.to(self.device), length, temperature, top_k, generator, banned)
         return self.vocabulary.decode(torch.cat([given, drawn.cpu()]))
+
+
+def _cut(
+    tokens: Tensor,  # (T, B)
+    steps: int,
+) -> Tensor:  # (steps, ⌊T / steps⌋ · B)
+    count = len(tokens) // steps
+    if count == 0:
+        raise ExperimentError(
+            f"LanguageModelling: the windows have {len(tokens)} symbols, expected at least {steps}. Raise "
+            "--data.eval_length, or lower the length of the analysis."
+        )
+    return tokens[: count * steps].unflatten(0, (count, steps)).transpose(0, 1).flatten(1)

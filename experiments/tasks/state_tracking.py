@@ -50,6 +50,15 @@ class StateTracking(Task):
     def build(self, description: dict[str, Any]) -> SequenceLabeller:
         return self._build_network(description["symbols"], description["states"])
 
+    def last_loss(self, network: nn.Module, batch: Sequences, steps: int) -> Tensor:
+        if len(batch.symbols) < steps:
+            raise ExperimentError(
+                f"StateTracking: the sequences have {len(batch.symbols)} steps, expected at least {steps}. Raise "
+                "--data.length, or lower the length of the analysis."
+            )
+        logits = network(batch.symbols[:steps])[-1]
+        return nn.functional.cross_entropy(logits, batch.states[steps - 1], reduction="sum")
+
     def measure(self, batch: Sequences, stage: Stage) -> dict[str, Mean]:
         assert self.network is not None
         logits = self.network(batch.symbols)

@@ -1,0 +1,6 @@
+"""What a recurrent network does while it is trained, as Lightning callbacks: they look, and change nothing."""
+
+from experiments.analyses.activations import HiddenActivations
+from experiments.analyses.norms import GradientNorms, StreamNorms
+
+__all__ = ["GradientNorms", "HiddenActivations", "StreamNorms"]
