@@ -130,6 +130,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, u
     assert second.best == whole.best == min(whole.validations)
 
 
+@pytest.mark.parametrize("every", [10, 1.0])
+def test_a_run_may_stop_at_an_epochs_end_and_again_within_the_next(every, uninterrupted, text, tmp_path):
+    """Lightning by itself does not count the next epoch as begun there, and would begin it anew."""
+    whole, records = uninterrupted[every], [Record(), Record()]
+    for record, step, checkpoint in zip(records, (22, 27), (None, last(tmp_path)), strict=True):
+        with pytest.raises(SystemExit):
+            run(tmp_path, text, record, Interrupt(step, False), ckpt_path=checkpoint, val_check_interval=every)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    records.append(run(tmp_path, text, ckpt_path=last(tmp_path), val_check_interval=every))
+    assert [step for record in records for step in record.steps] == whole.steps
+    assert [score for record in records for score in record.validations] == whole.validations
+
+
 def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
     def steps(folder, epochs, ckpt_path=None):
         record = Record()

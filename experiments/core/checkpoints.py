@@ -106,6 +106,11 @@ class Checkpoints(Checkpoint):
         self._saved_at = time.monotonic()
         if self.folder.is_resumed:
             self._saved_step = trainer.global_step
+        loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
+        if loop.restarted_mid_epoch and progress.ready == progress.processed:
+            # Saved after an epoch's last step. Lightning 2.6 would not count the next epoch as begun, and a checkpoint
+            # of that would begin it anew.
+            loop.reset_restart_stage()
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._find_best()
         # Only the first process looks, and all must test the best one, or none.
