@@ -7,7 +7,6 @@ from torch import nn
 
 from multint.errors import OptionError
 from multint.integrators import outermost_integrators
-from multint.integrators.init import Projection
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Glorot:
-    """Linear layers ~ U(−a, a) with a² = 6 / (inputs + outputs), their biases 0; integrators' matrices keep their own.
+    """Linear layers ~ U(−a, a) with a² = 6 / (inputs + outputs), their biases 0; those of `multint` keep their own.
 
     PyTorch's own start has a² = 1 / inputs. Little comes through many layers of that, so that they may not learn.
 
@@ -59,8 +58,12 @@ class Glorot:
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> None:
         """Fill the network's linear layers in place."""
+        # They start at unit variance, and a hypernetwork is scaled by what its generator was built with.
+        integrators = outermost_integrators(network).values()
+        ours = [integrator for integrator in integrators if type(integrator).__module__.startswith("multint.")]
+        kept = {part for integrator in ours for part in integrator.modules()}
         for module in network.modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, Projection):
+            if isinstance(module, nn.Linear) and module not in kept:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

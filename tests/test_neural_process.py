@@ -304,10 +304,11 @@ def test_draws_are_asked_for_where_there_is_a_latent_path_only():
         log_likelihood(with_z, context, context, 0)
 
 
-def test_glorot_starts_linear_layers_and_leaves_integrators():
+@pytest.mark.parametrize("integrator", [LowRank, Hypernetwork, None])
+def test_glorot_starts_linear_layers_and_leaves_integrators(integrator):
     def made(**settings):
         torch.manual_seed(0)
-        return NeuralProcess(X, Y, PooledEncoder, decoder=partial(Conditional, integrator=LowRank), **settings)
+        return NeuralProcess(X, Y, PooledEncoder, decoder=partial(Conditional, integrator=integrator), **settings)
 
     before, after = made(), made(initialise=Glorot())
     assert_close(after.decoder.state_dict(), before.decoder.state_dict(), rtol=0, atol=0)
@@ -316,3 +317,8 @@ def test_glorot_starts_linear_layers_and_leaves_integrators():
         assert_close(layer.weight.var() * sum(layer.weight.shape) / 2, torch.ones(()), rtol=0.1, atol=0)
         assert not layer.bias.any()
     assert layers
+
+
+def test_glorot_starts_an_mlp_decoder():
+    net = NeuralProcess(X, Y, PooledEncoder, decoder=ConcatMLP, initialise=Glorot())
+    assert not any(module.bias.any() for module in net.modules() if isinstance(module, torch.nn.Linear))
