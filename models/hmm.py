@@ -47,9 +47,11 @@ class ForwardCell(Cell):
     ) -> ForwardState:
         """The state after a symbol."""
         scale = joint.sum(-1)
-        # Where the symbol was impossible, 0 / tiny: the posterior stays 0, and the logarithm of all that comes is −∞.
-        divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny).unsqueeze(-1)
-        return ForwardState(joint / divisor, log_likelihood + scale.log())
+        # Where the symbol was impossible, the posterior is 0 from there on, and no gradient flows: log 0 has none.
+        possible = scale > 0
+        divisor = torch.where(possible, scale, 1)
+        of_symbol = torch.where(possible, divisor.log(), -torch.inf)
+        return ForwardState(joint / divisor.unsqueeze(-1), log_likelihood + of_symbol)
 
 
 class Filtered(NamedTuple):

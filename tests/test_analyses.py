@@ -16,10 +16,10 @@ from experiments.core.histograms import Histogram, read_histograms, write_histog
 from experiments.core.metrics_file import MetricsFile, read_metrics
 from experiments.core.randomness import RandomState
 from experiments.core.run_folder import RunFolder
-from experiments.data import StateMachine, TextData
+from experiments.data import Adding, CopyMemory, StateMachine, TextData
 from experiments.data.text import Batch
-from experiments.tasks import LanguageModelling, StateTracking
-from models import LanguageModel, SequenceLabeller
+from experiments.tasks import LanguageModelling, Memory, StateTracking
+from models import LanguageModel, SequenceLabeller, SequenceReader
 from multint import Additive, Concat, GRUCell, LowRank, LSTMCell, MultiplicativeIntegration, Recurrent, RNNCell
 
 V, T, B, H = 5, 7, 3, 4
@@ -142,6 +142,21 @@ def test_a_task_of_whole_sequences_is_cut_at_the_end():
     h.requires_grad_()
     torch.nn.functional.cross_entropy(net.decoder(h), batch.states[3], reduction="sum").backward()
     assert_close(got, h.grad.norm(dim=-1).log10())
+
+
+@pytest.mark.parametrize("data", [Adding(5, 4, epoch=1, seed=0), CopyMemory(3, 2, 1, 4, epoch=1, seed=0)], ids=type)
+def test_the_loss_of_a_memory_task_is_that_of_its_last_answers(data):
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    task = Memory(lambda inputs, outputs: SequenceReader(inputs, outputs, partial(Recurrent, hidden_size=H)))
+    task.network = task.build(task.describe(data))
+    loss = recorded(task, batch, 5).loss
+    output, answers = task.network.double()(batch.xs.double())[-1], batch.answers[-1]
+    of_numbers = isinstance(data, Adding)
+    expected = (output[:, 0] - answers) ** 2 if of_numbers else output.logsumexp(1) - output[range(4), answers]
+    assert_close(loss, expected.sum())
+    with pytest.raises(ExperimentError, match="have 5 steps, and the analysis 4"):
+        recorded(task, batch, 4)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,19 @@ def test_an_impossible_sequence_has_a_likelihood_of_zero():
     x = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 0, 0]])
     assert_close(hmm.log_likelihood(x).detach(), torch.tensor([0.0, -math.inf, -math.inf]))
     assert not hmm(x).posteriors.isnan().any()
+    hmm.log_likelihood(x)[0].backward()
+    counts = [1.0, 0.0], [[2.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]  # the others leave it alone
+    for table, expected in zip((hmm.start, hmm.transition, hmm.emission), counts, strict=True):
+        assert_close(table.grad, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("dtype", "emission"), [(torch.float16, 2e-5), (torch.float32, 1e-39)])
+def test_a_symbol_may_be_rarer_than_the_smallest_normal_number(dtype, emission):
+    table = torch.tensor([[emission, 1 - emission]], dtype=dtype)
+    hmm = HiddenMarkovModel(torch.ones(1, dtype=dtype), torch.ones(1, 1, dtype=dtype), table)
+    log_likelihood, posteriors = hmm(torch.zeros(1, 1, dtype=torch.int64))
+    assert_close(log_likelihood.double(), table[0, :1].double().log(), rtol=1e-3, atol=0)
+    assert_close(posteriors, torch.ones_like(posteriors))
 
 
 def test_copies_and_state_dicts_keep_the_model():

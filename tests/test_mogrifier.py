@@ -45,7 +45,7 @@ def by_hand(cell, xs, h, c):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5])
 def test_it_is_the_papers_equations(rounds, rank):
     cell = randomise(Mogrifier(X, H, lstm, rounds, rank).double())
     xs, h, c = normal(T, B, X), normal(B, H, seed=2), normal(B, H, seed=3)
@@ -91,7 +91,7 @@ def test_a_layer_regularises_it():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mogrifier(X, H, rounds=0), "Mogrifier: rounds is 0, expected a whole number of at least 1"),
+        (lambda: Mogrifier(X, H, rounds=-1), "Mogrifier: rounds is -1, expected a whole number of at least 0"),
         (lambda: Mogrifier(X, H, rank=0), "rank is 0"),
         (lambda: Mogrifier(X, H, LSTMCell(X, H)), "Mogrifier: cell is a LSTMCell, expected a factory"),
         (lambda: Mogrifier(X, H, torch.nn.LSTMCell), "Mogrifier: cell gives a LSTMCell, expected a multint.Cell"),

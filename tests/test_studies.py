@@ -102,10 +102,12 @@ RECURRENT = {
     "RNN": ("RNNCell", "Additive"),
     "MI-RNN": ("RNNCell", "MultiplicativeIntegration"),
     "LSTM": ("LSTMCell", "Additive"),
-    "MI-LSTM": ("LSTMCell", "MultiplicativeIntegration"),
+    "MI-LSTM, 1 1 1 0": ("LSTMCell", "MultiplicativeIntegration"),
+    "MI-LSTM, 1 .5 .5 0": ("LSTMCell", "MultiplicativeIntegration"),
+    "multiplicative LSTM": ("LSTMCell", "Krause"),
     "GRU": ("GRUCell", "Additive"),
     "MI-GRU": ("GRUCell", "MultiplicativeIntegration"),
-    "Mogrifier": ("Mogrifier", "Additive"),
+    "Mogrifier LSTM": ("Mogrifier", "Additive"),
 }
 
 

@@ -85,7 +85,7 @@ class HiddenActivations(Callback):
 
     def _count(self, name: str, stack: nn.Module, arguments: Any, result: tuple[Any, Any]) -> None:
         h = result[0].data if isinstance(result[0], PackedSequence) else result[0]
-        h = h[h.isfinite()]
+        h = h[h.isfinite()].float()  # the bins of half precision are no equal ones
         half = self.bins // 2
         bins = ((h * half).floor().clamp(-half, half - 1).long() + half).bincount(minlength=self.bins)
         counts = torch.cat([bins, (h.abs() > self.saturated).sum()[None]]).cpu()

@@ -37,7 +37,7 @@ class BatchAnalysis(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == dataloader_idx == 0 and not trainer.sanity_checking:
+        if batch_idx == dataloader_idx == 0:
             self._batch = batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,6 +49,8 @@ class BatchAnalysis(Callback):
             batch = pytree.tree_map_only(Tensor, Tensor.clone, self._batch)
             values = self.values(recorded(pl_module, batch, self.length))
         self._batch = None
+        if trainer.sanity_checking:  # what cannot be looked at is told before the run has cost anything
+            return
         for name, of_sequences in values.items():
             of_all = torch.cat(gathered(of_sequences.detach().cpu()))
             # Every process has the same value already; Lightning warns unless told to average.
@@ -66,7 +68,8 @@ class GradientNorms(BatchAnalysis):
         length: T.
 
     Raises: ExperimentError for steps outside 0 … T.
-    Source: Wu et al. 2016, section 3.1.1 and figure 1 (a), for the mean over the training set, t = 1, 5, 10 and T = 50.
+    Source: Wu et al. 2016, section 3.1.1 and figure 1 (a), for the mean over the training set, T = 50, and t = 0, 5, 10
+        in the text, 1, 5, 10 in the caption.
     """
 
     def __init__(self, steps: Sequence[int] = (0, 5, 10), length: int = 50) -> None:
@@ -88,7 +91,8 @@ class StreamNorms(BatchAnalysis):
     """Logs `val/norm_wx` and `val/norm_uh`: ‖Wx_t‖₂ and ‖Uh_{t−1}‖₂, the means over steps and sequences.
 
     W are all matrices of a layer's integrators that x alone enters by, one below the other, U those of z alone, and h
-    is what they multiply: in a GRU's candidate r ⊙ h. Of several layers each has its own, `val/norm_wx_layer_0`.
+    is what they multiply: in a GRU's candidate r ⊙ h, and in a Mogrifier, whose rounds count too, x in every second
+    round. Of several layers each has its own, `val/norm_wx_layer_0`.
 
     Raises: ExperimentError for a layer without such matrices, as of `Concat` and `Bilinear`, where both enter by one.
     Source: Wu et al. 2016, section 3.1.2.

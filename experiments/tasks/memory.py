@@ -50,6 +50,19 @@ class Memory(Task):
     def build(self, description: dict[str, Any]) -> SequenceReader:
         return self._build_network(description["inputs"], description["outputs"])
 
+    def last_loss(self, network: nn.Module, batch: Recall, steps: int) -> Tensor:
+        """See `Task`. The answers stand at the end: the sequences of the data must have so many steps."""
+        if len(batch.xs) != steps:
+            raise ExperimentError(
+                f"Memory: the sequences have {len(batch.xs)} steps, and the analysis {steps}: set its length to that."
+            )
+        answers = batch.answers[-1]
+        assert isinstance(network, SequenceReader)
+        outputs = network(batch.xs.to(network.decoder.weight.dtype))[-1]
+        if answers.is_floating_point():
+            return (outputs.squeeze(-1) - answers).square().sum()
+        return nn.functional.cross_entropy(outputs, answers, reduction="sum")
+
     def measure(self, batch: Recall, stage: Stage) -> dict[str, Mean]:
         assert self.network is not None
         answers = batch.answers

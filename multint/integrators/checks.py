@@ -13,8 +13,13 @@ from multint.errors import OptionError, ShapeError
 
 def positive(owner: nn.Module, name: str, value: int) -> int:
     """The value, if it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{type(owner).__name__}: {name} is {value!r}, expected a whole number of at least 1")
+    return whole(owner, name, value, 1)
+
+
+def whole(owner: nn.Module, name: str, value: int, least: int) -> int:
+    """The value, if it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{type(owner).__name__}: {name} is {value!r}, expected a whole number of at least {least}")
     return value
 
 
