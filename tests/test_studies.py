@@ -195,21 +195,26 @@ def test_missing_cells_are_run_finished_ones_kept_and_failed_ones_reported(text,
 
 
 class MadeUp:
-    """A job that ends at once: its score is what the test says of its learning rate; of none it fails."""
+    """A job that ends at once: its score is what the test says of its learning rate; of none it fails.
+
+    That with the integrator Failing fails too, and that with Diverging diverges.
+    """
 
     scores = {}  # noqa: RUF012
     started = []  # noqa: RUF012
 
     def __init__(self, job, lock):
         cell = job.cell
-        rate = yaml.safe_load((cell.of_arm / "config.yaml").read_text())[LR]
+        config = yaml.safe_load((cell.of_arm / "config.yaml").read_text())
+        rate, integrator = config[LR], config.get(INTEGRATOR)
         self.started.append((cell.seed, rate))
-        score = self.scores.get(rate)
+        score = None if integrator == "Failing" else self.scores.get(rate)
         self._code = 1 if score is None else 0
+        cell.log.write_text("it began\nout of memory\n")
         if score is not None:
             cell.run.checkpoints.mkdir(parents=True)
             metrics = {"val/bpc": score, "test/bpc": score + 0.5}
-            diverged = 1 if rate == 0.3 else None
+            diverged = 1 if rate == 0.3 or integrator == "Diverging" else None
             rest = {"best_step": 1, "steps": 1, "diverged_at": diverged, "parameters": 1, "seconds_per_step": None}
             write_result(cell.run.result, {"metrics": metrics} | rest)
 
@@ -217,7 +222,10 @@ class MadeUp:
         return self._code
 
 
-def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def made_up(monkeypatch):
+    """Runs whose scores are made up, by learning rate, and what is started of them."""
+
     def resolved(study, changes, trusted):  # as they are: to parse the settings takes a second for each
         common = {"trainer": {"max_time": None}, "threads": 1}
         return [Arm(name, key_of(s), common | s, Monitor("bpc", "min")) for name, s in study.arms.items()]
@@ -225,21 +233,27 @@ def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, 
     monkeypatch.setattr(experiments.study.command, "resolved", resolved)
     monkeypatch.setattr(experiments.study.search, "resolved", resolved)
     monkeypatch.setattr(experiments.study.command, "Process", MadeUp)
-    monkeypatch.setattr(MadeUp, "started", started := [])
-    monkeypatch.setattr(MadeUp, "scores", scores := {0.001: 3.0, 0.3: 1.0})
+    monkeypatch.setattr(MadeUp, "started", [])
+    monkeypatch.setattr(MadeUp, "scores", {0.001: 3.0, 0.3: 1.0})
     for name in ("draw_curves", "draw_dots"):  # they take a second
         monkeypatch.setattr(experiments.study.report, name, lambda *given: given[-1].with_suffix(".svg").touch())
+    return MadeUp
+
+
+def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, made_up):
+    scores, started = made_up.scores, made_up.started
     search = {"setting": LR, "values": [0.001, 0.02, 0.3], "seeds": [7, 8]}
     path = written(tmp_path, search=search)
     command = ["study", str(path), "--output", str(tmp_path / "out")]
     assert main([*command, "--set", f"{LR}=1"]) == 2
     assert "the study searches for it" in capsys.readouterr().err
 
-    assert main(command) == 1
+    assert main(command) == 2
     assert started == [(seed, rate) for rate in (0.001, 0.02, 0.3) for seed in (7, 8)]
     assert "failed: MI, 0.02, seed 7" in capsys.readouterr().err
     assert main(["report", *command[1:]]) == 2
-    assert "search: not finished: MI, 0.02, seed 7; MI, 0.02, seed 8" in capsys.readouterr().err
+    said = "no arm has a value. MI: MI, 0.02, seed 7 is not finished (out of memory); MI, 0.02, seed 8 is not finished"
+    assert said in capsys.readouterr().err
 
     scores[0.02] = 2.0
     started.clear()
@@ -255,6 +269,31 @@ def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, 
     assert main(["report", *command[1:]]) == 0
     assert (tmp_path / "out/report.html").read_text() == page
     assert page.count("--seed_everything=7") == 3
+
+
+def test_arms_whose_search_gives_no_value_are_left_out_and_no_others(tmp_path, capsys, made_up):
+    arms = {name: {INTEGRATOR: name} for name in ("Failing", "Diverging", "A", "B")}
+    search = {"setting": LR, "values": [0.001, 0.01], "seeds": [7]}
+    made_up.scores[0.01] = 2.0
+    path = written(tmp_path, arms=arms, search=search)
+    command = ["study", str(path), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert made_up.started[8:] == [(seed, 0.01) for _ in "AB" for seed in (0, 1)]
+    shown = capsys.readouterr()
+    assert "failed: Failing, 0.001, seed 7 (exit code 1" in shown.err
+    why = {
+        "Failing": "Failing, 0.001, seed 7 is not finished (out of memory); Failing, 0.01, seed 7 is not finished",
+        "Diverging": f"it diverged with every value of {LR}.",
+    }
+    for arm, text in why.items():
+        assert f"left out: {arm}: {text}" in shown.err
+        assert f"its search gave no value: {arm}: {text}" in shown.out
+    assert "Failing, the study's first arm, is left out: A stands in its place." in shown.out
+    assert [line.split(",")[0] for line in (tmp_path / "out/table.csv").read_text().splitlines()] == ["arm", "A", "B"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Not finished: Failing, 0.01, seed 7" in page
+    assert main(["report", *command[1:]]) == 0
+    assert (tmp_path / "out/report.html").read_text() == page
 
 
 def test_a_broken_run_is_gone_on_with_from_its_checkpoint_or_redone(tmp_path):

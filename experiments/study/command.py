@@ -23,13 +23,14 @@ from experiments.study.jobs import Job, Process, Running, run_all
 from experiments.study.lock import locked
 from experiments.study.outcomes import chosen_metric, outcomes
 from experiments.study.report import write_report
-from experiments.study.search import searched, trials, with_found
+from experiments.study.search import Searched, searched, trials, with_found
 
 
 def main(invocation: Invocation) -> None:
     """Run a study and write its report, or write the report alone.
 
-    Exits with 1 where a cell failed. Raises ExperimentError for a mistake in the study, before anything runs.
+    Exits with 1 where a cell failed. Raises ExperimentError for a mistake in the study, before anything runs, and where
+    nothing is left to report.
     """
     name, *argv = invocation.argv
     options = _parser(name).parse_args(argv)
@@ -41,32 +42,36 @@ def main(invocation: Invocation) -> None:
     # Where there is a search, what the arms will be is not known before it has ended.
     arms = [trial.arm for trial in tried] or resolved(study, *given)
     metric, mode = chosen_metric(study, arms)
-    search = board = None
+    search, failed = None, False
     with _running(study, arms, options, invocation.trusted, folder) if name == "study" else nullcontext() as run:
         if study.search is not None:
             if run is not None:
                 of_trials = [cell for trial in tried for cell in trial.cells]
-                _refuse_failed(run(arms, of_trials, f"val/{arms[0].monitor.name}"))
+                failed = run(arms, of_trials, f"val/{arms[0].monitor.name}")
             search = searched(study.search, tried)
+            _tell_left_out(search)
             study = with_found(study, search)
             arms = resolved(study, *given)
         cells = [Cell(arm, seed, folder) for arm in arms for seed in study.seeds]
         if run is not None:
             outcomes(cells, metric)  # one that a finished cell did not log is a mistake now
-            board = run(arms, cells, metric)
-    if board is None or any(cell.result is not None for cell in cells):
+            failed = run(arms, cells, metric) or failed
+    if run is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
         command += ["--output", str(folder)] if options.output else []
         table = write_report(study, arms, cells, (metric, mode), folder, command, search)
         print(f"\n{table}\n\nwritten: {folder / 'report.html'}")
-    if board is not None:
-        _refuse_failed(board)
-
-
-def _refuse_failed(board: Board) -> None:
-    if board.failed:
-        print(f"\n{board.errors()}", file=sys.stderr)
+    if failed:
         raise SystemExit(1)
+
+
+def _tell_left_out(search: Searched) -> None:
+    """Raises ExperimentError where no arm is left."""
+    why = [f"{arm}: {why}." for arm, why in search.left_out.items()]
+    if not search.found:
+        raise ExperimentError(f"study: search: no arm has a value. {' '.join(why)}")
+    for line in why:
+        print(f"study: search: left out: {line}", file=sys.stderr)
 
 
 def _parser(name: str) -> OptionParser:
@@ -124,7 +129,8 @@ class _Runner:
         self._start: Callable[[Job], Running] = partial(Process, lock=lock)
         self._is_joined = False
 
-    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str) -> Board:
+    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str) -> bool:
+        """Run them, tell what those that failed said, and return whether any did."""
         missing = [cell for cell in cells if cell.result is None]
         if self._options.cluster and missing and not self._is_joined:
             from experiments.study.cluster import connect  # Ray is an extra
@@ -142,7 +148,9 @@ class _Runner:
         )
         with Board(arms, cells, missing, metric, at_once) as board:
             run_all(jobs, self._start, at_once, board)
-        return board
+        if board.failed:
+            print(f"\n{board.errors()}", file=sys.stderr)
+        return bool(board.failed)
 
 
 def _threads(cell: Cell, threads: int) -> list[str]:

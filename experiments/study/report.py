@@ -20,7 +20,7 @@ from experiments.study.tables import (
     notes,
     rows_csv,
     search_csv,
-    search_note,
+    search_notes,
     search_table,
 )
 
@@ -60,7 +60,7 @@ def write_report(
     rows = list(compared(arms, of_cells, study))
     said = notes(rows, of_cells, metric, mode)
     if search is not None:
-        said.append(search_note(search))
+        said += search_notes(search)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows, metric)
@@ -91,7 +91,8 @@ def write_report(
     page.code("\n".join(_shell(cell.command) for cell in [*(search.cells if search else ()), *cells]))
     page.heading("The study")
     page.code(study.path.read_text(encoding="utf-8"))
-    failed = [outcome.cell for outcome in of_cells if outcome.state is State.UNFINISHED]
+    failed = [cell for cell in (search.cells if search else ()) if cell.result is None and cell.log.exists()]
+    failed += [outcome.cell for outcome in of_cells if outcome.state is State.UNFINISHED]
     for cell in failed:
         page.heading(f"Not finished: {cell.label}")
         page.code(last_words(cell, lines=10))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.core.errors import ExperimentError
-from experiments.core.task import Monitor
 from experiments.study.cells import Arm, Cell, resolved
 from experiments.study.definition import Search, Study
+from experiments.study.outcomes import last_words
 
 
 class Trial(NamedTuple):
@@ -34,6 +34,8 @@ class Searched(NamedTuple):
     search: Search
     metric: str  # of each run's best checkpoint, in validation
     found: list[Found]
+    left_out: dict[str, str]  # why, by the name of the arm
+    first: str  # the study's first arm, left out or not
     cells: list[Cell]
 
 
@@ -68,40 +70,49 @@ def searched(
 ) -> Searched:
     """The best value for each arm: by the validation's monitor, of the best checkpoint, the mean over the seeds.
 
-    Raises: ExperimentError where a run is not finished, and for an arm of which every value diverged.
+    An arm with a run that is not finished or was never validated is left out, and one that diverged with every value.
     """
-    monitor = of_trials[0].arm.monitor
-    cells = [cell for trial in of_trials for cell in trial.cells]
-    if missing := [cell.label for cell in cells if cell.result is None]:
-        raise ExperimentError(f"study: search: not finished: {'; '.join(missing)}. Run the study first.")
-    found = []
-    for name in dict.fromkeys(trial.of for trial in of_trials):
-        scores = [_score(trial, monitor) for trial in of_trials if trial.of == name]
+    monitor, names = of_trials[0].arm.monitor, list(dict.fromkeys(trial.of for trial in of_trials))
+    metric, sign = f"val/{monitor.name}", 1 if monitor.mode == "min" else -1
+    found, left_out = [], {}
+    for name in names:
+        of_arm = [trial for trial in of_trials if trial.of == name]
+        if why := _incomplete([cell for trial in of_arm for cell in trial.cells], metric):
+            left_out[name] = why
+            continue
+        scores = [_score(trial, metric) for trial in of_arm]
         if all(map(math.isnan, scores)):
-            raise ExperimentError(f"study: search: {name} diverged with every value of {search.setting}.")
-        sign = 1 if monitor.mode == "min" else -1
+            left_out[name] = f"it diverged with every value of {search.setting}"
+            continue
         best = min(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else sign * scores[i])
         found.append(Found(name, scores, search.values[best]))
-    return Searched(search, f"val/{monitor.name}", found, cells)
+    return Searched(search, metric, found, left_out, names[0], [cell for trial in of_trials for cell in trial.cells])
 
 
 def with_found(
     study: Study,
     result: Searched,
 ) -> Study:
-    """The study whose arms have the values that were found for them."""
+    """The study of the arms that are not left out, each with the value that was found for it."""
     settings = {of.arm: {**study.arms[of.arm], result.search.setting: of.value} for of in result.found}
     return study._replace(arms=settings)
 
 
-def _score(trial: Trial, monitor: Monitor) -> float:
-    scores = []
-    for cell in trial.cells:
-        assert cell.result is not None
-        if cell.result["diverged_at"] is not None:
-            return math.nan
-        metric = f"val/{monitor.name}"
-        if metric not in cell.result["metrics"]:
-            raise ExperimentError(f"study: search: {cell.label} has no {metric}: no validation ran.")
-        scores.append(cell.result["metrics"][metric])
-    return math.fsum(scores) / len(scores)
+def _incomplete(cells: Sequence[Cell], metric: str) -> str:
+    """What an arm's search is without; nothing where it is whole."""
+    lacking = []
+    for cell in cells:
+        result = cell.result
+        if result is None:
+            lacking.append(f"{cell.label} is not finished ({last_words(cell) or 'not run'})")
+        elif result["diverged_at"] is None and metric not in result["metrics"]:
+            lacking.append(f"{cell.label} has no {metric}: no validation ran")
+    return "; ".join(lacking)
+
+
+def _score(trial: Trial, metric: str) -> float:
+    """The mean over the runs, all finished; NaN where one diverged."""
+    results = [result for cell in trial.cells if (result := cell.result) is not None]
+    if any(result["diverged_at"] is not None for result in results):
+        return math.nan
+    return math.fsum(result["metrics"][metric] for result in results) / len(results)

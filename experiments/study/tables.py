@@ -84,15 +84,21 @@ def search_csv(result: Searched) -> str:
     return _csv(_SEARCH_COLUMNS, lines)
 
 
-def search_note(result: Searched) -> str:
-    """Which value each arm has, and from what."""
+def search_notes(result: Searched) -> list[str]:
+    """Which value each arm has, and from what; and which arms have none."""
     search = result.search
     seeds = ("seed " if len(search.seeds) == 1 else "seeds ") + ", ".join(map(str, search.seeds))
     edges = [v for v in (min, max) if all(not isinstance(value, str) for value in search.values)]
     ends = {of(search.values): f" (the {of.__name__}imum tried)" for of in edges}
     given = ", ".join(f"{of.arm} {of.value}{ends.get(of.value, '')}" for of in result.found)
     tried = ", ".join(map(str, search.values))
-    return f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}: {given}."
+    said = [f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}: {given}."]
+    said += [
+        f"Left out of the study, for its search gave no value: {arm}: {why}." for arm, why in result.left_out.items()
+    ]
+    if result.first in result.left_out:
+        said.append(f"{result.first}, the study's first arm, is left out: {result.found[0].arm} stands in its place.")
+    return said
 
 
 def notes(
