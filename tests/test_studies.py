@@ -296,6 +296,17 @@ def test_arms_whose_search_gives_no_value_are_left_out_and_no_others(tmp_path, c
     assert (tmp_path / "out/report.html").read_text() == page
 
 
+def test_a_metric_that_no_run_has_is_told_at_once_and_hides_no_error(tmp_path, capsys, made_up):
+    arms = {name: {INTEGRATOR: name, LR: 0.001} for name in ("A", "Failing")}
+    path = written(tmp_path, arms=arms, metric={"name": "test/bpb", "mode": "min"})
+    assert main(["study", str(path), "--output", str(tmp_path / "out")]) == 2
+    first, failed, last = capsys.readouterr().err.strip().partition("failed: Failing, seed 0 (exit code 1")
+    assert failed
+    assert first.count("metric: 'test/bpb' was not logged by A, seed 0. Did you mean 'test/bpc'?") == 1
+    assert "out of memory" in last
+    assert last.splitlines()[-1].startswith("error: study: metric: 'test/bpb' was not logged by A, seed 0.")
+
+
 def test_a_broken_run_is_gone_on_with_from_its_checkpoint_or_redone(tmp_path):
     cell = Cell(Arm("MI", "key", {}, Monitor("bpc", "min")), 3, tmp_path)
     assert next_command(cell) == cell.command

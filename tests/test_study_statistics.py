@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import experiments.study.recorded
+import experiments.study.report
 from experiments.core.errors import ExperimentError
 from experiments.core.histograms import Histogram, write_histograms
 from experiments.core.result_file import write_result
@@ -18,6 +19,7 @@ from experiments.study.outcomes import State, chosen_metric, compared, outcomes
 from experiments.study.recorded import draw_recorded
 from experiments.study.report import write_report
 from experiments.study.statistics import difference, estimate, smallest_p
+from experiments.study.tables import notes
 
 close = torch.testing.assert_close
 
@@ -198,6 +200,18 @@ def test_a_metric_that_was_not_logged_is_refused(study):
         outcomes(cells, "test/scor")
 
 
+def test_a_cell_without_the_metric_is_in_no_number_and_refuses_no_other(study):
+    definition, arms, cells = study
+    path = cells[0].run.result
+    path.write_text(path.read_text().replace("test/score", "test/other"))
+    of_cells = outcomes(cells, "test/score")
+    assert of_cells[0].state is State.WITHOUT
+    first = next(compared(arms, of_cells, definition))
+    close((first.mean.mean, first.mean.count), (2.5, 2))
+    said = " ".join(notes([first], of_cells, "test/score", "max"))
+    assert "Finished without the metric, and in no number here: first, seed 0." in said
+
+
 def test_a_run_without_a_result_and_one_with_a_damaged_one_are_unfinished(study):
     _, _, cells = study
     cells[0].run.result.unlink()
@@ -230,8 +244,27 @@ def test_what_the_runs_recorded_is_drawn(study, monkeypatch):
     assert (band.values.tolist(), band.baseline.tolist()) == ([1.0, 0.75], [0.25, 0.0])
     lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
     assert lines["first (3)"] == [[4.0, 2.0]]
-    with pytest.raises(ExperimentError, match=r"no run has recorded 'activation'\. Did you mean 'activations'"):
-        draw_recorded(["activation"], rows, of_cells, cells[0].root / "recorded")
+    [said] = draw_recorded(["activation", "val/score"], rows, of_cells, cells[0].root / "recorded")
+    assert "no run has recorded 'activation'. Did you mean 'activations'" in said
+    assert [axes.get_title() for axes in drawn[1].axes] == ["val/score"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without the pictures that every report has: they take a second."""
+    for name in ("draw_curves", "draw_dots"):
+        monkeypatch.setattr(experiments.study.report, name, lambda *given: given[-1].with_suffix(".svg").touch())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_not_recorded_is_a_note_of_the_report(study):
+    definition, arms, cells = study
+    cells[0].run.path.joinpath("damaged.csv").write_text("step\n1\n")
+    cells[0].root.joinpath("recorded.svg").touch()  # of a report before
+    text = report(definition._replace(draw=["val/scor", "damaged"]), arms, cells)
+    assert "Not drawn: no run has recorded 'val/scor'. Did you mean 'val/score'?" in text
+    assert "damaged.csv: no file of histograms" in text
+    assert "<h2>Recorded</h2>" not in (cells[0].root / "report.html").read_text()
 
 
 def test_without_a_finished_cell_there_is_no_report(study):

@@ -1,6 +1,7 @@
 """How far a study is: a live table in a terminal, plain lines elsewhere."""
 
 import re
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.study.cells import Arm, Cell
-from experiments.study.outcomes import last_words
+from experiments.study.outcomes import last_words, without_message
 
 _LEFT = re.compile(r"\bleft (?:(\d+) days?, )?(\d+):(\d+):(\d+)")
 _STEP = re.compile(r"\bstep (\d+)\b")
@@ -46,6 +47,7 @@ class Board:
         console = Console()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._drawn_at = 0.0
+        self._is_told = False
 
     def __enter__(self) -> "Board":
         if self._live is not None:
@@ -68,6 +70,7 @@ class Board:
         if code == 0:
             self._took[index] = took
             shown = self._done[cell.id] = self._score(cell)
+            self._tell_once_without(cell)
         else:
             self.failed[index] = code
             self._done[cell.id] = "failed"
@@ -127,6 +130,15 @@ class Board:
             left = own[index]
             seconds += max(mean - (now - self._began[index]), 0) if left is None else left
         return f"about {_clock(seconds / self._at_once)} left"
+
+    def _tell_once_without(self, cell: Cell) -> None:
+        """Say at once that a run is without the metric: its name may be wrong, and the other runs last."""
+        result = cell.result
+        if result is None or result["diverged_at"] is not None or self._metric in result["metrics"]:
+            return
+        if not self._is_told:
+            print(f"study: {without_message(cell, self._metric, result['metrics'])}", file=sys.stderr)
+        self._is_told = True
 
     def _score(self, cell: Cell) -> str:
         result = cell.result

@@ -54,7 +54,7 @@ def main(invocation: Invocation) -> None:
             arms = resolved(study, *given)
         cells = [Cell(arm, seed, folder) for arm in arms for seed in study.seeds]
         if run is not None:
-            outcomes(cells, metric)  # one that a finished cell did not log is a mistake now
+            outcomes(cells, metric)  # one that no finished cell has logged is a mistake now
             failed = run(arms, cells, metric) or failed
     if run is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]

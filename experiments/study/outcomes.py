@@ -1,7 +1,7 @@
 """What came of a study's cells, read from their files, and the rows that compare the arms."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ class State(Enum):
 
     FINISHED = "finished"
     DIVERGED = "diverged"  # at some step its loss was no finite number: its score is of no trained network
+    WITHOUT = "without the metric"
     UNFINISHED = "unfinished"
     MISSING = "missing"
 
@@ -28,7 +29,7 @@ class Outcome(NamedTuple):
     state: State
     value: float | None  # of the metric, where it is finished or diverged after a validation
     result: dict[str, Any] | None
-    note: str  # where it diverged, or the last that a run without a result said
+    note: str  # where it diverged, what it has for the metric, or the last that a run without a result said
 
 
 class Row(NamedTuple):
@@ -61,8 +62,12 @@ def chosen_metric(study: Study, arms: Sequence[Arm]) -> tuple[str, Mode]:
 
 
 def outcomes(cells: Sequence[Cell], metric: str) -> list[Outcome]:
-    """What came of the cells. Raises ExperimentError for a metric that a finished run did not log."""
-    return [_outcome(cell, metric) for cell in cells]
+    """What came of the cells. Raises ExperimentError for a metric that no finished run has logged."""
+    of_cells = [_outcome(cell, metric) for cell in cells]
+    states = [outcome.state for outcome in of_cells]
+    if State.WITHOUT in states and State.FINISHED not in states:
+        raise ExperimentError(f"study: {of_cells[states.index(State.WITHOUT)].note}")
+    return of_cells
 
 
 def _outcome(cell: Cell, metric: str) -> Outcome:
@@ -72,15 +77,22 @@ def _outcome(cell: Cell, metric: str) -> Outcome:
         return Outcome(cell, state, None, None, last_words(cell))
     value, diverged = result["metrics"].get(metric), result["diverged_at"]
     if diverged is None and value is None:
-        raise ExperimentError(
-            f"study: metric: '{metric}' was not logged by {cell.label}{choices_message(metric, result['metrics'])}"
-        )
+        return Outcome(cell, State.WITHOUT, None, result, without_message(cell, metric, result["metrics"]))
     if diverged is not None or not math.isfinite(value):
         note = (
             "its score is no finite number" if diverged is None else f"its loss is no finite number at step {diverged}"
         )
         return Outcome(cell, State.DIVERGED, value, result, note)
     return Outcome(cell, State.FINISHED, value, result, "")
+
+
+def without_message(
+    cell: Cell,
+    metric: str,
+    logged: Iterable[str],
+) -> str:
+    """That a run has not logged the metric, and what it has."""
+    return f"metric: '{metric}' was not logged by {cell.label}{choices_message(metric, logged)}"
 
 
 def last_words(cell: Cell, lines: int = 1) -> str:
@@ -97,7 +109,7 @@ def compared(
     of_cells: Sequence[Outcome],
     study: Study,
 ) -> Iterator[Row]:
-    """A row for each arm, in their order. Cells that diverged or have no result yet are in no number."""
+    """A row for each arm, in their order. Cells that are not finished with a score are in no number."""
     values: dict[str, dict[int, float]] = {arm.key: {} for arm in arms}
     results: dict[str, list[dict[str, Any]]] = {arm.key: [] for arm in arms}
     for outcome in of_cells:

@@ -48,7 +48,7 @@ def write_report(
 
     Where there is something of them, `recorded` as PNG and SVG and `search.csv` too.
 
-    Returns the table with its notes. Raises: ExperimentError where no cell is finished, for a metric that was not
+    Returns the table with its notes. Raises: ExperimentError where no cell is finished, for a metric that no run has
     logged, and where the files cannot be written.
     """
     metric, mode = chosen
@@ -63,6 +63,7 @@ def write_report(
         said += search_notes(search)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    said += draw_recorded(study.draw, rows, of_cells, folder / "recorded")
     table = markdown(rows, metric)
     write_text(folder / "table.md", table + "\n" + "".join(f"- {note}\n" for note in said))
     write_text(folder / "table.csv", rows_csv(rows))
@@ -71,8 +72,6 @@ def write_report(
         write_text(folder / "search.csv", search_csv(search))
     draw_curves(rows, of_cells, metric, folder / "curves")
     draw_dots(rows, of_cells, metric, folder / "seeds")
-    if study.draw:
-        draw_recorded(study.draw, rows, of_cells, folder / "recorded")
     page = Page(f"Study {study.path.stem}")
     page.table(headings(rows, metric), body(rows))
     page.items(said)
@@ -80,7 +79,7 @@ def write_report(
     page.image(folder / "seeds.svg", _DOTS)
     page.heading("Learning curves")
     page.image(folder / "curves.svg", _CURVES)
-    if study.draw:
+    if (folder / "recorded.svg").exists():
         page.heading("Recorded")
         page.image(folder / "recorded.svg", _RECORDED)
     if search is not None:

@@ -151,6 +151,7 @@ def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
     said = []
     what = {
         State.DIVERGED: "Diverged, and in no number here",
+        State.WITHOUT: "Finished without the metric, and in no number here",
         State.UNFINISHED: "Not finished, and in no number here",
         State.MISSING: "Not run",
     }
