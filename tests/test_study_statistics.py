@@ -187,6 +187,23 @@ def test_the_page_needs_no_other_file_and_shows_text_as_it_is(reported):
     assert (folder / "table.md").read_text().startswith("| arm | test/score |")
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_commands_are_whole_and_say_which_run_they_make(study):
+    definition, arms, cells = study
+    arms[1].settings["threads"] = 3
+    chosen, trust = chosen_metric(definition, arms), ["--trust", "mine"]
+    write_report(definition, arms, cells, chosen, cells[0].root, ["study", "s.yaml"], None, trust)
+    page = (cells[0].root / "report.html").read_text()
+    assert "<pre>python -m experiments study s.yaml --trust mine</pre>" in page
+    place = f"--trainer.default_root_dir={cells[0].of_arm}"
+    command = f"--seed_everything=0 --name=seed_0 {place} --threads={torch.get_num_threads()} --trust mine\n"
+    [shown] = re.findall(r"# first, seed 0\npython -m experiments fit --config \S*config.yaml (.*\n)", page)
+    assert shown == command
+    for label in ("gone, seed 0", "first, seed 3"):  # the config says it, and not known
+        [shown] = re.findall(rf"# {label}\n(.*)", page)
+        assert "--threads" not in shown
+
+
 def test_a_report_made_again_is_the_same(reported):
     _, folder, study = reported
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

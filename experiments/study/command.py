@@ -59,7 +59,7 @@ def main(invocation: Invocation) -> None:
     if run is None or any(cell.result is not None for cell in cells):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
         command += ["--output", str(folder)] if options.output else []
-        table = write_report(study, arms, cells, (metric, mode), folder, command, search)
+        table = write_report(study, arms, cells, (metric, mode), folder, command, search, _trust(invocation.trusted))
         print(f"\n{table}\n\nwritten: {folder / 'report.html'}")
     if failed:
         raise SystemExit(1)
@@ -123,7 +123,7 @@ class _Runner:
 
     def __init__(self, study: Study, options: Namespace, trusted: Sequence[str], lock: IO[str]) -> None:
         self._cluster, self._options = study.cluster, options
-        self._trust = [word for module in trusted for word in ("--trust", module)]
+        self._trust = _trust(trusted)
         self._at_once = options.jobs or 1
         self._threads = max(1, len(os.sched_getaffinity(0)) // self._at_once)
         self._start: Callable[[Job], Running] = partial(Process, lock=lock)
@@ -151,6 +151,10 @@ class _Runner:
         if board.failed:
             print(f"\n{board.errors()}", file=sys.stderr)
         return bool(board.failed)
+
+
+def _trust(modules: Sequence[str]) -> list[str]:
+    return [word for module in modules for word in ("--trust", module)]
 
 
 def _threads(cell: Cell, threads: int) -> list[str]:

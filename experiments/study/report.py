@@ -43,6 +43,7 @@ def write_report(
     folder: Path,
     command: Sequence[str],  # that made the study
     search: Searched | None = None,
+    trust: Sequence[str] = (),  # the options of every command
 ) -> str:
     """Write `table.md`, `table.csv`, `cells.csv`, `curves` and `seeds` as PNG and SVG, and `report.html`.
 
@@ -86,8 +87,9 @@ def write_report(
         page.heading(f"Search: {search.metric}")
         page.table(*search_table(search))
     page.heading("Commands")
-    page.code(_shell(command))
-    page.code("\n".join(_shell(cell.command) for cell in [*(search.cells if search else ()), *cells]))
+    page.code(_shell([*command, *trust]))
+    every = [*(search.cells if search else ()), *cells]
+    page.code("\n".join(f"# {cell.label}\n{_shell([*cell.command, *_threads(cell), *trust])}" for cell in every))
     page.heading("The study")
     page.code(study.path.read_text(encoding="utf-8"))
     failed = [cell for cell in (search.cells if search else ()) if cell.result is None and cell.log.exists()]
@@ -97,6 +99,12 @@ def write_report(
         page.code(last_words(cell, lines=10))
     write_text(folder / "report.html", page.html())
     return table + "\n" + "\n".join(said)
+
+
+def _threads(cell: Cell) -> list[str]:
+    """The threads that the run had, where its config does not say."""
+    threads = (cell.result or {}).get("threads")
+    return [f"--threads={threads}"] if threads and not cell.arm.settings.get("threads") else []
 
 
 def _shell(arguments: Sequence[str]) -> str:
