@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import experiments.study.plots
 import experiments.study.recorded
 import experiments.study.report
 from experiments.core.errors import ExperimentError
@@ -16,6 +17,7 @@ from experiments.core.task import Monitor
 from experiments.study.cells import Arm, Cell
 from experiments.study.definition import Cluster, Metric, Published, Study
 from experiments.study.outcomes import State, chosen_metric, compared, outcomes
+from experiments.study.plots import ZERO_WIDTH, draw_curves, draw_dots
 from experiments.study.recorded import draw_recorded
 from experiments.study.report import write_report
 from experiments.study.statistics import difference, estimate, smallest_p
@@ -282,6 +284,32 @@ def test_what_is_not_recorded_is_a_note_of_the_report(study):
     assert "Not drawn: no run has recorded 'val/scor'. Did you mean 'val/score'?" in text
     assert "damaged.csv: no file of histograms" in text
     assert "<h2>Recorded</h2>" not in (cells[0].root / "report.html").read_text()
+
+
+def test_names_are_drawn_as_they_are(study, monkeypatch):
+    definition, _, cells = study
+    names = ["_first", r"$x_{$ \$5", "one $", "one|<b>"]
+    arms = [cells[4 * i].arm._replace(name=name) for i, name in enumerate(names)]
+    cells = [cell._replace(arm=arms[i // 4]) for i, cell in enumerate(cells)]
+    of_cells = outcomes(cells, "test/score")
+    rows = list(compared(arms, of_cells, definition))
+    drawn = []
+    for module in (experiments.study.plots, experiments.study.recorded):
+        monkeypatch.setattr(module, "save", lambda figure, stem: drawn.append(figure))
+    for draw in (draw_curves, draw_dots):
+        draw(rows, of_cells, "test/score", cells[0].root / "picture")
+    draw_recorded(["val/score"], rows, of_cells, cells[0].root / "picture")
+    write_histograms(cells[0].run.path / "$a$.csv", [Histogram(2, "", [-1.0, 0.0, 1.0], [1, 2])])
+    draw_recorded(["$a$"], rows, of_cells, cells[0].root / "picture")
+    for figure in drawn:
+        figure.draw_without_rendering()  # which is where a formula would be read
+    curves, dots, recorded, histograms = drawn
+    ticks = [tick.get_text() for tick in dots.axes[0].get_xticklabels()]
+    assert [tick.replace(r"\$", "$").strip(ZERO_WIDTH) for tick in ticks] == names
+    for figure, count in ((curves, 5), (recorded, 4), (histograms, 1)):  # an arm each, and a run that diverged
+        shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert len(shown) == count
+        assert shown[0].startswith(f"{ZERO_WIDTH}_first (")
 
 
 def test_without_a_finished_cell_there_is_no_report(study):

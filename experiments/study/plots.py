@@ -10,6 +10,7 @@ from experiments.core.metrics_file import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 
 _STAGES = ("train", "val")
+ZERO_WIDTH = "\u200b"  # a space that is not seen
 Curve = dict[int, float]  # values by step
 
 
@@ -39,7 +40,7 @@ def draw_curves(
             for outcome in of_arm:
                 if outcome.state is State.DIVERGED:
                     of_run = read[outcome.cell.id][stage]
-                    label = f"{outcome.cell.label}: diverged"
+                    label = as_label(f"{outcome.cell.label}: diverged")
                     axes.plot(list(of_run), list(of_run.values()), ":", **style, label=label)
         axes.legend()
     save(figure, stem)
@@ -78,7 +79,7 @@ def draw_dots(
         if outcome.state is State.DIVERGED:
             top = axes.get_xaxis_transform()
             axes.plot(place[outcome.cell.arm.key], 0.97, "x", color="C3", transform=top, clip_on=False)
-    axes.set_xticks(range(len(rows)), [row.arm.name for row in rows])
+    axes.set_xticks(range(len(rows)), [as_label(row.arm.name) for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set(ylabel=metric)
     save(figure, stem)
@@ -88,7 +89,7 @@ def draw_band(axes: Any, curves: list[Curve], label: str, style: dict[str, Any])
     """A line of the curves' mean where all have a value, with their range as a band."""
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     points = [[curve[step] for curve in curves] for step in steps]
-    axes.plot(steps, [math.fsum(at) / len(at) for at in points], **style, label=label)
+    axes.plot(steps, [math.fsum(at) / len(at) for at in points], **style, label=as_label(label))
     axes.fill_between(steps, [min(at) for at in points], [max(at) for at in points], alpha=0.2, **style)
 
 
@@ -96,6 +97,14 @@ def curve(outcome: Outcome, name: str) -> Curve:
     """The finite values that a run logged by this name."""
     values = ((int(row["step"]), float(row[name])) for row in read_metrics(outcome.cell.run.metrics) if name in row)
     return {step: value for step, value in values if math.isfinite(value)}
+
+
+def as_label(text: str) -> str:
+    """The text as matplotlib is to get it, to show it as it is.
+
+    Between two `$` it reads mathematics, and a line whose label begins with `_` is not in its legend.
+    """
+    return f"{ZERO_WIDTH if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
 def new_figure(figsize: tuple[float, float]) -> Any:

@@ -8,7 +8,7 @@ from experiments.core.errors import ExperimentError, choices_message, writing
 from experiments.core.histograms import Histogram, read_histograms
 from experiments.core.metrics_file import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
-from experiments.study.plots import curve, draw_band, new_figure, save
+from experiments.study.plots import as_label, curve, draw_band, new_figure, save
 
 _ACROSS = 3  # panels beside each other
 Panel = dict[str, list[Any]]  # what each arm's runs have, by the arm's key
@@ -46,7 +46,7 @@ def draw_recorded(
     figure = new_figure(figsize=(5.5 * across, 4.5 * down))
     shown = figure.subplots(down, across, squeeze=False).flatten()
     for axes, (title, by_arm) in zip(shown, panels.items(), strict=False):
-        axes.set(title=title)
+        axes.set(title=as_label(title))
         for i, row in enumerate(rows):
             if of_arm := by_arm.get(row.arm.key):
                 draw = _draw_shares if isinstance(of_arm[0], Histogram) else draw_band
@@ -98,6 +98,6 @@ def _draw_shares(axes: Any, histograms: list[Histogram], label: str, style: dict
     edges = list(histograms[0].edges)
     shares = [[count / max(1, sum(histogram.counts)) for count in histogram.counts] for histogram in histograms]
     of_bins = list(zip(*shares, strict=True))
-    axes.stairs([sum(of_bin) / len(of_bin) for of_bin in of_bins], edges, **style, label=label)
+    axes.stairs([sum(of_bin) / len(of_bin) for of_bin in of_bins], edges, **style, label=as_label(label))
     lowest, highest = [min(of_bin) for of_bin in of_bins], [max(of_bin) for of_bin in of_bins]
     axes.stairs(highest, edges, baseline=lowest, fill=True, alpha=0.2, **style)
