@@ -67,6 +67,7 @@ def written(folder, **changes):
         ({"search": {"values": [1, 2], "seeds": [7]}}, ["search: setting", "None"]),
         ({"search": {"setting": "seed_everything", "values": [1, 2], "seeds": [7]}}, ["search", "the study itself"]),
         ({"search": {"setting": LR, "values": [1, 1], "seeds": [7]}}, ["search: values", "different"]),
+        ({"search": {"setting": LR, "values": [0.1, "0.1"], "seeds": [7]}}, ["[0.1, '0.1']", "different as text"]),
         ({"search": {"setting": LR, "values": [1, None], "seeds": [7]}}, ["search: values", "numbers or names"]),
         ({"search": {"setting": LR, "values": [1, 2]}}, ["search: seeds", "None"]),
         ({"search": {"setting": LR, "values": [1, 2], "seeds": [7, 1]}}, ["search: seeds: 1", "other seeds"]),
@@ -269,6 +270,13 @@ def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, 
     assert main(["report", *command[1:]]) == 0
     assert (tmp_path / "out/report.html").read_text() == page
     assert page.count("--seed_everything=7") == 3
+
+
+def test_values_that_are_nearly_equal_are_searched_each(tmp_path, made_up):
+    search = {"setting": LR, "values": [0.12345671, 0.12345672], "seeds": [7]}
+    of_trials = experiments.study.search.trials(read_study(written(tmp_path, search=search)), [], [], tmp_path)
+    assert [trial.cells[0].label for trial in of_trials] == ["MI, 0.12345671, seed 7", "MI, 0.12345672, seed 7"]
+    assert len({trial.arm.key for trial in of_trials}) == 2
 
 
 def test_arms_whose_search_gives_no_value_are_left_out_and_no_others(tmp_path, capsys, made_up):

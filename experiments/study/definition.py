@@ -199,8 +199,10 @@ def _search(given: Any, seeds: list[int]) -> Search | None:
         )
     refuse_own(setting, f"study: search: {setting}")
     are_values = isinstance(values, list) and all(isinstance(value, str) or _is_number(value) for value in values)
-    if not are_values or len(values) < 2 or len(set(values)) < len(values):
-        raise ExperimentError(f"study: search: values: got {values!r}, expected a list of different numbers or names.")
+    if not are_values or len(values) < 2 or any(len(set(of)) < len(values) for of in (values, map(str, values))):
+        raise ExperimentError(
+            f"study: search: values: got {values!r}, expected a list of numbers or names, all different as text."
+        )
     own = _seeds(whole.get("seeds"), "search: seeds")
     if both := sorted(set(own) & set(seeds)):
         raise ExperimentError(f"study: search: seeds: {both[0]} is one of the study's too, expected other seeds.")

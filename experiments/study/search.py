@@ -54,9 +54,7 @@ def trials(
     if any(change.partition("=")[0] == search.setting for change in changes):
         raise ExperimentError(f"study: --set {search.setting}: the study searches for it. Take one of them out.")
     tried = [(name, value) for name in study.arms for value in search.values]
-    arms = {
-        f"{name}, {value:g}" if isinstance(value, float) else f"{name}, {value}": (name, value) for name, value in tried
-    }
+    arms = {f"{name}, {value}": (name, value) for name, value in tried}
     settings = {label: {**study.arms[name], search.setting: value} for label, (name, value) in arms.items()}
     return [
         Trial(*of, arm, [Cell(arm, seed, folder) for seed in search.seeds])
