@@ -288,6 +288,13 @@ def test_arms_whose_search_gives_no_value_are_left_out_and_no_others(tmp_path, c
     assert main(command) == 1
     assert made_up.started[8:] == [(seed, 0.01) for _ in "AB" for seed in (0, 1)]
     shown = capsys.readouterr()
+    assert "search: 8 cells: 0 finished, 8 to run" in shown.out
+    assert (
+        "[search: 8 of 8, 2 failed] B, 0.01, seed 7: 2.0000 after 0:00:00; about 0:00:00 left of the search\n"
+        in shown.out
+    )
+    assert "\n4 cells: 0 finished, 4 to run" in shown.out
+    assert "\n[4 of 4] B, seed 1: 2.5000 after 0:00:00; about 0:00:00 left\n" in shown.out
     assert "failed: Failing, 0.001, seed 7 (exit code 1" in shown.err
     why = {
         "Failing": "Failing, 0.001, seed 7 is not finished (out of memory); Failing, 0.01, seed 7 is not finished",

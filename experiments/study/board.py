@@ -28,6 +28,7 @@ class Board:
         to_run: those that are run now, in the order of the jobs.
         metric: what is shown of a finished cell.
         at_once: how many run beside each other.
+        part: the part of the study that these cells are, where they are not the last.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Board:
         to_run: Sequence[Cell],
         metric: str,
         at_once: int,
+        part: str = "",
     ) -> None:
         self.failed: dict[int, int] = {}  # exit codes
         self._arms, self._cells, self._to_run, self._metric, self._at_once = arms, cells, to_run, metric, at_once
@@ -48,6 +50,7 @@ class Board:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._drawn_at = 0.0
         self._is_told = False
+        self._part = part
 
     def __enter__(self) -> "Board":
         if self._live is not None:
@@ -113,7 +116,8 @@ class Board:
 
     def _progress(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
-        return f"{len(self._done)} of {len(self._cells)}{failed}"
+        of = f"{self._part}: " if self._part else ""
+        return f"{of}{len(self._done)} of {len(self._cells)}{failed}"
 
     def _time_left(self) -> str:
         """From the cells that are through, and what those that run say themselves."""
@@ -129,7 +133,7 @@ class Board:
         for index in running:
             left = own[index]
             seconds += max(mean - (now - self._began[index]), 0) if left is None else left
-        return f"about {_clock(seconds / self._at_once)} left"
+        return f"about {_clock(seconds / self._at_once)} left{f' of the {self._part}' if self._part else ''}"
 
     def _tell_once_without(self, cell: Cell) -> None:
         """Say at once that a run is without the metric: its name may be wrong, and the other runs last."""

@@ -47,7 +47,7 @@ def main(invocation: Invocation) -> None:
         if study.search is not None:
             if run is not None:
                 of_trials = [cell for trial in tried for cell in trial.cells]
-                failed = run(arms, of_trials, f"val/{arms[0].monitor.name}")
+                failed = run(arms, of_trials, f"val/{arms[0].monitor.name}", "search")
             search = searched(study.search, tried)
             _tell_left_out(search)
             study = with_found(study, search)
@@ -129,8 +129,8 @@ class _Runner:
         self._start: Callable[[Job], Running] = partial(Process, lock=lock)
         self._is_joined = False
 
-    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str) -> bool:
-        """Run them, tell what those that failed said, and return whether any did."""
+    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str, part: str = "") -> bool:
+        """Run them, tell what those that failed said, and return whether any did; for `part` see `Board`."""
         missing = [cell for cell in cells if cell.result is None]
         if self._options.cluster and missing and not self._is_joined:
             from experiments.study.cluster import connect  # Ray is an extra
@@ -142,11 +142,11 @@ class _Runner:
             write_config(cell)
         jobs = [Job(cell, [*_threads(cell, self._threads), *self._trust]) for cell in missing]
         print(
-            f"{len(cells)} cells: {len(cells) - len(missing)} finished, {len(missing)} to run, {at_once} at once, "
-            f"{self._threads} threads each where the config does not say.",
+            f"{part and part + ': '}{len(cells)} cells: {len(cells) - len(missing)} finished, {len(missing)} to run, "
+            f"{at_once} at once, {self._threads} threads each where the config does not say.",
             flush=True,
         )
-        with Board(arms, cells, missing, metric, at_once) as board:
+        with Board(arms, cells, missing, metric, at_once, part) as board:
             run_all(jobs, self._start, at_once, board)
         if board.failed:
             print(f"\n{board.errors()}", file=sys.stderr)
