@@ -76,6 +76,11 @@ def test_equal_differences_have_the_interval_of_no_spread():
     assert difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == ((0.0, 0.0, 0.0, 2), 1.0)
 
 
+def test_differences_that_are_equal_but_for_rounding_give_no_warning():
+    paired = difference({0: 0.3, 1: 0.7}, {0: 0.4, 1: 0.8})
+    close(tuple(paired.estimate), (0.1, 0.1, 0.1, 2))
+
+
 # Fabricated runs: test/score by arm and seed. 'gone' diverged with seed 2, and 'few' has seeds 0 and 3 alone.
 SCORES = {
     "first": {0: 1.0, 1: 2.0, 2: 3.0},
@@ -229,6 +234,14 @@ def test_a_cell_without_the_metric_is_in_no_number_and_refuses_no_other(study):
     close((first.mean.mean, first.mean.count), (2.5, 2))
     said = " ".join(notes([first], of_cells, "test/score", "max"))
     assert "Finished without the metric, and in no number here: first, seed 0." in said
+
+
+def test_an_arm_without_a_seed_has_no_sentence_on_its_pairs(study):
+    definition, arms, cells = study
+    of_cells = outcomes([cell for cell in cells if cell.arm.name in ("first", "one|<b>")], "test/score")
+    said = " ".join(notes(list(compared(arms, of_cells, definition)), of_cells, "test/score", "max"))
+    assert "one|<b> has 1 seeds and first 3" in said
+    assert "few has" not in said
 
 
 def test_a_run_without_a_result_and_one_with_a_damaged_one_are_unfinished(study):

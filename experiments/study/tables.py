@@ -136,7 +136,7 @@ def _of_pairs(rows: Sequence[Row]) -> list[str]:
         pairs = row.difference.estimate.count if row.difference.estimate else 0
         counts.add(pairs)
         ours, firsts = (of.mean.count if of.mean else 0 for of in (row, first))
-        if not ours == firsts == pairs:
+        if pairs and not ours == firsts == pairs:
             said.append(
                 f"{row.arm.name} has {ours} seeds and {first.arm.name} {firsts}: the difference is over the {pairs} "
                 "that both have, and may not be that of the means."
