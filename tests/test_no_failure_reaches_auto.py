@@ -24,7 +24,7 @@ STAGES = {
     "planning": ("multint.engines.plan", "plan"),
     "lowering": ("multint.engines.lowering", "lower"),
     "compiling": ("multint.engines.kernel", "Kernel._compile"),
-    "running": ("multint.engines.executor", "execute"),
+    "running": ("multint.engines.stepwise", "execute"),
 }
 # A backward pass may be the first to compile a piece, and runs by itself.
 IN_BACKWARD = ("compiling", "running")

@@ -135,11 +135,16 @@ class Explanation:
         if self._program is None:
             return ""
         from multint.engines.budget import steps_at_a_time
+        from multint.engines.native import why_not
 
         (steps, rows), schedule = self._size, self._program.whole()
         chunk = steps_at_a_time(self._program, steps, rows)
         kept = chunk * rows * schedule.bytes_per_row() / 2**20
         lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
+        for title, section in (("forward", schedule.forward), ("backward", schedule.reverse)):
+            if section:
+                reason = why_not(self._program, schedule, section is schedule.reverse)
+                lines.append(f"run {title} by " + (f"Python, step by step: {reason}" if reason else "native code"))
         if chunk < steps:
             lines.append(f"more would not fit the budget: {-(-steps // chunk)} parts of {chunk} steps, each run twice")
         return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""Running a schedule: its loops in Python, what is before them by autograd, and the loops as one autograd function.
+"""Running a schedule: what is before its loops by autograd, and the loops as one autograd function.
 
-Another executor, such as a native loop or a captured graph, takes the place of `execute` alone.
+A loop is run by native code (`native.py`) where it has one, else step by step in Python (`stepwise.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,77 +14,12 @@ from torch import Tensor
 from multint.engines import private
 from multint.engines.failures import report
 from multint.engines.lowering import OUTPUT_GRADIENT
+from multint.engines.native import loop_of
 from multint.engines.program import Program
-from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
+from multint.engines.schedule import At, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
+from multint.engines.stepwise import Memory, execute, memory_of
 from multint.errors import EngineError, in_a_line
-from multint.products import differentiable_product, prepared_product, untracked_transposed_product
-
-_BY_STEP = (Extent.EACH, Extent.STATES, Extent.TURNS)
-
-# What a buffer's name stands for in a run: a value or, where there is one for each step, a sequence of them.
-Memory = dict[str, Any]
-
-
-def execute(
-    instructions: Sequence[Instruction], buffers: dict[str, Buffer], memory: Memory, order: range, rows: int
-) -> None:
-    """Run a section of a schedule for each step, in the order given. What products return is put into the memory."""
-    slots = {at: slot for slot, at in enumerate(dict.fromkeys(a for i in instructions for a in (*i.reads, *i.writes)))}
-    by_step = [at for at in slots if buffers[at.buffer].extent in _BY_STEP]
-    returned = {i.result for i in instructions if isinstance(i, Product) and not i.adds}
-    values = [memory.get(at.buffer) for at in slots]
-    moving = [(slots[at], memory[at.buffer], at.later or 0) for at in by_step if at not in returned]
-    calls = [_ready(i, slots, buffers, memory, len(order), rows) for i in instructions]
-    # The views are made as they are needed: thousands of them alive at once set off Python's garbage collector, which
-    # costs more than they do.
-    for t in order:
-        for slot, sequence, later in moving:
-            values[slot] = sequence[t + later]
-        for call in calls:
-            call(values, t)
-
-
-def _ready(
-    instruction: Instruction, slots: dict[At, int], buffers: dict[str, Buffer], memory: Memory, steps: int, rows: int
-) -> Callable[[list[Any], int], None]:
-    """An instruction as a function of the values of one step."""
-    if isinstance(instruction, Call):
-        kernel, places = instruction.kernel, [slots[at] for at in (*instruction.reads, *instruction.writes)]
-
-        def call(values: list[Any], t: int) -> None:
-            kernel([values[place] for place in places])
-
-        return call
-    assert isinstance(instruction, Product)
-    result, left, adds = slots[instruction.result], slots[instruction.left], instruction.adds
-    matrix: Tensor = memory[instruction.matrix.buffer]
-    times = prepared_product(matrix.t() if instruction.transposed else matrix, rows, steps)
-    name = instruction.result.buffer
-    store = memory[name] if buffers[name].extent in _BY_STEP and not adds else None
-
-    def multiply(values: list[Any], t: int) -> None:
-        made = times(values[left])
-        if adds:
-            values[result].add_(made)
-            return
-        values[result] = made
-        if store is not None:
-            store[t] = made
-
-    return multiply
-
-
-class Turns:
-    """A value for each step of which two are there: this step's and the next one's."""
-
-    def __init__(self, pair: list[Tensor]) -> None:
-        self.pair = pair
-
-    def __getitem__(self, t: int) -> Tensor:
-        return self.pair[t % 2]
-
-    def __setitem__(self, t: int, value: Tensor) -> None:
-        self.pair[t % 2] = value
+from multint.products import differentiable_product, untracked_transposed_product
 
 
 def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
@@ -143,15 +78,20 @@ class Scan(torch.autograd.Function):
         schedule = program.schedule(wanted)
         buffers, rows = schedule.buffers, len(arguments[-1])
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
+        loop = loop_of(program, schedule, reverse=False)
+        allocate = loop.memory_of if loop else memory_of
         for name in dict.fromkeys(write.buffer for instruction in schedule.forward for write in instruction.writes):
-            memory[name] = _memory(buffers[name], steps, rows)
+            memory[name] = allocate(buffers[name], steps, rows)
         for name, first in zip(schedule.states, arguments[-len(schedule.states) :], strict=True):
             memory[name][0] = first
-        execute(schedule.forward, buffers, memory, range(steps), rows)
+        if loop:
+            loop(memory, range(steps), rows)
+        else:
+            execute(schedule.forward, buffers, memory, range(steps), rows)
         ctx.program, ctx.schedule, ctx.asked = program, schedule, asked
         if schedule.reverse:
             kept = [memory[name] if isinstance(memory[name], list) else [memory[name]] for name in schedule.kept]
-            ctx.counts = [len(some) for some in kept]
+            ctx.counts = [len(memory[name]) if isinstance(memory[name], list) else None for name in schedule.kept]
             ctx.save_for_backward(*arguments, *(tensor for some in kept for tensor in some))
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
         final = [memory[name][steps].clone() for name in schedule.states]
@@ -169,11 +109,10 @@ class Scan(torch.autograd.Function):
             return None, None, None, None, *gradients
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
         for name, count in zip(schedule.kept, ctx.counts, strict=True):
-            by_product = schedule.buffers[name].by_product
-            memory[name], saved = (saved[:count] if by_product else saved[0]), saved[count:]
+            memory[name], saved = (saved[0], saved[1:]) if count is None else (saved[:count], saved[count:])
         try:
             with torch.autocast(d_output.device.type, enabled=False):
-                gradients = _backward(schedule, memory, d_output, d_final)
+                gradients = _backward(ctx.program, schedule, memory, d_output, d_final)
         except Exception as error:
             ctx.program.failure = f"fused: its backward pass failed by {in_a_line(error)}"
             if ctx.asked:
@@ -183,29 +122,26 @@ class Scan(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _memory(buffer: Buffer, steps: int, rows: int, zeros: bool = False) -> Any:
-    """Memory for what is made of a buffer: nothing yet where a product returns it."""
-    if buffer.by_product and not zeros:
-        return [None] * steps
-    if buffer.extent is Extent.TURNS:
-        return [buffer.empty(rows).zero_()] * (steps + 1) if zeros else Turns([buffer.empty(rows) for _ in range(2)])
-    count = {Extent.EACH: steps, Extent.STATES: steps + 1}.get(buffer.extent)
-    made = buffer.empty(rows, count)
-    return made.zero_() if zeros else made
-
-
-def _backward(schedule: Schedule, memory: Memory, d_output: Tensor, d_final: tuple[Tensor, ...]) -> list[Tensor | None]:
+def _backward(
+    program: Program, schedule: Schedule, memory: Memory, d_output: Tensor, d_final: tuple[Tensor, ...]
+) -> list[Tensor | None]:
     """The reverse loop and the epilogue: the gradients of the schedule's arguments."""
+    loop = loop_of(program, schedule, reverse=True)
+    allocate = loop.memory_of if loop else memory_of
     buffers, (steps, rows) = schedule.buffers, d_output.shape[:2]
     made = [write.buffer for instruction in schedule.reverse for write in instruction.writes]
     for name in dict.fromkeys([*made, *schedule.cleared]):
-        memory[name] = _memory(buffers[name], steps, rows, name in schedule.cleared)
+        memory[name] = allocate(buffers[name], steps, rows, name in schedule.cleared)
     memory[OUTPUT_GRADIENT] = d_output.contiguous()
     for d_state, given in zip(schedule.gradients[-len(schedule.states) :], d_final, strict=True):
         if d_state is not None:
             # A copy, since it is written over; in its dtype, for where it has no derivative autograd gives others.
             memory[d_state][steps] = given.to(buffers[d_state].dtype, copy=True, memory_format=torch.contiguous_format)
-    execute(schedule.reverse, buffers, memory, range(steps - 1, -1, -1), rows)
+    backward = range(steps - 1, -1, -1)
+    if loop:
+        loop(memory, backward, rows)
+    else:
+        execute(schedule.reverse, buffers, memory, backward, rows)
     for instruction in schedule.epilogue:
         if isinstance(instruction, Sum):
             memory[instruction.result.buffer] = memory[instruction.source.buffer].sum(0)

@@ -11,12 +11,12 @@ class StepError(Exception):
     """The step itself has raised the cause of this."""
 
 
-def report(reason: str) -> None:
+def report(reason: str, effect: str = "the compiled scan is not used") -> None:
     """Warn of an internal failure, once for each reason: the result is the loop's all the same."""
     if reason not in _told:
         _told.add(reason)
         warnings.warn(
-            f"multint: the compiled scan is not used, since {reason}. The results are right, and slower to come by. "
+            f"multint: {effect}, since {reason}. The results are right, and slower to come by. "
             "Please report this with the cell's step.",
             stacklevel=2,
         )

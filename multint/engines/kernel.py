@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from multint.engines import private
+from multint.engines.cpp import RefusedError, function_of
 from multint.engines.private import StandIns
 from multint.errors import in_a_line
 
@@ -28,6 +29,11 @@ def eager_pieces() -> Iterator[None]:
         yield
     finally:
         _settings["compile"] = before
+
+
+def compiles() -> bool:
+    """Whether anything is to be compiled."""
+    return _settings["compile"]
 
 
 class Kernel:
@@ -54,15 +60,38 @@ class Kernel:
         self._count = len(inputs)
         self._world = world
         self._compiled: Callable[[list[Tensor]], Any] | None = None
+        self._cpp: str | RefusedError | None = None
 
     def __call__(self, arguments: list[Tensor]) -> None:
         """Run on the inputs and the buffers, in one list, which it may empty."""
-        if not _settings["compile"]:
-            self._write(*arguments)
+        if not compiles():
+            self.eagerly(arguments)
             return
         if self._compiled is None:
             self._compiled = self._compile()
         self._compiled(arguments)
+
+    def eagerly(self, arguments: list[Tensor]) -> None:
+        """The same op by op, by the operations that were traced."""
+        self._write(*arguments)
+
+    def cpp(self) -> str:
+        """Its C++ function of one row, for a native loop.
+
+        Raises: RefusedError where it has none.
+        """
+        if self._cpp is None:
+            from multint.engines.capture import TRACING, unaware
+
+            with TRACING:
+                try:
+                    graph = unaware(private.plain, self.module, self._stand_ins[: self._count], self._world)
+                    self._cpp = function_of(graph, self.adds)
+                except RefusedError as error:
+                    self._cpp = error
+        if isinstance(self._cpp, RefusedError):
+            raise self._cpp
+        return self._cpp
 
     def operations(self) -> int:
         """How many operations it has."""

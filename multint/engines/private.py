@@ -9,6 +9,8 @@ What is slow to import is imported where it is used: most programs never trace.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -138,9 +140,9 @@ def version(tensor: Tensor) -> tuple[int, int]:
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
-# What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1: near 0 it is accurate in absolute terms only, and faster. The
-# asserts would run at every step, and the engine gives contiguous tensors of the right sizes.
-_OPTIONS = {"cpp.use_decompose_tanh": True, "alignment_asserts": False}
+# What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1 would be accurate near 0 in absolute terms only. The asserts
+# would run at every step, and the engine gives contiguous tensors of the right sizes.
+_OPTIONS = {"cpp.use_decompose_tanh": False, "alignment_asserts": False}
 
 
 def compiled(
@@ -164,6 +166,56 @@ def compiled(
     # Beneath `made` itself, which looks for a profiler at every call.
     run: Callable[[list[Tensor]], Any] = getattr(made, "current_callable", None) or made
     return run
+
+
+def plain(module: fx.GraphModule, stand_ins: list[Tensor], world: StandIns) -> fx.Graph:
+    """The module's graph with composite operations, such as norms and derivatives, in terms of plainer ones."""
+    with torch.no_grad():
+        graph: fx.Graph = world.trace(module, [world.like(s) for s in stand_ins], _decompositions()).graph
+    graph.eliminate_dead_code()
+    return graph
+
+
+# By those that torch has for them.
+_COMPOSITE = """
+    addcdiv addcmul constant_pad_nd elu elu_backward fill gelu gelu_backward hardsigmoid hardsigmoid_backward hardswish
+    hardswish_backward hardtanh hardtanh_backward leaky_relu leaky_relu_backward lerp log_sigmoid_backward
+    log_sigmoid_forward _log_softmax _log_softmax_backward_data logsumexp masked_fill mish native_layer_norm
+    native_layer_norm_backward new_full new_ones new_zeros ones_like rsub select_backward sigmoid_backward silu
+    silu_backward slice_backward _softmax _softmax_backward_data softplus softplus_backward square stack tanh_backward
+    threshold_backward unsafe_split zeros_like
+"""
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import get_decompositions
+
+    aten: Any = torch.ops.aten
+    found: dict[Any, Callable[..., Any]] = get_decompositions(
+        [getattr(aten, name) for name in _COMPOSITE.split() if hasattr(aten, name)]
+    )
+    found[aten.mean.dim], found[aten.var_mean.correction] = _mean, _var_mean
+    return found
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    dims = list(range(x.ndim) if dim is None else dim)
+    return x.sum(dims, keepdim, dtype=dtype) / math.prod(x.shape[d] for d in dims)
+
+
+def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.ndim) if dim is None else dim)
+    mean = _mean(x, dims, keepdim=True)
+    count = math.prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
+    return (x - mean).square().sum(dims, keepdim) / count, mean if keepdim else mean.squeeze(dims)
+
+
+def cache_folder() -> str:
+    """Where Inductor keeps what it compiles."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 def surroundings() -> str:

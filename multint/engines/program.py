@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from multint.engines.capture import TRACING, unaware
 from multint.engines.lowering import Kernels, lower
 from multint.engines.plan import Plan
 from multint.engines.schedule import Schedule
 from multint.errors import EngineError
+
+if TYPE_CHECKING:
+    from multint.engines.native import Loop
 
 
 class Program:
@@ -15,6 +20,7 @@ class Program:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.failure = ""  # why it must not be run again
+        self.loops: dict[tuple[int, bool], Loop | str] = {}  # by schedule and direction, or why there is none
         self._kernels = Kernels(plan.world)
         self.forward = lower(plan, self._kernels, None)
         nodes = [*plan.streams, *(stage.matrix for stage in plan.stages), *plan.vectors]

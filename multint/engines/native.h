@@ -1,0 +1,220 @@
+// What every native loop is compiled with: vectors, functions of numbers, packed products, and the split over threads.
+//
+// It includes no header of torch: those alone would take the compiler many seconds.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, MOST_ROWS = 12;  // numbers of a vector; rows of a tile, by the number of registers
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, MOST_ROWS = 6;
+#else
+constexpr int WIDTH = 4, MOST_ROWS = 6;
+#endif
+constexpr int PANEL = 2 * WIDTH;  // columns of a packed matrix that lie together
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+
+// ---- Functions of one number, without branches, so that loops over them become vector code.
+
+// 2^n for a whole n from −127, which gives 0, to 128, which gives infinity.
+static inline float power_of_two(int32_t n) { return __builtin_bit_cast(float, (n + 127) << 23); }
+
+// e^r for |r| ≤ ln 2 / 2: 1 + r + r² q(r), q fitted to a relative error of 3e-9.
+static inline float near_one(float r) {
+  float q = 1.381453825160861e-3f;
+  q = q * r + 8.36874544620514e-3f;
+  q = q * r + 4.166838899254799e-2f;
+  q = q * r + 1.666652113199234e-1f;
+  q = q * r + 4.999999403953552e-1f;
+  return q * (r * r) + r + 1.0f;
+}
+
+// x − n ln 2, where n ln 2 is taken off in two parts, the first of which has few digits.
+static inline float remainder(float x, float n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+
+static inline float exponential(float x) {
+  const float bounded = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
+  const float n = __builtin_rintf(bounded * 1.44269504f);
+  const int32_t half = (int32_t)n >> 1;  // in two factors, since the largest results have none in one
+  return near_one(remainder(bounded, n)) * power_of_two(half) * power_of_two((int32_t)n - half);
+}
+
+static inline float logistic(float x) {
+  const float bounded = x > 88.0f ? 88.0f : x < -88.0f ? -88.0f : x;
+  const float n = __builtin_rintf(bounded * -1.44269504f);
+  return 1.0f / (1.0f + near_one(remainder(-bounded, n)) * power_of_two((int32_t)n));
+}
+
+// x p(x²) / q(x²), fitted to a relative error of 2e-8: a difference of exponentials would keep no digit of a small x.
+static inline float hyperbolic_tangent(float x) {
+  const float bounded = x > 9.02f ? 9.02f : x < -9.02f ? -9.02f : x, z = bounded * bounded;
+  float p = 1.3319114700038881e-8f, q = 7.762038194414345e-7f;
+  p = p * z + 2.0583516743499786e-5f;
+  q = q * z + 3.2830965938046575e-4f;
+  p = p * z + 3.4940370824187994e-3f;
+  q = q * z + 2.587108314037323e-2f;
+  p = p * z + 1.3379719853401184e-1f;
+  q = q * z + 4.671303629875183e-1f;
+  p = p * z + 1.0f;
+  q = q * z + 1.0f;
+  const float y = bounded * p / q;
+  return y > 1.0f ? 1.0f : y < -1.0f ? -1.0f : y;
+}
+
+static inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+
+// ---- Where a value stands: at a step, in a row, and for a part of the rows where each part sums up its own.
+
+struct Slot {
+  char *base;
+  int64_t step, row, part;  // distances in bytes
+  int64_t turns;            // 1: two values are there, the even steps' and the odd steps'
+  int64_t later;            // steps after the present one
+};
+
+struct Part {
+  int64_t number, count;     // of the parts, each a thread's
+  int64_t first, last;       // its rows
+  int64_t rows;              // of all parts
+  bool by_columns;           // products are split by columns, and not by rows
+};
+
+template <class T> static inline T *at(const Slot &slot, const Part &part, int64_t t, int64_t row) {
+  const int64_t step = slot.turns ? (t + slot.later) & 1 : t + slot.later;
+  return (T *)(slot.base + step * slot.step + row * slot.row + part.number * slot.part);
+}
+
+// ---- Products of a few rows with a matrix that is used at every step.
+
+// The matrix (inner, columns) as panels, each (inner, PANEL), the last one filled up with zeros.
+extern "C" void pack(const float *matrix, int64_t by_row, int64_t by_column, int64_t inner, int64_t columns,
+                     float *packed, int64_t threads) {
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    float *to = packed + panel * inner * PANEL;
+    const float *from = matrix + panel * PANEL * by_column;
+    const int64_t there = columns - panel * PANEL < PANEL ? columns - panel * PANEL : PANEL;
+    if (there < PANEL) std::memset(to, 0, sizeof(float) * inner * PANEL);
+    if (by_column == 1) {
+      for (int64_t k = 0; k < inner; ++k) std::memcpy(to + k * PANEL, from + k * by_row, sizeof(float) * there);
+    } else {
+      for (int64_t j = 0; j < there; ++j)
+        for (int64_t k = 0; k < inner; ++k) to[k * PANEL + j] = from[k * by_row + j * by_column];
+    }
+  }
+}
+
+extern "C" int64_t panel_columns() { return PANEL; }
+
+// ROWS rows times PANELS panels: all sums stay in registers over the whole inner dimension.
+template <int ROWS, int PANELS>
+static void tile(const float *left, const float *packed, float *result, int64_t inner, int64_t columns, int64_t there,
+                 bool adds) {
+  Vector sums[ROWS][2 * PANELS] = {};
+  for (int64_t k = 0; k < inner; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * PANELS; ++v) {
+      Vector some;
+      std::memcpy(&some, packed + ((v / 2) * inner + k) * PANEL + (v % 2) * WIDTH, sizeof some);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[r][v] += left[r * inner + k] * some;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    float *to = result + r * columns;
+    if (there == PANELS * PANEL) {
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * PANELS; ++v) {
+        Vector some = {};
+        if (adds) std::memcpy(&some, to + v * WIDTH, sizeof some);
+        some += sums[r][v];
+        std::memcpy(to + v * WIDTH, &some, sizeof some);
+      }
+    } else {
+      float line[2 * PANELS * WIDTH];
+      std::memcpy(line, sums[r], sizeof line);
+      for (int64_t j = 0; j < there; ++j) to[j] = adds ? to[j] + line[j] : line[j];
+    }
+  }
+}
+
+// A few rows leave registers free for several panels, whose sums hide each other's latency.
+template <int ROWS> constexpr int panels_of() { return ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1; }
+
+template <int ROWS>
+static int64_t some_panels(const float *left, const float *packed, float *result, int64_t inner, int64_t columns,
+                           int64_t panel, int64_t last, bool adds) {
+  constexpr int PANELS = panels_of<ROWS>();
+  const int64_t start = panel * PANEL;
+  const float *from = packed + start * inner;
+  if (panel + PANELS <= last) {
+    const int64_t there = columns - start < PANELS * PANEL ? columns - start : PANELS * PANEL;
+    tile<ROWS, PANELS>(left, from, result + start, inner, columns, there, adds);
+    return PANELS;
+  }
+  const int64_t there = columns - start < PANEL ? columns - start : PANEL;
+  tile<ROWS, 1>(left, from, result + start, inner, columns, there, adds);
+  return 1;
+}
+
+template <int ROWS>
+static int64_t rows_of(int64_t rows, const float *left, const float *packed, float *result, int64_t inner,
+                       int64_t columns, int64_t panel, int64_t last, bool adds) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return rows_of<ROWS - 1>(rows, left, packed, result, inner, columns, panel, last, adds);
+  }
+  return some_panels<ROWS>(left, packed, result, inner, columns, panel, last, adds);
+}
+
+// result (rows, columns) = or += left (rows, inner) @ the packed matrix (inner, columns).
+static void product(const Part &part, const float *left, const float *packed, float *result, int64_t inner,
+                    int64_t columns, bool adds) {
+  int64_t first = part.first, last = part.last, panel = 0, panels = (columns + PANEL - 1) / PANEL;
+  if (part.by_columns) {
+    first = 0, last = part.rows;
+    panel = panels * part.number / part.count, panels = panels * (part.number + 1) / part.count;
+#pragma omp barrier
+  }
+  const int64_t blocks = (last - first + MOST_ROWS - 1) / MOST_ROWS;
+  while (panel < panels) {
+    int64_t done = 1;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = first + (last - first) * block / blocks, to = first + (last - first) * (block + 1) / blocks;
+      done = rows_of<MOST_ROWS>(to - from, left + from * inner, packed, result + from * columns, inner, columns, panel,
+                                panels, adds);
+    }
+    panel += done;
+  }
+  if (part.by_columns) {
+#pragma omp barrier
+  }
+}
+
+// What a part sums up over its rows and steps stands before the total, to which it is added from time to time: a single
+// sum of thousands of numbers would lose digits.
+static void add_to_total(float *sum, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sum[count + i] += sum[i];
+  std::memset(sum, 0, sizeof(float) * count);
+}
+
+constexpr int64_t SUMMED_AT_ONCE = 16;  // rows, or nearly
+
+// Call body(part) for each part of the rows, each by its own thread.
+template <class Body> static void in_parts(int64_t threads, int64_t rows, bool by_columns, const Body &body) {
+  if (threads == 1) {
+    body(Part{0, 1, 0, rows, rows, false});
+    return;
+  }
+#pragma omp parallel num_threads((int)threads)
+  {
+    const int64_t number = omp_get_thread_num(), count = omp_get_num_threads();
+    body(Part{number, count, rows * number / count, rows * (number + 1) / count, rows, by_columns});
+  }
+}

@@ -1,0 +1,199 @@
+"""The native loop: it gives what the loop gives, near 0 too; what it refuses or fails at is run from Python instead."""
+
+import ctypes
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from multint import GRUCell, LSTMCell, RNNCell, explain, scan
+from multint.cells import HiddenState
+from multint.engines import choice, failures, kernel, machine, native
+from multint.engines.cpp import RefusedError
+from tests.both_engines import Free, built, close, inputs, replace_everywhere, results
+from tests.catalogue import INPUT_SIZE, normal
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="a native loop needs a C++ compiler")
+
+# One stage; a piece before a stage; norms, which sum within a row and over the rows; products of the streams that are
+# no vectors'; a bias whose gradient is summed over the rows.
+NAMES = ("lstm-mi", "gru-mi", "lstm-norm", "lstm-bilinear", "rnn-tucker", "gru-after-additive")
+
+
+def loops(cell):
+    """The native loops of a cell's last scan, forward and reverse, or why there are none."""
+    made = choice._last[cell].program().loops
+    return [made[key] for key in sorted(made, key=lambda key: key[1])]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", NAMES)
+def test_it_gives_what_the_loop_gives(name):
+    cell = built(name, torch.float32)
+    for steps, rows, threads in ((4, 3, 1), (1, 1, 1), (3, 17, 2)):
+        xs, state = inputs(cell, steps, rows, torch.float32)
+        expected = results(cell, xs, state, "loop")
+        torch.set_num_threads(threads)
+        try:
+            close(results(cell, xs, state, "fused"), expected, torch.float32)
+        finally:
+            torch.set_num_threads(1)
+    forward, reverse = loops(cell)
+    assert isinstance(forward, native.Loop)
+    assert isinstance(reverse, native.Loop)
+    assert str(explain(cell)).count("by native code") == 2
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_may_share_a_products_columns(threads, monkeypatch):
+    """As they do where the matrix is large; some may have no row, or no column."""
+    monkeypatch.setattr(native, "_BY_COLUMNS", 0)
+    cell = built("gru-mi", torch.float32)
+    torch.set_num_threads(threads)
+    try:
+        for rows in (1, 5, 40):
+            xs, state = inputs(cell, 4, rows, torch.float32)
+            close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float32)
+    finally:
+        torch.set_num_threads(1)
+
+
+# By the library's names and torch's, with the numbers in which the result is a normal float32.
+FUNCTIONS = {"hyperbolic_tangent": torch.tanh, "logistic": torch.sigmoid, "exponential": torch.exp}
+
+
+def test_its_functions_are_accurate_in_relative_terms_near_0_too():
+    numbers = torch.cat([torch.logspace(-30, 2.4, 20000), torch.linspace(0, 20, 20001)]).float()
+    numbers = torch.cat([numbers, -numbers])
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    code = "".join(
+        f'extern "C" void all_{name}(const float *from, float *to, int64_t n) {{\n#pragma omp simd\n'
+        f"for (int64_t i = 0; i < n; ++i) to[i] = {name}(from[i]); }}\n"
+        for name in FUNCTIONS
+    )
+    library = machine.library(code)
+
+    def of(name, x):
+        y = torch.empty_like(x)
+        getattr(library, f"all_{name}")(*map(ctypes.c_int64, (x.data_ptr(), y.data_ptr(), len(x))))
+        return y
+
+    for name, exact in FUNCTIONS.items():
+        expected = exact(numbers.double())
+        normal_ones = (expected.abs() > 1.2e-38) & (expected.abs() < 3.4e38)
+        torch.testing.assert_close(of(name, numbers)[normal_ones].double(), expected[normal_ones], rtol=4e-7, atol=0)
+        torch.testing.assert_close(of(name, special), exact(special), rtol=0, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4])
+def test_small_activations_have_accurate_gradients(size):
+    """Relative to the norm of each result; the loop's own error is about 1e-7."""
+    cell = built("rnn-mi", torch.float32)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.mul_(size**0.5)
+    xs, state = inputs(cell, dtype=torch.float32)
+    xs, state = xs.detach().mul(size).requires_grad_(), HiddenState(state.h.detach().mul(size).requires_grad_())
+    ours = results(cell, xs, state, "fused")
+    exact_state = HiddenState(state.h.detach().double().requires_grad_())
+    exact = results(cell.double(), xs.detach().double().requires_grad_(), exact_state, "loop")
+    for actual, expected in zip(ours, exact, strict=True):
+        assert (actual.double() - expected).detach().norm() <= 1e-6 * expected.detach().norm()
+
+
+def test_compiled_pieces_are_accurate_near_0_too():
+    """Those of the Python executor, which Inductor compiles."""
+    from multint.engines.private import StandIns
+
+    world = StandIns()
+    x = torch.logspace(-8, 0, 1000).float().unsqueeze(0)
+    stand_in = world.rows(x)
+    module = world.trace(lambda a: [a.tanh()], [stand_in])
+    y = torch.empty_like(x)
+    kernel.Kernel(module, [stand_in], [stand_in], [False], world)([x, y])
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def eager_pieces_of_the_python_executor(monkeypatch):
+    """Nothing but native loops is compiled: Inductor takes seconds for each piece."""
+    replace_everywhere(
+        monkeypatch, kernel.__name__, "Kernel._compile", lambda original: lambda self: lambda some: self.eagerly(some)
+    )
+
+
+def no_compiler():
+    raise RefusedError("there is no C++ compiler")
+
+
+@pytest.mark.usefixtures("eager_pieces_of_the_python_executor")
+def test_what_it_refuses_runs_from_python_and_is_told():
+    refused = {
+        "float64": built("rnn-mi"),
+        "cumsum": Free(lambda cell, x, h: (x @ cell.W + h @ cell.U).cumsum(1).tanh()).float(),
+    }
+    for reason, cell in refused.items():
+        dtype = next(cell.parameters()).dtype
+        xs, state = inputs(cell, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), dtype)
+        assert reason in str(loops(cell)[0])
+        assert str(explain(cell)).count("by Python, step by step: ") == 2
+        assert str(explain(cell, xs, engine="fused")) == str(explain(cell))
+
+
+@pytest.mark.usefixtures("eager_pieces_of_the_python_executor")
+def test_without_a_compiler_steps_run_from_python(monkeypatch):
+    monkeypatch.setattr(machine, "compiler", no_compiler)
+    cell = RNNCell(INPUT_SIZE, 12)  # of no other test's structure
+    xs, state = inputs(cell, dtype=torch.float32)
+    close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float32)
+    assert "there is no C++ compiler" in str(explain(cell))
+
+
+@pytest.mark.usefixtures("eager_pieces_of_the_python_executor")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_failure_of_it_is_told_once_and_steps_run_from_python(wrong, monkeypatch):
+    """Where something within raises, or where the loop gives other numbers than the instructions one by one."""
+    monkeypatch.setattr(failures, "_told", set())
+    text = machine.header().replace("const float y = bounded", "const float y = 2.0f * bounded")
+    if wrong:
+        monkeypatch.setattr(machine, "header", lambda: text)
+    else:
+        monkeypatch.setattr(native.Loop, "build", lambda self: 1 / 0)
+    cell = GRUCell(INPUT_SIZE, 13 + wrong)  # of no other test's structure
+    xs, state = inputs(cell, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float32)
+    told = [str(warning.message) for warning in caught if "native loop" in str(warning.message)]
+    assert len(told) == len(set(told)) >= 1
+    assert "ZeroDivisionError" in told[0] or wrong
+    assert "by Python, step by step: it failed by" in str(explain(cell))
+
+
+def test_what_is_kept_for_the_backward_pass_stays():
+    """Two forward passes before the first backward pass, and two backward passes of one."""
+    cell = built("lstm-mi", torch.float32)
+    (first, state), (second, _) = (inputs(cell, steps, 3, torch.float32) for steps in (4, 6))
+    outputs = [scan(cell, xs, state, engine="fused")[0].square().sum() for xs in (first, second)]
+    expected = [scan(cell, xs, state, engine="loop")[0].square().sum() for xs in (first, second)]
+    for ours, theirs in zip(outputs, expected, strict=True):
+        leaves = [*state, *cell.parameters()]
+        once = torch.autograd.grad(ours, leaves, retain_graph=True)
+        close(once, torch.autograd.grad(theirs, leaves), torch.float32)
+        torch.testing.assert_close(torch.autograd.grad(ours, leaves), once, rtol=0, atol=0)
+
+
+def test_layers_of_one_structure_share_what_is_compiled(monkeypatch):
+    """Whatever their inputs' widths: the product of the inputs is not in the loop."""
+    made = []
+    original = machine._run
+    monkeypatch.setattr(machine, "_run", lambda command: made.append(command) or original(command))
+    for width in (2, 9):
+        cell = LSTMCell(width, 11)
+        xs = normal(3, 2, width).float().requires_grad_()
+        scan(cell, xs, cell.initial_state(2), engine="fused")[0].sum().backward()
+    assert len([command for command in made if "-o" in command]) <= 2, "a forward and a reverse loop"
