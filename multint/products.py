@@ -30,7 +30,7 @@ def differentiable_product(
     # The number of rows is asked for last: where a step is read, the answer must not fix it.
     if torch.compiler.is_compiling() or not fits or _by_rules_of_mm(left) or not _by_onednn(right, len(left)):
         return left @ right
-    if left.dtype == torch.float32 and onednn.mkl_is_at_home():  # a single product, in no order made ready for it
+    if _by_mkl(left):
         return left @ right
     return _Product.apply(left, right)  # type: ignore[no-untyped-call]
 
@@ -40,7 +40,7 @@ def untracked_product(
     right: Tensor,  # (I, O)
 ) -> Tensor:  # (N, O)
     """`left @ right`, outside autograd."""
-    if _by_onednn(right, len(left)):
+    if _by_onednn(right, len(left)) and not _by_mkl(left):
         return onednn.linear(left, right.t())
     return left @ right
 
@@ -95,6 +95,11 @@ def _by_rules_of_mm(left: Tensor) -> bool:
     if left.device.type == "meta":  # which autocast cannot be asked about
         return True
     return torch.is_autocast_enabled(left.device.type) or onednn.only_mm_is_known()
+
+
+def _by_mkl(left: Tensor) -> bool:
+    """Whether `mm` is the faster for a single product, in no order made ready for it."""
+    return left.dtype == torch.float32 and onednn.mkl_is_at_home()
 
 
 def _by_onednn(right: Tensor, rows: int) -> bool:

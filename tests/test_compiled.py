@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from multint import LSTMCell, scan
-from multint.engines import kernel
+from multint.engines import kernel, machine
+from multint.engines.failures import RefusedError
 from multint.engines.kernel import eager_pieces
 from tests.both_engines import DTYPES, agree, built, compare, fresh, random_state, replace_everywhere, stack
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal
@@ -85,8 +86,13 @@ def test_compiled_pieces(name):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels that are compiled while the test runs; they are run op by op all the same."""
+    """The kernels that are compiled while the test runs; they are run op by op all the same, and by no native loop."""
     made = []
+
+    def refuse():
+        raise RefusedError("a test of the pieces")
+
+    monkeypatch.setattr(machine, "compiler", refuse)
 
     def counting(original):
         def compile(self):

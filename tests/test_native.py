@@ -9,8 +9,8 @@ import torch
 
 from multint import GRUCell, LSTMCell, RNNCell, explain, scan
 from multint.cells import HiddenState
-from multint.engines import choice, failures, kernel, machine, native
-from multint.engines.cpp import RefusedError
+from multint.engines import choice, failures, kernel, machine, native, precompile
+from multint.engines.failures import RefusedError
 from tests.both_engines import Free, built, close, inputs, replace_everywhere, results
 from tests.catalogue import INPUT_SIZE, normal
 
@@ -187,13 +187,37 @@ def test_what_is_kept_for_the_backward_pass_stays():
         torch.testing.assert_close(torch.autograd.grad(ours, leaves), once, rtol=0, atol=0)
 
 
-def test_layers_of_one_structure_share_what_is_compiled(monkeypatch):
+@pytest.fixture
+def compilations(monkeypatch):
+    """What the C++ compiler is asked to make while the test runs."""
+    made, original = [], machine._run
+
+    def run(command):
+        made.extend([command] if "-o" in command else [])
+        return original(command)
+
+    monkeypatch.setattr(machine, "_run", run)
+    return made
+
+
+def test_layers_of_one_structure_share_what_is_compiled(compilations):
     """Whatever their inputs' widths: the product of the inputs is not in the loop."""
-    made = []
-    original = machine._run
-    monkeypatch.setattr(machine, "_run", lambda command: made.append(command) or original(command))
     for width in (2, 9):
         cell = LSTMCell(width, 11)
-        xs = normal(3, 2, width).float().requires_grad_()
-        scan(cell, xs, cell.initial_state(2), engine="fused")[0].sum().backward()
-    assert len([command for command in made if "-o" in command]) <= 2, "a forward and a reverse loop"
+        precompile(cell, normal(3, 2, width).float())
+    assert len(compilations) <= 2, "a forward and a reverse loop"
+    xs = normal(5, 3, 9).float().requires_grad_()
+    before = len(compilations)
+    scan(cell, xs, cell.initial_state(3), engine="fused")[0].sum().backward()
+    assert len(compilations) == before
+    assert str(explain(cell)).count("by native code") == 2
+
+
+def test_auto_loops_where_there_is_no_compiler_unless_the_work_is_large(monkeypatch):
+    cell = RNNCell(64, 64)
+    sizes = {"compiled": (50, 30), "small": (2, 1)}
+    monkeypatch.setattr(machine, "compiler", no_compiler)
+    for steps, rows in sizes.values():
+        told = explain(cell, torch.zeros(steps, rows, 64))
+        assert told.engine == "loop"
+        assert ("no C++ compiler" in told.reason) == ((steps, rows) == sizes["compiled"])

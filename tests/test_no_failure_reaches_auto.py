@@ -12,6 +12,8 @@ from torch import nn
 
 from multint import Cell, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
+from multint.engines import machine
+from multint.engines.failures import RefusedError
 from multint.errors import EngineError
 from tests.both_engines import DTYPES, Free, close, inputs, replace_everywhere, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
@@ -99,10 +101,19 @@ each_failure = pytest.mark.parametrize(
 
 
 @pytest.fixture
+def without_native_loops(monkeypatch):
+    """Pieces are compiled each by itself."""
+
+    def refuse():
+        raise RefusedError("a test of the pieces")
+
+    monkeypatch.setattr(machine, "compiler", refuse)
+
+
+@pytest.fixture
 def eager_unless_compiling(request):
-    """Pieces run op by op, but where their compilation is what fails."""
-    if "compiling" not in request.node.name:
-        request.getfixturevalue("eager")
+    """Pieces run op by op, but where their compilation is what fails; then no native loop takes their place."""
+    request.getfixturevalue("without_native_loops" if "compiling" in request.node.name else "eager")
 
 
 @each_failure
@@ -153,10 +164,11 @@ def test_what_is_no_failure_passes(monkeypatch):
 
 
 WITHOUT = """
-import sys, warnings, torch, multint
+import os, sys, warnings, torch, multint
 from multint.engines import choice
 choice._WORTH_COMPILING = 0
 sys.modules[{module!r}] = None
+os.environ["PATH"] = ""  # no compiler, and so no native loop, which needs no Inductor
 cell = multint.LSTMCell(5, 7)
 xs = torch.randn(4, 3, 5)
 with warnings.catch_warnings(record=True) as caught:
@@ -384,6 +396,7 @@ def test_attributes_that_nobody_can_walk_or_compare(name, engine):
         right_or_refused(cell, *inputs(cell, dtype=dtype), engine)
 
 
+@pytest.mark.usefixtures("without_native_loops")
 @pytest.mark.parametrize("engine", ["auto", "fused"])
 def test_compiled_code_that_gives_wrong_numbers_is_not_used(engine, monkeypatch):
     """A compiler that leaves every result as it finds it: the pieces run op by op, with one warning."""

@@ -40,6 +40,6 @@ Activations are not kept: the backward kernel computes them again from Wx, Uh an
 storing four gates. The gradients of x and of W follow outside, by autograd, from d_Wx.
 """
 
-from multint.engines.choice import Explanation, explain, scan
+from multint.engines.choice import Explanation, explain, precompile, scan
 
-__all__ = ["Explanation", "explain", "scan"]
+__all__ = ["Explanation", "explain", "precompile", "scan"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from multint.engines import private
 from multint.engines.failures import StepError, report
 from multint.engines.loop import loop
+from multint.engines.machine import has_compiler
 from multint.engines.traced import traced
 from multint.errors import EngineError, OptionError, ShapeError, in_a_line
 
@@ -24,9 +25,12 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
-# The multiply-adds of a forward pass from which `auto` compiles: there the loop takes tens of milliseconds for both
-# passes, so that a scan twice as fast repays the seconds of compilation within a thousand calls or so.
-_WORTH_COMPILING = 10**8
+# The multiply-adds of a forward pass from which `auto` compiles a native loop: there the loop takes tens of
+# milliseconds for both passes, so that the seconds of a first call are repaid within some hundred calls.
+_WORTH_COMPILING = 10**7
+# Where each piece is compiled by Inductor, which takes ten times as long; and where there is no compiler, so that
+# pieces run op by op, which is slower than the loop at small sizes.
+_TIMES_MORE_IN_PIECES, _TIMES_MORE_WITHOUT_COMPILER = 10, 100
 
 
 class Steppable(Protocol[State]):
@@ -49,8 +53,9 @@ def scan(
 
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
-            can take the cell and has been measured to pay, on CPUs, in float32 and bfloat16, from 1e8 multiply-adds
-            on (T · B · the cell's parameters); else the loop. `explain` tells the choice and why.
+            can take the cell and has been measured to pay, on CPUs, in float32 from 1e7 multiply-adds on (T · B · the
+            cell's parameters), in bfloat16 and under autocast from 1e8, without a C++ compiler from 1e9; else the loop.
+            `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
     state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell,
@@ -118,6 +123,32 @@ def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, ask
         fields = [f.to(buffers[name].dtype) for f, name in zip(state, program.forward.states, strict=True)]
         output, fields = run_in_parts(program, constants(program, tensors), inputs, fields, asked)
         return output, as_state(program.plan.state_type, fields)
+
+
+def precompile(
+    cell: Steppable[State],
+    xs: Streams,  # (T, B, X), or several streams by name, of any T
+    state: State | None = None,
+) -> Explanation:
+    """Compile what scans of such inputs by "fused" run, in both passes, and say how they run.
+
+    Whatever T and B are later. What is compiled is kept for other processes too (TORCHINDUCTOR_CACHE_DIR), so that a
+    machine can be made ready before it is needed. The step is run; no gradient is left in the parameters.
+
+    Raises: as `scan` does by "fused".
+    """
+    xs = {name: x[:1] for name, x in xs.items()} if isinstance(xs, dict) else xs[:1]
+    if state is None:
+        state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        scan(cell, xs, state, "fused")
+    with torch.enable_grad():
+        output, final = scan(cell, xs, state, "fused")
+        results = [value for value in (output, *final) if value.requires_grad]
+        leaves = [p for p in cell.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if results and leaves:
+            torch.autograd.grad(results, leaves, list(map(torch.ones_like, results)), allow_unused=True)
+    return explain(cell)
 
 
 @dataclass(frozen=True)
@@ -236,8 +267,14 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
         return f"auto: fused is measured in float32 and bfloat16 on CPUs only, and this is {found}"
     steps, rows = _size(xs)
     work = steps * rows * sum(parameter.numel() for parameter in parameters)
-    if work < _WORTH_COMPILING:
+    worth = _WORTH_COMPILING
+    if torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds:
+        worth *= _TIMES_MORE_IN_PIECES
+    if work < worth:
         return f"auto: at {work:.1e} multiply-adds the loop takes less time than compiling would repay"
+    worth = _WORTH_COMPILING * _TIMES_MORE_WITHOUT_COMPILER
+    if work < worth and not has_compiler():
+        return f"auto: there is no C++ compiler, and without one the loop is faster below {worth:.0e} multiply-adds"
     return ""
 
 

@@ -19,15 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from multint.engines.failures import RefusedError
 from multint.engines.private import row_dimensions
 
 aten = torch.ops.aten
 
 _MOST_SCRATCH = 2**15  # numbers of one row's intermediate values, which lie on a thread's stack
-
-
-class RefusedError(Exception):
-    """A piece has no C++ here, for the reason that this tells."""
 
 
 class Index(NamedTuple):

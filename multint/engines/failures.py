@@ -7,6 +7,10 @@ import warnings
 _told: set[str] = set()
 
 
+class RefusedError(Exception):
+    """A loop or a piece of it has no native code, for the reason that this tells."""
+
+
 class StepError(Exception):
     """The step itself has raised the cause of this."""
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from multint.engines import private
-from multint.engines.cpp import RefusedError, function_of
+from multint.engines.cpp import function_of
+from multint.engines.failures import RefusedError
 from multint.engines.private import StandIns
 from multint.errors import in_a_line
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from multint.engines import private
-from multint.engines.cpp import RefusedError
+from multint.engines.failures import RefusedError
 
 _FLAGS = (
     *("-std=gnu++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
@@ -68,6 +68,15 @@ def compiler() -> str:
         if found := name and shutil.which(name):
             return found
     raise RefusedError("there is no C++ compiler")
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler."""
+    try:
+        compiler()
+    except RefusedError:
+        return False
+    return True
 
 
 @cache

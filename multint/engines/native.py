@@ -16,8 +16,7 @@ from torch import Tensor
 
 from multint.engines import cpp, machine
 from multint.engines.capture import TRACING
-from multint.engines.cpp import RefusedError
-from multint.engines.failures import report
+from multint.engines.failures import RefusedError, report
 from multint.engines.kernel import compiles
 from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Product, Rows, Schedule, Sum
 from multint.engines.stepwise import Memory, Turns, execute
