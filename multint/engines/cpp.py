@@ -34,12 +34,15 @@ class Index(NamedTuple):
     plus: int = 0
 
     def scaled(self, by: int) -> Index:
+        """Times a whole number."""
         return Index(tuple((name, factor * by) for name, factor in self.terms if by), self.plus * by)
 
     def moved(self, by: int) -> Index:
+        """Plus a whole number."""
         return Index(self.terms, self.plus + by)
 
     def added(self, other: Index) -> Index:
+        """Plus another one."""
         factors: dict[str, int] = defaultdict(int)
         for name, factor in (*self.terms, *other.terms):
             factors[name] += factor
@@ -309,10 +312,12 @@ def c_type(node: Node) -> str:
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
+    """The shape of a node's value, in which the number of rows is a symbol."""
     return tuple(node.meta["val"].shape)
 
 
 def has_row(node: Node) -> bool:
+    """Whether a node's value has rows."""
     return bool(row_dimensions(node.meta["val"]))
 
 
@@ -371,6 +376,10 @@ Rule = Callable[[_Nest, fx.Node, At], str]
 
 
 def rule_of(node: Node) -> Rule:
+    """What an element of a node is.
+
+    Raises: RefusedError for an operation without a rule, or of another dtype.
+    """
     found = _RULES.get(node.target) if node.op == "call_function" else None
     if found is None:
         raise RefusedError(f"it has the operation {node.target}")
@@ -389,6 +398,8 @@ def operand(nest: _Nest, node: Node, argument: Any, at: At) -> str:
 
 
 def pointwise(template: str) -> Rule:
+    """An operation on each number by itself, by its C++ with the numbers of its arguments in their places."""
+
     def rule(nest: _Nest, node: Node, at: At) -> str:
         if node.kwargs.get("rounding_mode"):
             raise RefusedError(f"it has the operation {node.target} with rounding")
@@ -400,6 +411,8 @@ def pointwise(template: str) -> Rule:
 
 
 def scaled_sum(sign: str) -> Rule:
+    """A sum or a difference, whose second term may have a factor."""
+
     def rule(nest: _Nest, node: Node, at: At) -> str:
         left, right = (operand(nest, node, argument, at) for argument in node.args[:2])
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
@@ -409,6 +422,7 @@ def scaled_sum(sign: str) -> Rule:
 
 
 def power(nest: _Nest, node: Node, at: At) -> str:
+    """x^y."""
     base, exponent = operand(nest, node, node.args[0], at), node.args[1]
     if exponent == 2:
         return f"{base} * {base}"
@@ -416,28 +430,34 @@ def power(nest: _Nest, node: Node, at: At) -> str:
 
 
 def clamped(nest: _Nest, node: Node, at: At) -> str:
+    """A number within bounds."""
     value, low, high = [operand(nest, node, a, at) if a is not None else None for a in (*node.args, None, None)][:3]
     value = value if low is None else f"({value} < {low} ? {low} : {value})"
     return str(value) if high is None else f"({value} > {high} ? {high} : {value})"
 
 
 def constant(value: Callable[[fx.Node], Any]) -> Rule:
+    """The same number everywhere."""
     return lambda nest, node, at: literal(value(node))
 
 
 def same(nest: _Nest, node: Node, at: At) -> str:
+    """The argument's own element."""
     return nest.element(node.args[0], at)
 
 
 def cast(nest: _Nest, node: Node, at: At) -> str:
+    """The element in another type."""
     return f"({c_type(node)})({nest.element(node.args[0], at)})"
 
 
 def expanded(nest: _Nest, node: Node, at: At) -> str:
+    """The element of what is spread over new or wider dimensions."""
     return operand(nest, node, node.args[0], at)
 
 
 def sliced(nest: _Nest, node: Node, at: At) -> str:
+    """An element some places further."""
     source, dim, start, step = _slice_of(node, 0)
     return nest.element(source, (*at[:dim], at[dim].scaled(step).moved(start), *at[dim + 1 :]))
 
@@ -457,6 +477,7 @@ def _slice_of(node: Node, first: int) -> tuple[Node, int, int, int]:
 
 
 def selected(nest: _Nest, node: Node, at: At) -> str:
+    """An element at a fixed place of one dimension."""
     source, dim, place = node.args
     size = shape_of(source)
     dim = dim % len(size)
@@ -466,11 +487,13 @@ def selected(nest: _Nest, node: Node, at: At) -> str:
 
 
 def unsqueezed(nest: _Nest, node: Node, at: At) -> str:
+    """The element without a new dimension of size 1."""
     dim = node.args[1] % len(at)
     return nest.element(node.args[0], (*at[:dim], *at[dim + 1 :]))
 
 
 def squeezed(nest: _Nest, node: Node, at: At) -> str:
+    """The element with the dimensions of size 1 that were taken out."""
     source: Node = node.args[0]
     size = shape_of(source)
     dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
@@ -480,6 +503,7 @@ def squeezed(nest: _Nest, node: Node, at: At) -> str:
 
 
 def permuted(nest: _Nest, node: Node, at: At) -> str:
+    """The element with the dimensions in another order."""
     source: Node = node.args[0]
     count = len(shape_of(source))
     order = [*range(count)]
@@ -512,6 +536,7 @@ def _is_rearranged(node: Node) -> bool:
 
 
 def part_of_split(nest: _Nest, node: Node, at: At) -> str:
+    """An element of one of the parts that a value was split into."""
     split, number = node.args
     source, dim = split.args[0], (split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0))
     if split.target not in (aten.split.Tensor, aten.split_with_sizes.default):
@@ -524,6 +549,7 @@ def part_of_split(nest: _Nest, node: Node, at: At) -> str:
 
 
 def outer_product(nest: _Nest, node: Node, at: At) -> str:
+    """A product over an inner dimension of size 1."""
     left, right = node.args
     row, i, j = at
     return f"{nest.element(left, (row, i, ZERO))} * {nest.element(right, (row, ZERO, j))}"
