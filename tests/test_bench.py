@@ -10,10 +10,10 @@ import torch
 from experiments.__main__ import main
 from experiments.bench import command, measure
 from experiments.bench.case import Case
-from experiments.bench.cases import BilinearCase, SoftmaxCase, cases
+from experiments.bench.cases import BilinearCase, SoftmaxCase, StepCase, cases
 from experiments.bench.conditioning import FORMS, ConditionalCase, bilinear_einsum, conditional_cases
 from experiments.core.errors import ExperimentError
-from multint import LSTM, Bilinear, from_torch
+from multint import LSTM, Additive, Bilinear, LSTMCell, from_torch
 from multint.engines.kernel import eager_pieces
 
 SMALL = Case("small", (4, 3, 5, 6), LSTM, torch.nn.LSTM)
@@ -65,6 +65,16 @@ def test_a_case_without_a_rival_tells_its_time_and_what_it_takes_above_its_gradi
     assert float(row["ours_ms"]) > 0
     assert (row["rival"], row["ratio"], row["ours_MiB"], row["ours_above_MiB"]) == ("", "", "10", "6")
     assert "(6 above outputs and gradients)" in capsys.readouterr().out
+
+
+def test_a_step_is_one_step_of_either_cell():
+    case = StepCase("step", (1, 2, 5, 6), functools.partial(LSTMCell, integrator=Additive), torch.nn.LSTMCell)
+    measure.check(case, "cpu")
+    for contender in ("ours", "vendor"):
+        h, c = case.build(contender, "cpu")()
+        assert h.shape == c.shape == (2, 6)
+        assert not h.requires_grad
+        assert not torch.equal(h, c)
 
 
 def test_names_are_unique_on_every_device():

@@ -26,11 +26,12 @@ class Case:
     backward: bool = True
     dtype: torch.dtype = torch.float32  # of the products, by autocast
     packed: bool = False  # lengths uniform in [T/5, T]
+    compiled_step: bool = False  # whether the loop over a step by torch.compile is a rival too
 
     @property
     def rivals(self) -> list[str]:
         """What our layer is measured against; nothing where it cannot run."""
-        return ["vendor", "loop", "compiled step"]
+        return ["vendor", "loop"] + ["compiled step"] * self.compiled_step
 
     @property
     def references(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from experiments.bench.case import Case
 from experiments.bench.conditioning import conditional_cases
 from models import softmax_cross_entropy
-from multint import GRU, LSTM, RNN, Additive, Bilinear, MultiplicativeIntegration
+from multint import GRU, LSTM, RNN, Additive, Bilinear, LSTMCell, MultiplicativeIntegration
 
 MI_RNN = partial(RNN, integrator=MultiplicativeIntegration)
 MI_LSTM = partial(LSTM, integrator=MultiplicativeIntegration)
@@ -55,6 +55,32 @@ class BilinearCase(Case):
 
 
 @dataclass(frozen=True)
+class StepCase(Case):
+    """One step of a cell, forward, as in sampling or in an environment: B rows, X → H."""
+
+    @property
+    def rivals(self) -> list[str]:
+        return ["vendor"]
+
+    @property
+    def references(self) -> list[str]:
+        return []  # the cell's step is what all else is compared with
+
+    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+        torch.manual_seed(0)
+        _, rows, inputs, hidden = self.size
+        cell = (self.ours if contender == "ours" else self.vendor)(inputs, hidden).to(device)
+        x, h, c = (torch.randn(rows, n, device=device) for n in (inputs, hidden, hidden))
+        state = type(cell.initial_state(1))(h, c) if contender == "ours" else (h, c)  # type: ignore[operator]
+
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                return list(cell(x, state))
+
+        return run
+
+
+@dataclass(frozen=True)
 class SoftmaxCase(Case):
     """The softmax's loss in pieces against `cross_entropy` of all logits: T·B rows of X features, H symbols."""
 
@@ -85,21 +111,37 @@ class SoftmaxCase(Case):
         return run
 
 
+def _recurrent_cases() -> Iterator[Case]:
+    """Multiplicative integration in each kind of layer, from small sizes, which most CPUs are given, to large ones."""
+    sizes = {
+        "64": ((100, 32, 64, 64), 0.8),
+        "128": ((100, 16, 64, 128), 0.8),
+        "128-of-1": ((200, 1, 32, 128), 0.6),  # a batch of one
+        "256": ((100, 32, 256, 256), 0.85),
+        "512": ((50, 32, 128, 512), 0.9),
+        "1024": ((50, 32, 50, 1024), 0.85),
+    }
+    for name, (size, aim) in sizes.items():
+        of_loop = 4.0 if size[-1] <= 128 else 1.3
+        yield Case(f"lstm-{name}", size, MI_LSTM, nn.LSTM, aim, of_loop, compiled_step=name in ("128", "512"))
+        yield Case(f"lstm-forward-{name}", size, MI_LSTM, nn.LSTM, 0.8, of_loop, backward=False)
+        yield Case(f"gru-{name}", size, MI_GRU, nn.GRU, 1.0, of_loop)
+        yield Case(f"rnn-{name}", size, MI_RNN, nn.RNN, 1.0, of_loop)
+
+
 def cases(device: str) -> list[Case]:
     """The cases for a kind of device; a GPU's also have the sizes of the papers, and have not been run yet."""
     lstm, gru = nn.LSTM, nn.GRU
     if device == "cpu":
         return [
-            Case("lstm-512", (50, 32, 128, 512), MI_LSTM, lstm, 1.0, 1.3),
-            Case("lstm-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.0, 1.3),
-            Case("lstm-256", (100, 32, 256, 256), MI_LSTM, lstm, 0.8, 2.0),
-            Case("lstm-128", (100, 16, 64, 128), MI_LSTM, lstm, 0.5, 2.0),
-            Case("gru-1024", (50, 32, 50, 1024), MI_GRU, gru, 1.0, 1.3),
-            Case("rnn-256", (100, 32, 256, 256), MI_RNN, nn.RNN, 1.0, 2.0),
+            *_recurrent_cases(),
+            *(
+                StepCase(f"step-{hidden}", (1, 1, 64, hidden), LSTMCell, nn.LSTMCell, 0.5, backward=False)
+                for hidden in (64, 128, 256)
+            ),
             Case("gru-additive-256", (100, 32, 256, 256), ADDITIVE_GRU, gru, 1.0, 2.0),
             Case("lstm-packed-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.2, 1.3, packed=True),
             Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
-            Case("lstm-forward-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.9, 1.3, backward=False),
             BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
             SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, at_least=0.77),
             SoftmaxCase("softmax-267735", (64, 64, 256, 267_735), nn.Identity, alone=True),

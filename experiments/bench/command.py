@@ -21,7 +21,7 @@ from experiments.core.parsing import OptionParser
 COLUMNS = (
     "case", "T", "B", "X", "H", "dtype", "passes", "rival", "rival_ms", "ours_ms", "ratio", "ratio_min", "ratio_max",
     "at_least", "first_call_s", "second_process_s", "rival_MiB", "ours_MiB",
-    "ours_above_MiB",
+    "ours_above_MiB", "threads", "instructions",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -110,14 +110,15 @@ def _measure(case: Case, device: str, rounds: int, quick: bool) -> list[Row]:
     steps, batch_size, inputs, hidden = case.size
     shared: Row = {"case": case.name, "T": steps, "B": batch_size, "X": inputs, "H": hidden}
     shared |= {"dtype": str(case.dtype).removeprefix("torch."), "passes": "both" if case.backward else "forward"}
+    shared |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     rows = [
         shared | _compared(case, rival, device, rounds)
         for rival in case.rivals
         if not (quick and rival == "compiled step")
     ]
     if not rows:
-        rows = [shared | {"ours_ms": round(median(alone(case, device, rounds)) * 1e3, 2)}]
-        print(f"{case.name:<22} {'none':<15} {'':>9} {rows[0]['ours_ms']:>9.1f}", flush=True)
+        rows = [shared | {"ours_ms": _milliseconds(alone(case, device, rounds))}]
+        print(f"{case.name:<22} {'none':<15} {'':>9} {rows[0]['ours_ms']:>9.3g}", flush=True)
     if device == "cuda" and "vendor" in case.rivals:
         print(f"{'':<22} the vendor's kernels: {', '.join(kernels(case))}")
     if not quick:
@@ -130,19 +131,24 @@ def _compared(case: Case, rival: str, device: str, rounds: int) -> Row:
     aim = case.aim(rival)
     row = {
         "rival": rival,
-        "rival_ms": round(median(taken.rival) * 1e3, 2),
-        "ours_ms": round(median(taken.ours) * 1e3, 2),
+        "rival_ms": _milliseconds(taken.rival),
+        "ours_ms": _milliseconds(taken.ours),
         "ratio": round(median(taken.ratios), 2),
         "ratio_min": round(min(taken.ratios), 2),
         "ratio_max": round(max(taken.ratios), 2),
         "at_least": aim,
     }
     print(
-        f"{case.name:<22} {rival:<15} {row['rival_ms']:>9.1f} {row['ours_ms']:>9.1f} {row['ratio']:>6.2f} "
+        f"{case.name:<22} {rival:<15} {row['rival_ms']:>9.3g} {row['ours_ms']:>9.3g} {row['ratio']:>6.2f} "
         f"{row['ratio_min']:>6.2f}-{row['ratio_max']:<6.2f} {aim or '':>9}",
         flush=True,
     )
     return row
+
+
+def _milliseconds(seconds: list[float]) -> float:
+    """Their median, to four digits."""
+    return float(f"{median(seconds) * 1e3:.4g}")
 
 
 def _tell(case: Case, device: str, rows: list[Row]) -> None:

@@ -260,12 +260,14 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
     if not isinstance(cell, nn.Module):
         return ""  # which is a refusal of `fused` itself
+    steps, rows = _size(xs)
+    if steps == 1:
+        return "auto: one step is no loop"
     parameters = list(cell.parameters())
     kinds = {(tensor.device.type, tensor.dtype) for tensor in parameters}
     if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         return f"auto: fused is measured in float32 and bfloat16 on CPUs only, and this is {found}"
-    steps, rows = _size(xs)
     work = steps * rows * sum(parameter.numel() for parameter in parameters)
     worth = _WORTH_COMPILING
     if torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds:

@@ -101,7 +101,8 @@ class MultiplicativeIntegration(BiAffine):
         # Under autocast the float32 vectors must not promote what the products computed. What depends on x alone is
         # kept apart, so that in a scan only one multiply-add per step remains between the product and the gates.
         alpha, beta1, beta2 = self.alpha.to(wx.dtype), self.beta1.to(wx.dtype), self.beta2.to(wx.dtype)
-        return torch.addcmul(add_bias(beta2 * wx, self.bias), torch.addcmul(beta1, alpha, wx), uz)
+        of_x = beta2 * wx if self.bias is None else torch.addcmul(self.bias.to(wx.dtype), beta2, wx)
+        return torch.addcmul(of_x, torch.addcmul(beta1, alpha, wx), uz)
 
     def terms(self) -> Terms:
         U, V = self.z_projection.weight, self.x_projection.weight

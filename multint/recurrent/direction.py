@@ -44,7 +44,9 @@ class Direction(nn.Module):
     ) -> None:
         super().__init__()
         self.cell = cell
-        fields = cell.initial_state(1)._asdict() if learnt_state else {}
+        first = cell.initial_state(1)
+        self.form = type(first)(*(tuple(field.shape[1:]) for field in first))  # the shapes in one row
+        fields = first._asdict() if learnt_state else {}
         self.start = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(value)) for name, value in fields.items()})
         self.zoneout = zoneout
         self.state_dropout = state_dropout

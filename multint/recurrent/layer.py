@@ -107,7 +107,7 @@ class Recurrent(nn.Module):
         Raises: ShapeError or OptionError for what does not fit.
         """
         sequences = unify(input, lengths, reset, self.input_size, self.batch_first)
-        states = self._states(hx, sequences)
+        pairs: Any = zip(self.directions, self._states(hx, sequences), strict=True)
         xs = sequences.xs
         finals: list[Any] = []
         for layer in range(self.num_layers):
@@ -117,8 +117,8 @@ class Recurrent(nn.Module):
                 xs = xs * locked_mask(xs[:1], self.input_dropout)
             outputs = []
             for backward in range(2 if self.bidirectional else 1):
-                direction: Any = self.directions[len(finals)]
-                output, final = self._run(direction, xs, sequences, states[len(finals)], bool(backward))
+                direction, state = next(pairs)
+                output, final = self._run(direction, xs, sequences, state, bool(backward))
                 outputs.append(output)
                 finals.append(final)
             xs = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
@@ -146,22 +146,22 @@ class Recurrent(nn.Module):
 
     def _states(self, state: Any, sequences: Sequences) -> list[Any]:
         """The initial state of each direction of each layer."""
-        initial = self.initial_states(sequences.xs.shape[1])
+        rows, count = sequences.xs.shape[1], len(self.directions)
         if state is None:
-            return initial
+            return self.initial_states(rows)
         fields = (state,) if isinstance(state, Tensor) else tuple(state)
-        form, count = initial[0], len(initial)
+        form: Any = self.directions[0].form
         if len(fields) != len(form):
             raise ShapeError(f"state has {len(fields)} tensors, expected {len(form)}: {', '.join(form._fields)}")
         if sequences.unbatched:
             fields = tuple(field.unsqueeze(1) for field in fields)
-        for name, field, one in zip(form._fields, fields, form, strict=True):
-            if field.shape != (count, *one.shape):
+        for name, field, shape in zip(form._fields, fields, form, strict=True):
+            if field.shape != (count, rows, *shape):
                 raise ShapeError(
-                    f"state.{name} has the shape {tuple(field.shape)}, expected {(count, *one.shape)}: layers × "
+                    f"state.{name} has the shape {tuple(field.shape)}, expected {(count, rows, *shape)}: layers × "
                     "directions, sequences, features"
                 )
-        return [type(one)(*values) for one, *values in zip(initial, *fields, strict=True)]
+        return [type(form)(*values) for values in zip(*(field.unbind(0) for field in fields), strict=True)]
 
     def initial_states(self, batch_size: int) -> list[Any]:
         """The state before the first step of each direction of each layer, fields (B, ...)."""
