@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 
-from multint import GRUCell, LSTMCell, RNNCell, explain, scan
+from multint import LSTM, GRUCell, LSTMCell, RNNCell, explain, scan
 from multint.cells import HiddenState
 from multint.engines import choice, failures, kernel, machine, native, precompile
 from multint.engines.failures import RefusedError
+from multint.errors import OptionError
 from tests.both_engines import Free, built, close, inputs, replace_everywhere, results
 from tests.catalogue import INPUT_SIZE, normal
 
@@ -83,7 +84,9 @@ def test_its_functions_are_accurate_in_relative_terms_near_0_too():
         expected = exact(numbers.double())
         normal_ones = (expected.abs() > 1.2e-38) & (expected.abs() < 3.4e38)
         torch.testing.assert_close(of(name, numbers)[normal_ones].double(), expected[normal_ones], rtol=4e-7, atol=0)
-        torch.testing.assert_close(of(name, special), exact(special), rtol=0, atol=1e-37, equal_nan=True)
+        torch.testing.assert_close(of(name, special), exact(special), rtol=0, atol=0, equal_nan=True)
+    far = torch.tensor([-88.5, -100.0, -120.0, -3e38])  # where sigmoid is no normal number, and silu multiplies it
+    torch.testing.assert_close(of("logistic", far), far.sigmoid(), rtol=0, atol=1e-43)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
@@ -142,6 +145,97 @@ def test_what_it_refuses_runs_from_python_and_is_told():
         assert reason in str(loops(cell)[0])
         assert str(explain(cell)).count("by Python, step by step: ") == 2
         assert str(explain(cell, xs, engine="fused")) == str(explain(cell))
+
+
+REFUSED = {
+    "constant_pad_nd": lambda cell, x, h: torch.nn.functional.pad((x @ cell.W + h @ cell.U).tanh()[:, :-1], (1, 0)),
+    "arranges the rows anew": lambda cell, x, h: (
+        (x @ cell.W + h @ cell.U).reshape(7 * x.shape[0], 1).tanh().reshape(x.shape[0], 7)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_would_get_wrong_is_refused(reason):
+    cell = Free(REFUSED[reason]).float()
+    told = str(explain(cell, inputs(cell, dtype=torch.float32)[0], engine="fused"))
+    assert "run forward by Python, step by step: it" in told
+    assert reason in told
+
+
+@pytest.mark.usefixtures("eager_pieces_of_the_python_executor")
+def test_only_one_of_its_loops_may_be_native():
+    """`round` has no native code, and stands in the forward pass alone. Slices may reach beyond what there is."""
+
+    def step(cell, x, h):
+        y = (x @ cell.W + h @ cell.U).tanh() + h[:, -100:] + torch.nn.functional.silu(h)[:, 1:2]
+        return y + (torch.round(y * 4) / 4 - y).detach() / 8
+
+    cell = Free(step).float()
+    xs, state = inputs(cell, dtype=torch.float32)
+    close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float32)
+    forward, reverse = loops(cell)
+    assert "round" in forward
+    assert isinstance(reverse, native.Loop)
+
+
+def test_defaults_of_the_process_are_not_its_own():
+    cell = RNNCell(INPUT_SIZE, 15)
+    xs, state = inputs(cell, dtype=torch.float32)
+    expected = results(cell, xs, state, "loop")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ours = results(cell, xs, state, "fused")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    close(ours, expected, torch.float32)
+    assert all(isinstance(loop, native.Loop) for loop in loops(cell))
+
+
+def test_a_library_that_was_cut_short_is_compiled_again(compilations, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    code = 'extern "C" int four() { return 4; }'
+    assert machine.library(code).four() == 4
+    (kept,) = tmp_path.glob("multint/*.so")
+    other = tmp_path / "cut.so"  # under another name, since this process has the first one open
+    other.write_bytes(kept.read_bytes()[:3000])
+    assert machine._is_whole(kept)
+    assert not machine._is_whole(other)
+    kept.unlink()
+    other.replace(kept)
+    machine._loaded.cache_clear()
+    assert machine.library(code).four() == 4
+    assert len(compilations) == 2
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "multint").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked))
+    with pytest.raises(RefusedError, match="cannot be kept"):
+        machine.library(code)
+
+
+def test_a_compiler_that_does_not_run_is_none(monkeypatch):
+    machine.compiler.cache_clear()
+    monkeypatch.setenv("CXX", "/bin/false")
+    try:
+        assert machine.compiler() != "/bin/false"
+        monkeypatch.setenv("PATH", "")
+        machine.compiler.cache_clear()
+        assert not machine.has_compiler()
+    finally:
+        machine.compiler.cache_clear()
+
+
+def test_a_layer_is_compiled_ahead_of_time(compilations):
+    layer = LSTM(3, 10, num_layers=2, batch_first=True)
+    assert str(layer.precompile(torch.zeros(4, 5, 3))).count("by native code") == 4
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    before = len(compilations)
+    layer.engine = "fused"
+    layer(torch.zeros(2, 7, 3))[0].sum().backward()
+    assert len(compilations) == before
+    with pytest.raises(OptionError, match="a layer has its own precompile"):
+        precompile(layer, torch.zeros(4, 5, 3))
 
 
 @pytest.mark.usefixtures("eager_pieces_of_the_python_executor")

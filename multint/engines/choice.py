@@ -139,7 +139,9 @@ def precompile(
     """
     xs = {name: x[:1] for name, x in xs.items()} if isinstance(xs, dict) else xs[:1]
     if state is None:
-        state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
+        if not hasattr(cell, "initial_state"):
+            raise OptionError(f"precompile: {type(cell).__name__} has no initial_state; a layer has its own precompile")
+        state = cell.initial_state(_size(xs)[1])
     with torch.no_grad():
         scan(cell, xs, state, "fused")
     with torch.enable_grad():
@@ -174,8 +176,11 @@ class Explanation:
         lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
         for title, section in (("forward", schedule.forward), ("backward", schedule.reverse)):
             if section:
-                reason = why_not(self._program, schedule, section is schedule.reverse)
-                lines.append(f"run {title} by " + (f"Python, step by step: {reason}" if reason else "native code"))
+                reverse = section is schedule.reverse
+                reason = why_not(self._program, schedule, reverse)
+                is_there = (id(schedule), reverse) in self._program.loops
+                how = "native code" if is_there else "native code, once that is compiled"
+                lines.append(f"run {title} by " + (f"Python, step by step: {reason}" if reason else how))
         if chunk < steps:
             lines.append(f"more would not fit the budget: {-(-steps // chunk)} parts of {chunk} steps, each run twice")
         return "\n".join(lines)

@@ -121,6 +121,7 @@ class _Nest:
 class _Piece:
     def __init__(self, graph: fx.Graph, adds: list[bool]) -> None:
         self.graph, self.adds = graph, adds
+        _check_rows(graph)
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         self.count = 0  # of names
@@ -289,6 +290,15 @@ class _Piece:
 _JOINED = {"sum": ("0.0f", "{0} + {1}"), "max": ("-INFINITY", "maximum({0}, {1})")}
 
 
+def _check_rows(graph: fx.Graph) -> None:
+    """Raise unless every size that has to do with the number of rows is that number."""
+    values = [node.meta.get("val") for node in graph.nodes]
+    tensors = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
+    sizes: list[Any] = [size for value in tensors if isinstance(value, Tensor) for size in value.shape]
+    if len({size.node.expr for size in sizes if isinstance(size, torch.SymInt)}) > 1:
+        raise RefusedError("it arranges the rows anew")
+
+
 def literal(number: Any) -> str:
     """A Python number in C++."""
     if isinstance(number, bool):
@@ -298,7 +308,7 @@ def literal(number: Any) -> str:
     value = float(number)
     if math.isnan(value):
         return "NAN"
-    if math.isinf(value):
+    if abs(value) > torch.finfo(torch.float32).max:
         return "INFINITY" if value > 0 else "-INFINITY"
     return f"{value!r}f"
 
@@ -473,7 +483,8 @@ def _slice_of(node: Node, first: int) -> tuple[Node, int, int, int]:
             return source, dim, 0, 1
         raise RefusedError("it slices the rows")
     start = int(rest[1] or 0)
-    return source, dim, min(start + size[dim] if start < 0 else start, size[dim]), int(rest[3] or 1)
+    start = max(0, start + size[dim]) if start < 0 else min(start, size[dim])
+    return source, dim, start, int(rest[3] or 1)
 
 
 def selected(nest: _Nest, node: Node, at: At) -> str:
@@ -580,7 +591,7 @@ _POINTWISE = {
     aten.div.Scalar: "{0} / {1}",
     aten.neg.default: "-{0}",
     aten.abs.default: "std::fabs({0})",
-    aten.sign.default: "({0} > 0.0f ? 1.0f : {0} < 0.0f ? -1.0f : 0.0f)",
+    **dict.fromkeys((aten.sign.default, aten.sgn.default), "({0} > 0.0f ? 1.0f : {0} < 0.0f ? -1.0f : 0.0f)"),
     aten.reciprocal.default: "1.0f / {0}",
     aten.sqrt.default: "std::sqrt({0})",
     aten.rsqrt.default: "1.0f / std::sqrt({0})",
@@ -673,7 +684,15 @@ def put_together(piece: _Piece, node: Node, target: str) -> None:
 def put_into(piece: _Piece, node: Node, target: str) -> None:
     """`slice_scatter`: the whole first, then what stands in a part of it."""
     base, source = node.args[:2]
-    _, _, start, step = _slice_of(node, 1)
+    _, over, start, step = _slice_of(node, 1)
+    if isinstance(shape_of(node)[over], torch.SymInt):  # all rows: nothing is left of the whole
+        shape, level = inner(node), piece.level_after([source])
+        c_type(node)
+        value: Callable[[_Nest, At], str] = lambda nest, at: nest.element(source, with_row(source, at))  # noqa: E731
+        piece.stores.append(
+            Store(node, [source], target, shape, (), level, value, lambda at: contiguous(shape, at), "=")
+        )
+        return
     dim = _inner_dim(node, node.args[2] if len(node.args) > 2 else 0)
     level = piece.level_after([base, source])
     _copy(piece, node, base, target, dim, 0, 1, level)
@@ -715,6 +734,8 @@ def reduction(join: str) -> Callable[[_Piece, fx.Node, str], None]:
         if node.kwargs or not dims:
             raise RefusedError(f"it has the operation {node.target} over all or with another dtype")
         reduced = tuple(sorted(_inner_dim(source, dim) for dim in dims))
+        if 0 in inner(source):
+            raise RefusedError("it sums nothing up")
         kept = [size for d, size in enumerate(inner(source)) if d not in reduced]
         c_type(node)
         piece.stores.append(

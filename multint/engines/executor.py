@@ -103,6 +103,10 @@ class Scan(torch.autograd.Function):
         schedule: Schedule = ctx.schedule
         saved = list(ctx.saved_tensors)
         arguments, saved = saved[: len(schedule.arguments)], saved[len(schedule.arguments) :]
+        # Hooks on saved tensors may have brought them into another order. That of a matrix is free.
+        saved = [tensor.contiguous() for tensor in saved]
+        named = zip(schedule.arguments, arguments, strict=True)
+        arguments = [a if schedule.buffers[n].extent is Extent.ONE else a.contiguous() for n, a in named]
         create_graph = torch.is_grad_enabled()
         if create_graph or private.surroundings():  # a gradient's gradient, or one of many at once
             gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph)
@@ -139,6 +143,8 @@ def _backward(
             memory[d_state][steps] = given.to(buffers[d_state].dtype, copy=True, memory_format=torch.contiguous_format)
     backward = range(steps - 1, -1, -1)
     if loop:
+        # What a forward loop from Python has left for each step by itself.
+        memory |= {name: torch.stack(value) for name, value in memory.items() if isinstance(value, list)}
         loop(memory, backward, rows)
     else:
         execute(schedule.reverse, buffers, memory, backward, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -34,14 +35,36 @@ def library(source: str) -> ctypes.CDLL:
     command = [compiler(), *_FLAGS, *_instructions(torch.backends.cpu.get_cpu_capability())]
     key = hashlib.sha256("\n".join([*command, _processor(), _version(command[0]), code]).encode()).hexdigest()
     path = Path(private.cache_folder(), "multint", f"{key[:32]}.so")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written, made = Path(folder, "loop.cpp"), Path(folder, "loop.so")
-            written.write_text(code)
-            _run([*command, str(written), "-o", str(made)])
-            made.replace(path)  # at once: another process may look for it
+    try:
+        if not _is_whole(path):
+            _compile(command, code, path)
+    except OSError as error:
+        raise RefusedError(f"what is compiled cannot be kept: {error}") from error
     return _loaded(str(path))
+
+
+def _compile(command: list[str], code: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written, made = Path(folder, "loop.cpp"), Path(folder, "loop.so")
+        written.write_text(code, encoding="utf-8")
+        _run([*command, str(written), "-o", str(made)])
+        with made.open("ab") as file:
+            file.write(_END + made.stat().st_size.to_bytes(8, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)  # at once: another process may look for it
+
+
+# What stands behind a library, with its size: one cut short, by a full disk or a crash, would end the process.
+_END = b"multint:"
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    code = path.read_bytes()
+    return code.endswith(_END + max(0, len(code) - 16).to_bytes(8, "little"))
 
 
 @cache
@@ -55,18 +78,20 @@ def _loaded(path: str) -> ctypes.CDLL:
 @cache
 def header() -> str:
     """What every loop is compiled with."""
-    return Path(__file__).with_name("native.h").read_text()
+    return Path(__file__).with_name("native.h").read_text(encoding="utf-8")
 
 
 @cache
 def compiler() -> str:
     """The C++ compiler's path.
 
-    Raises: RefusedError where there is none.
+    Raises: RefusedError where there is none that runs.
     """
     for name in (os.environ.get("CXX", ""), "g++", "clang++"):
         if found := name and shutil.which(name):
-            return found
+            with contextlib.suppress(RefusedError):
+                _version(found)
+                return found
     raise RefusedError("there is no C++ compiler")
 
 

@@ -44,9 +44,7 @@ static inline float exponential(float x) {
 }
 
 static inline float logistic(float x) {
-  const float bounded = x > 88.0f ? 88.0f : x < -88.0f ? -88.0f : x;
-  const float n = __builtin_rintf(bounded * -1.44269504f);
-  return 1.0f / (1.0f + near_one(remainder(-bounded, n)) * power_of_two((int32_t)n));
+  return 1.0f / (1.0f + exponential(-x));
 }
 
 // x p(x²) / q(x²), fitted to a relative error of 2e-8: a difference of exponentials would keep no digit of a small x.

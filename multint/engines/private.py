@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from multint.engines.failures import RefusedError
+
 # The number of rows is open, but the compiler decides by this one where threads are worth it. It is not the first
 # call's, so that the cached kernel does not depend on the first call's batch size.
 _TYPICAL_ROWS = 64
@@ -172,13 +174,16 @@ def plain(module: fx.GraphModule, stand_ins: list[Tensor], world: StandIns) -> f
     """The module's graph with composite operations, such as norms and derivatives, in terms of plainer ones."""
     with torch.no_grad():
         graph: fx.Graph = world.trace(module, [world.like(s) for s in stand_ins], _decompositions()).graph
+    for node in graph.nodes:  # what only writes passes for dead code
+        if is_operation(node.target) and node.target._schema.is_mutable:
+            raise RefusedError(f"it has the operation {node.target}, which writes into a tensor")
     graph.eliminate_dead_code()
     return graph
 
 
 # By those that torch has for them.
 _COMPOSITE = """
-    addcdiv addcmul constant_pad_nd elu elu_backward fill gelu gelu_backward hardsigmoid hardsigmoid_backward hardswish
+    addcdiv addcmul elu elu_backward fill gelu gelu_backward hardsigmoid hardsigmoid_backward hardswish
     hardswish_backward hardtanh hardtanh_backward leaky_relu leaky_relu_backward lerp log_sigmoid_backward
     log_sigmoid_forward _log_softmax _log_softmax_backward_data logsumexp masked_fill mish native_layer_norm
     native_layer_norm_backward new_full new_ones new_zeros ones_like rsub select_backward sigmoid_backward silu

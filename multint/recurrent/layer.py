@@ -176,6 +176,31 @@ class Recurrent(nn.Module):
             return Explanations([Explanation("loop", "asked for") for _ in self.directions], self.bidirectional)
         return Explanations(map(explain, self.directions), self.bidirectional)  # type: ignore[arg-type]
 
+    def precompile(
+        self,
+        input: Tensor,  # as a call takes it, of any T
+    ) -> Explanations:
+        """Compile what calls with such inputs run by "fused", in both passes, whatever T and B are later.
+
+        The first step is run. No gradient is left in the parameters. See `multint.engines.precompile`.
+
+        Raises: as a call does by "fused".
+        """
+        one = input.narrow(1 if self.batch_first and input.ndim == 3 else 0, 0, 1)
+        engine, self.engine = self.engine, "fused"
+        try:
+            with torch.no_grad():
+                self(one)
+            with torch.enable_grad():
+                output, _ = self(one)
+                if output.requires_grad:
+                    torch.autograd.grad(
+                        output.sum(), [p for p in self.parameters() if p.requires_grad], allow_unused=True
+                    )
+            return self.explain()
+        finally:
+            self.engine = engine
+
     def extra_repr(self) -> str:
         named = ("num_layers", "batch_first", "bidirectional", "dropout", "input_dropout", "engine")
         defaults = {"num_layers": 1, "engine": "auto"}
