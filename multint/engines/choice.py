@@ -25,8 +25,8 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
-# The multiply-adds of a forward pass from which `auto` compiles a native loop: there the loop takes tens of
-# milliseconds for both passes, so that the seconds of a first call are repaid within some hundred calls.
+# The multiply-adds of a forward pass from which `auto` compiles a native loop. An estimate: there the loop takes tens
+# of milliseconds for both passes, so that the seconds of a first call are repaid within some hundred calls.
 _WORTH_COMPILING = 10**7
 # Where each piece is compiled by Inductor, which takes ten times as long; and where there is no compiler, so that
 # pieces run op by op, which is slower than the loop at small sizes.
@@ -53,7 +53,7 @@ def scan(
 
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
-            can take the cell and has been measured to pay, on CPUs, in float32 from 1e7 multiply-adds on (T · B · the
+            can take the cell and is taken to pay, on CPUs, in float32 from 1e7 multiply-adds on (T · B · the
             cell's parameters), in bfloat16 and under autocast from 1e8, without a C++ compiler from 1e9; else the loop.
             `explain` tells the choice and why.
 

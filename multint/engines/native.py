@@ -25,7 +25,7 @@ from multint.errors import in_a_line
 if TYPE_CHECKING:
     from multint.engines.program import Program
 
-# The bytes of a product's matrix from which threads share its columns. By measurement.
+# The bytes of a product's matrix from which threads share its columns: about what one core's cache holds. Not tuned.
 _BY_COLUMNS = 2**20
 
 
