@@ -18,7 +18,7 @@ step goes through them:
    T·B rows gives each recurrent matrix its gradient.
 5. `program.py` holds the schedules of a plan, and `executor.py` runs one: its loops as one operation of autograd, what
    is before them under autograd itself. A loop is run by one of two executors. `native.py` makes one C++ function of a
-   loop, any number of steps and rows: `cpp.py` writes its pieces, `native.h` has its products and its split over
+   loop, any number of steps and rows: the `cpp` files write its pieces, `native.h` has its products and its split over
    threads, and `machine.py` compiles it. `stepwise.py` runs all others step by step from Python, by the pieces that
    `kernel.py` has Inductor compile: pieces with other operations, in other dtypes, or without a compiler.
 6. `choice.py` is what callers see: it chooses, falls back and explains. `budget.py` cuts a scan in time where it would
