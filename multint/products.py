@@ -1,8 +1,8 @@
 """Matrix products, by the faster of the libraries that torch has for them.
 
 `differentiable_product` stands for `@` in a module. The others are for the inside of an `autograd.Function`, where
-nothing is recorded: `untracked_product`, `untracked_transposed_product` (the gradient of a matrix), and
-`prepared_product`, for many products with one matrix.
+nothing is recorded: `untracked_product`, `untracked_transposed_product` (the gradient of a matrix), each of which can
+write into memory that is there, and `prepared_product`, for many products with one matrix.
 """
 
 from __future__ import annotations
@@ -38,22 +38,32 @@ def differentiable_product(
 def untracked_product(
     left: Tensor,  # (N, I)
     right: Tensor,  # (I, O)
+    out: Tensor | None = None,  # (N, O)
 ) -> Tensor:  # (N, O)
-    """`left @ right`, outside autograd."""
+    """`left @ right`, outside autograd; written to `out` where that is given."""
     if _by_onednn(right, len(left)) and not _by_mkl(left):
-        return onednn.linear(left, right.t())
-    return left @ right
+        result = onednn.linear(left, right.t())
+        return result if out is None else out.copy_(result)
+    return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
 
 
 def untracked_transposed_product(
     left: Tensor,  # (N, I)
     right: Tensor,  # (N, O)
+    total: Tensor | None = None,  # (I, O)
 ) -> Tensor:  # (I, O)
-    """`left.t() @ right`, outside autograd: the gradient of a matrix from what it multiplied and the cotangent."""
+    """`left.t() @ right`, outside autograd: the gradient of a matrix from what it multiplied and the cotangent.
+
+    Added to `total` where that is given.
+    """
     # The first factor of a product is copied into its order, so the smaller matrix comes first.
-    if left.numel() <= right.numel():
+    if left.numel() > right.numel():
+        return untracked_transposed_product(right, left, None if total is None else total.t()).t()
+    if total is None:
         return untracked_product(left.t(), right)
-    return untracked_product(right.t(), left).t()
+    if _by_onednn(right, left.shape[1]) and not _by_mkl(left):
+        return total.add_(untracked_product(left.t(), right))
+    return total.addmm_(left.t(), right)
 
 
 def prepared_product(

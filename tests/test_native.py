@@ -46,6 +46,24 @@ def test_it_gives_what_the_loop_gives(name):
     assert str(explain(cell)).count("by native code") == 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_it_may_go_by_blocks_of_steps(name, monkeypatch):
+    """The first of which is shorter. What stands before and after a block is added up."""
+    cell = built(name, torch.float32)
+    xs, state = inputs(cell, 7, 3, torch.float32)
+    expected = results(cell, xs, state, "loop")
+    close(results(cell, xs, state, "fused"), expected, torch.float32)
+    with torch.no_grad():
+        scan(cell, xs, state, "fused")
+    monkeypatch.setattr(native, "_LEAST_ROWS", 6)
+    monkeypatch.setattr(native, "_CACHED", 0)
+    assert all(loop.blocks(7, 3) == [range(2), range(2, 4), range(4, 7)] for loop in loops(cell))
+    close(results(cell, xs, state, "fused"), expected, torch.float32)
+    with torch.no_grad():
+        output, final = scan(cell, xs, state, "fused")
+    close([output, *final], expected[: 1 + len(final)], torch.float32)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_may_share_a_products_columns(threads, monkeypatch):
     """As they do where the matrix is large; some may have no row, or no column."""

@@ -13,6 +13,8 @@ from multint.integrators import outermost_integrators
 from tests.both_engines import built, compare
 from tests.catalogue import CELLS, INPUT_SIZE, TYPICAL, normal
 
+SECTIONS = ("prelude", "prologue", "entry", "forward", "reverse", "exit", "epilogue")
+
 
 def whole(name):
     """The schedule that gives a catalogued cell all its gradients."""
@@ -32,8 +34,7 @@ def test_every_schedule_is_whole(name):
     schedule = whole(name)
     check(schedule)
     assert len(schedule.gradients) == len(schedule.arguments)
-    sections = (schedule.prelude, schedule.prologue, schedule.forward, schedule.reverse, schedule.epilogue)
-    instructions = [instruction for section in sections for instruction in section]
+    instructions = [instruction for section in SECTIONS for instruction in getattr(schedule, section)]
     named = {at.buffer for instruction in instructions for at in (*instruction.reads, *instruction.writes)}
     assert named <= schedule.buffers.keys()
     for instruction in instructions:
@@ -41,11 +42,9 @@ def test_every_schedule_is_whole(name):
             graph = instruction.kernel.module.graph
             assert len([node for node in graph.nodes if node.op == "placeholder"]) == len(instruction.reads)
             assert len(graph.output_node().args[0]) == len(instruction.writes)
-    # No weight's gradient is accumulated in the loop: each recurrent matrix has one contraction after it.
-    products = [instruction for instruction in schedule.forward if isinstance(instruction, Product)]
-    contracted = [
-        instruction.result.buffer for instruction in schedule.epilogue if isinstance(instruction, Contraction)
-    ]
+    # No weight's gradient is accumulated in the loop: each matrix has one contraction after it.
+    products = [i for i in [*schedule.entry, *schedule.forward] if isinstance(i, Product)]
+    contracted = [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Contraction)]
     first = schedule.arguments.index(products[0].matrix.buffer) if products else 0
     gradients = schedule.gradients[first : first + len(products)]
     assert contracted == [gradient for gradient in gradients if gradient is not None]
@@ -110,8 +109,8 @@ WRONG = {
     "the last kernel is missing": without("forward", -1),
     "the reverse kernel is missing": without("reverse", 0),
     "a state's gradient is missing": without("reverse", -1),
-    "a matrix's gradient is missing": without("epilogue", -1),
-    "the hoisted product is missing": without("prologue", -1),
+    "a matrix's gradient is missing": without("exit", -1),
+    "the hoisted product is missing": without("entry", -1),
     "the first writer adds": first_writer_adds,
     "two first writers": two_first_writers,
     "nothing is cleared": not_cleared,
@@ -124,17 +123,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_checker_finds_what_is_wrong(name):
     schedule = whole("lstm-mi")
-    copy = schedules.Schedule(
-        buffers=dict(schedule.buffers),
-        **{
-            section: list(getattr(schedule, section))
-            for section in ("prelude", "prologue", "forward", "reverse", "epilogue")
-        },
-        **{
-            field: list(getattr(schedule, field)) for field in ("arguments", "inputs", "states", "cleared", "gradients")
-        },
-    )
-    check(copy)
+    lists = (*SECTIONS, "arguments", "inputs", "states", "cleared", "gradients")
+    copy = schedules.Schedule(dict(schedule.buffers), **{field: list(getattr(schedule, field)) for field in lists})
+    check(schedule)
     WRONG[name](copy)
     with pytest.raises(AssertionError):
         check(copy)
@@ -144,6 +135,6 @@ def test_the_budget_counts_what_the_backward_pass_keeps():
     """By hand, for an MI-LSTM: Wx and Uh of four gates, h and c, in float64."""
     schedule = whole("lstm-mi")
     hidden = schedule.buffers["h"].shape[0]
-    assert schedule.bytes_per_row() == 8 * (4 * hidden + 4 * hidden + 2 * hidden)
-    assert set(schedule.kept) == {"c", "Uh", "h"}
+    assert schedule.bytes_per_row == 8 * (4 * hidden + 4 * hidden + 2 * hidden)
+    assert set(schedule.kept) == {"c", "Wx", "Uh", "h"}
     assert schedule.buffers["h"].dtype == torch.float64

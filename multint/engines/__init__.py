@@ -9,13 +9,12 @@ step goes through them:
 2. `capture.py` turns the step into a graph of ATen operations with the number of rows left open, `passes.py` brings the
    graph to its plainest form, and `legality.py` and `trials.py` refuse what a graph cannot hold, or gets wrong.
 3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
-   of the input with matrices leave the loop: one product over all T·B rows (*hoisted*; its result is a *stream*). The
-   products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
+   of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
    row-wise pointwise code, cut into *pieces*.
 4. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
    and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
-   streams and of the stages' products. A vector's gradient is summed on the way. After the loop, one product over all
-   T·B rows gives each recurrent matrix its gradient.
+   streams and of all products. A vector's gradient is summed on the way. A product over the rows of many steps gives
+   each matrix its gradient, and another one what a hoisted product multiplied.
 5. `program.py` holds the schedules of a plan, and `executor.py` runs one: its loops as one operation of autograd, what
    is before them under autograd itself. A loop is run by one of two executors. `native.py` makes one C++ function of a
    loop, any number of steps and rows: the `cpp` files write its pieces, `native.h` has its products and its split over
@@ -27,17 +26,19 @@ step goes through them:
 The schedule of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, without sizes and with short names:
 
     once, of the parameters:    W, U = kernel(gates.x_projection.weight, gates.z_projection.weight)
-    once, for all steps:        Wx[:] = x[:] @ W
+    for many steps at once:     Wx[:] = x[:] @ W
     each step t:                Uh[t] = h[t] @ U
                                 h[t+1], c[t+1] = kernel(alpha, beta1, beta2, bias, c[t], Wx[t], Uh[t])
     each step t backward:       d_c[t], d_Wx[t], d_Uh[t], +rows(d_alpha), …
                                     = kernel(alpha, …, c[t], Wx[t], Uh[t], d_h[t+1], d_c[t+1], d_output[t])
                                 d_h[t] = d_Uh[t] @ Uᵀ
-    once, after the last:       d_alpha = Σ rows(d_alpha), …
+    for many steps at once,     d_x[:] = d_Wx[:] @ Wᵀ
+      backward:                 d_W = x[:]ᵀ @ d_Wx[:]
                                 d_U = h[:]ᵀ @ d_Uh[:]
+    once, after the last:       d_alpha = Σ rows(d_alpha), …
 
 Activations are not kept: the backward kernel computes them again from Wx, Uh and the states, which is cheaper than
-storing four gates. The gradients of x and of W follow outside, by autograd, from d_Wx.
+storing four gates. Nor are d_Wx and d_Uh there for more steps than a native loop takes at a time.
 """
 
 from multint.engines.choice import Explanation, explain, precompile, scan

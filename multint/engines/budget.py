@@ -20,7 +20,7 @@ MEMORY_BUDGET = 2**30
 def steps_at_a_time(program: Program, steps: int, rows: int) -> int:
     """How many steps' buffers fit the memory budget."""
     schedule = program.whole() if torch.is_grad_enabled() else program.forward
-    return max(1, min(steps, MEMORY_BUDGET // max(1, rows * schedule.bytes_per_row())))
+    return max(1, min(steps, MEMORY_BUDGET // max(1, rows * schedule.bytes_per_row)))
 
 
 def run_in_parts(

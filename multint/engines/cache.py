@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
+from multint.engines import private
 from multint.engines.failures import StepError
-from multint.engines.reads import Walk
+from multint.engines.reads import Walk, contents_of
+from multint.engines.witness import Witness
 from multint.errors import EngineError, in_a_line
 
 if TYPE_CHECKING:
@@ -28,10 +30,21 @@ _MOST_AT_ONCE = 4
 
 @dataclass
 class _History:
-    """What a cell was traced for."""
+    """What a cell was traced for, and its last walk, but for what would hold on to the cell itself."""
 
     traces: int = 0
     last: Hashable = None
+    witness: Witness | None = None
+    state_type: type | None = None
+    walked: Hashable = None  # the walk's key
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def walk(self, cell: nn.Module, state_type: type) -> None:
+        """Walk the cell, unless the last walk's witness tells that a new one would give the same."""
+        if self.witness is None or state_type is not self.state_type or not self.witness.holds(contents_of):
+            walk = Walk(cell, state_type)
+            self.witness = walk.witness if walk.witness.is_complete else None
+            self.state_type, self.walked, self.tensors = state_type, walk.key, walk.tensors
 
 
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()  # or why there is none
@@ -49,10 +62,12 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
 
     Raises: EngineError where there can be none; StepError where the step itself fails.
     """
-    walk = Walk(cell, type(state))
+    history = _histories.setdefault(cell, _History())
+    history.walk(cell, type(state))
+    tensors = history.tensors
     kind = next(iter(xs.values())).device.type
     key = (
-        walk.key,
+        history.walked,
         tuple((name, tensor.dtype, tensor.device, tensor.shape[2:]) for name, tensor in xs.items()),
         isinstance(x, dict),
         tuple((field.dtype, field.device, field.shape[1:]) for field in state),
@@ -61,7 +76,6 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
         torch.get_default_dtype(),
         torch.get_default_device(),
     )
-    history = _histories.setdefault(cell, _History())
     again, history.last = history.last == key, key
     kept = _programs.get(key)
     if kept is None:
@@ -88,7 +102,7 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
         _programs.popitem(last=False)
     if isinstance(kept, str) or kept.failure:
         raise EngineError(kept if isinstance(kept, str) else kept.failure)
-    return kept, walk.tensors
+    return kept, tensors
 
 
 def build(cell: nn.Module, x: Any, state: Any) -> Program:
@@ -98,12 +112,22 @@ def build(cell: nn.Module, x: Any, state: Any) -> Program:
     from multint.engines.plan import plan
     from multint.engines.program import Program
 
+    if _has_hooks(cell):
+        raise EngineError("fused: a module of the cell has hooks, which would not be called at every step")
+    if any(parameter.is_meta for parameter in cell.parameters()):
+        raise EngineError("fused: parameters on the meta device hold no numbers to check the step by")
     trace = unaware(capture, cell, x, state)
     signature = _signature(trace)
     program = _by_graph.get(signature)
     if program is None or program.failure:
         program = _by_graph[signature] = unaware(Program, plan(trace))
     return program
+
+
+def _has_hooks(cell: nn.Module) -> bool:
+    """Whether the user has put a hook on any module of the cell; the library's own are part of the step."""
+    hooks = [hook for module in cell.modules() for hook in private.hooks(module)]
+    return not all((getattr(hook, "__module__", None) or "").startswith("multint.") for hook in hooks)
 
 
 def _signature(trace: Trace) -> Hashable:

@@ -172,7 +172,7 @@ class Explanation:
 
         (steps, rows), schedule = self._size, self._program.whole()
         chunk = steps_at_a_time(self._program, steps, rows)
-        kept = chunk * rows * schedule.bytes_per_row() / 2**20
+        kept = chunk * rows * schedule.bytes_per_row / 2**20
         lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
         for title, section in (("forward", schedule.forward), ("backward", schedule.reverse)):
             if section:
@@ -245,8 +245,8 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
     """Why `fused` cannot be tried, apart from what tracing would find; empty where nothing speaks against it."""
     if not isinstance(cell, nn.Module):
         return "fused: the cell is no nn.Module, so its parameters are unknown"
-    if _has_hooks(cell):
-        return "fused: a module of the cell has hooks, which would not be called at every step"
+    if private.global_hooks():
+        return "fused: there are hooks on all modules, which would not be called at every step"
     if around := private.surroundings():
         return f"fused: {around}"
     given = [*_by_name(xs).values(), *state]
@@ -254,7 +254,7 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
         return "fused: the streams have different numbers of rows"
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in given):
         return f"fused: it takes plain tensors, and not {', '.join(sorted({type(t).__name__ for t in given}))}"
-    if any(tensor.is_meta for tensor in [*given, *cell.parameters()]):
+    if any(tensor.is_meta for tensor in given):
         return "fused: tensors on the meta device hold no numbers to check the step by"
     if _size(xs)[1] == 0:
         return "fused: there are no rows"
@@ -283,13 +283,6 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
     if work < worth and not has_compiler():
         return f"auto: there is no C++ compiler, and without one the loop is faster below {worth:.0e} multiply-adds"
     return ""
-
-
-def _has_hooks(cell: nn.Module) -> bool:
-    """Whether the user has put a hook on any module of the cell; the library's own are part of the step."""
-    hooks = [hook for module in cell.modules() for hook in private.hooks(module)]
-    ours = [(getattr(hook, "__module__", None) or "").startswith("multint.") for hook in hooks]
-    return private.global_hooks() or not all(ours)
 
 
 def _by_name(xs: Streams) -> dict[str, Tensor]:

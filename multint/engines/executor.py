@@ -6,6 +6,7 @@ A loop is run by native code (`native.py`) where it has one, else step by step i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from multint.engines.failures import report
 from multint.engines.lowering import OUTPUT_GRADIENT
 from multint.engines.native import loop_of
 from multint.engines.program import Program
-from multint.engines.schedule import At, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
-from multint.engines.stepwise import Memory, execute, memory_of
+from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
+from multint.engines.stepwise import Memory, allocate, execute
 from multint.errors import EngineError, in_a_line
-from multint.products import differentiable_product, untracked_transposed_product
+from multint.products import differentiable_product, untracked_product, untracked_transposed_product
 
 
 def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
@@ -52,14 +53,19 @@ def run(
     """
     plan, schedule = program.plan, program.forward
     steps, rows = inputs[0].shape[:2]
-    values = known | {At(name, None): x.flatten(0, 1) for name, x in zip(schedule.inputs, inputs, strict=True)}
-    interpret(schedule.prologue, values)
-    changing = [values[At(name, None)] for name in schedule.arguments[: len(plan.streams)]]
-    same = [values[At(name)] for name in schedule.arguments[len(plan.streams) : -len(state)]]
+    streams = dict(zip(schedule.inputs, inputs, strict=True))
+    if schedule.prologue:
+        values = known | {At(name, None): x.flatten(0, 1) for name, x in streams.items()}
+        interpret(schedule.prologue, values)
+        made = [write for instruction in schedule.prologue for write in instruction.writes]
+        streams |= {write.buffer: values[write].unflatten(0, (steps, rows)) for write in made}
+    by_step = len(plan.streams) + len(plan.lefts)
+    changing = [streams[name].contiguous() for name in schedule.arguments[:by_step]]
+    same = [known[At(name)] for name in schedule.arguments[by_step : -len(state)]]
     # Kernels know nothing of strides. A matrix is brought into the order that its product wants there, and only there.
-    matrices, vectors = same[: len(plan.stages)], [value.contiguous() for value in same[len(plan.stages) :]]
-    streams = [value.unflatten(0, (steps, rows)).contiguous() for value in changing]
-    arguments = [*streams, *matrices, *vectors, *state]
+    count = len(plan.matrices)
+    matrices, vectors = same[:count], [value.contiguous() for value in same[count:]]
+    arguments = [*changing, *matrices, *vectors, *state]
     wanted = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
         named = zip(schedule.arguments, arguments, strict=True)
@@ -79,15 +85,17 @@ class Scan(torch.autograd.Function):
         buffers, rows = schedule.buffers, len(arguments[-1])
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
         loop = loop_of(program, schedule, reverse=False)
-        allocate = loop.memory_of if loop else memory_of
-        for name in dict.fromkeys(write.buffer for instruction in schedule.forward for write in instruction.writes):
-            memory[name] = allocate(buffers[name], steps, rows)
+        made = [write.buffer for instruction in [*schedule.entry, *schedule.forward] for write in instruction.writes]
+        allocated = loop.allocate if loop else partial(allocate, buffers)
+        memory |= allocated(dict.fromkeys(made), schedule.states[:1], (), steps, rows)
         for name, first in zip(schedule.states, arguments[-len(schedule.states) :], strict=True):
             memory[name][0] = first
+        run = loop.over(memory, rows) if loop else partial(execute, schedule.forward, buffers, memory, rows=rows)
+        for block in loop.blocks(steps, rows) if loop else [range(steps)]:
+            _products(schedule.entry, buffers, memory, block)
+            run(block)
         if loop:
-            loop(memory, range(steps), rows)
-        else:
-            execute(schedule.forward, buffers, memory, range(steps), rows)
+            loop.gather(memory)
         ctx.program, ctx.schedule, ctx.asked = program, schedule, asked
         if schedule.reverse:
             kept = [memory[name] if isinstance(memory[name], list) else [memory[name]] for name in schedule.kept]
@@ -131,30 +139,28 @@ def _backward(
 ) -> list[Tensor | None]:
     """The reverse loop and the epilogue: the gradients of the schedule's arguments."""
     loop = loop_of(program, schedule, reverse=True)
-    allocate = loop.memory_of if loop else memory_of
     buffers, (steps, rows) = schedule.buffers, d_output.shape[:2]
     made = [write.buffer for instruction in schedule.reverse for write in instruction.writes]
-    for name in dict.fromkeys([*made, *schedule.cleared]):
-        memory[name] = allocate(buffers[name], steps, rows, name in schedule.cleared)
+    made += [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Product)]
+    allocated = loop.allocate if loop else partial(allocate, buffers)
+    memory |= allocated(dict.fromkeys([*made, *schedule.cleared]), schedule.gradients, schedule.cleared, steps, rows)
     memory[OUTPUT_GRADIENT] = d_output.contiguous()
     for d_state, given in zip(schedule.gradients[-len(schedule.states) :], d_final, strict=True):
         if d_state is not None:
             # A copy, since it is written over; in its dtype, for where it has no derivative autograd gives others.
             memory[d_state][steps] = given.to(buffers[d_state].dtype, copy=True, memory_format=torch.contiguous_format)
-    backward = range(steps - 1, -1, -1)
     if loop:
         # What a forward loop from Python has left for each step by itself.
         memory |= {name: torch.stack(value) for name, value in memory.items() if isinstance(value, list)}
-        loop(memory, backward, rows)
-    else:
-        execute(schedule.reverse, buffers, memory, backward, rows)
+    run = loop.over(memory, rows) if loop else partial(execute, schedule.reverse, buffers, memory, rows=rows)
+    for block in reversed(loop.blocks(steps, rows) if loop else [range(steps)]):
+        run(block[::-1])
+        _products(schedule.exit, buffers, memory, block)
+    if loop:
+        loop.gather(memory)
     for instruction in schedule.epilogue:
-        if isinstance(instruction, Sum):
-            memory[instruction.result.buffer] = memory[instruction.source.buffer].sum(0)
-        elif isinstance(instruction, Contraction):
-            left, right = (memory[at.buffer] for at in instruction.reads)
-            left = torch.stack(left) if isinstance(left, list) else left[:steps]
-            memory[instruction.result.buffer] = untracked_transposed_product(left.flatten(0, 1), right.flatten(0, 1))
+        assert isinstance(instruction, Sum)
+        memory[instruction.result.buffer] = memory[instruction.source.buffer].sum(0)
     found = []
     for argument, gradient in zip(schedule.arguments, schedule.gradients, strict=True):
         value = None
@@ -163,6 +169,25 @@ def _backward(
             value = (memory[gradient][0] if carried else memory[gradient]).to(buffers[argument].dtype)
         found.append(value)
     return found
+
+
+def _products(instructions: Sequence[Instruction], buffers: dict[str, Buffer], memory: Memory, block: range) -> None:
+    """The products before or after a block of steps: each for the rows of all these steps at once."""
+
+    def rows_of(at: At) -> Tensor:
+        values, start = memory[at.buffer], 0 if buffers[at.buffer].extent is Extent.BLOCK else block.start
+        values = values[start : start + len(block)]
+        return (torch.stack(values) if isinstance(values, list) else values).flatten(0, 1)
+
+    for instruction in instructions:
+        if isinstance(instruction, Product):
+            matrix: Tensor = memory[instruction.matrix.buffer]
+            matrix = matrix.t() if instruction.transposed else matrix
+            untracked_product(rows_of(instruction.left), matrix, rows_of(instruction.result))
+        elif isinstance(instruction, Contraction):
+            name = instruction.result.buffer
+            left, right = map(rows_of, instruction.reads)
+            memory[name] = untracked_transposed_product(left, right, memory.get(name))
 
 
 def _differentiably(
@@ -179,8 +204,13 @@ def _differentiably(
         state = [of[name] for name in schedule.states]
         fixed = {At(n): v for n, v in of.items() if schedule.buffers[n].extent is Extent.ONE}
         streams = {n: v for n, v in of.items() if schedule.buffers[n].extent is Extent.EACH}
+        steps, rows = cotangents[0].shape[:2]
+        values = fixed | {At(name, None): stream.flatten(0, 1) for name, stream in streams.items()}
+        interpret(schedule.entry, values)
+        made = [write for instruction in schedule.entry for write in instruction.writes]
+        streams |= {at.buffer: values[at].unflatten(0, (steps, rows)) for at in made}
         outputs = []
-        for t in range(len(cotangents[0])):
+        for t in range(steps):
             values = fixed | {At(name): stream[t] for name, stream in streams.items()}
             values |= {At(name): value for name, value in zip(schedule.states, state, strict=True)}
             interpret(schedule.forward, values)

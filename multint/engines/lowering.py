@@ -88,27 +88,26 @@ class _Lowering:
         for i, node in enumerate(plan.literals):
             self._name(node, f"literal{i}", Extent.ONE, given=True)
         self._constants()
-        for i, hoisted in enumerate(plan.hoisted):
-            self._left[id(hoisted)] = self._left_of(hoisted, f"x{i}", schedule.prologue, None)
-            result = self._name(
-                hoisted.result, f"{self.names[hoisted.matrix]}{self._left[id(hoisted)]}", Extent.EACH, by_product=True
-            )
-            left, matrix = At(self._left[id(hoisted)], None), At(self.names[hoisted.matrix])
-            schedule.prologue.append(Product(At(result, None), left, matrix))
+        for i, product in enumerate(plan.early + plan.hoisted):
+            left = self._left[id(product)] = self._left_of(product, f"x{i}", schedule.prologue, None)
+            result = self._name(product.result, f"{self.names[product.matrix]}{left}", Extent.EACH)
+            section = schedule.prologue if product in plan.early else schedule.entry
+            section.append(Product(At(result, None), At(left, None), At(self.names[product.matrix])))
         for i, stage in enumerate(plan.stages):
             left_name = self._left[id(stage)] = self._left_of(stage, f"z{i}", schedule.forward, 0)
             result = self._name(stage.result, f"{self.names[stage.matrix]}{left_name}", Extent.EACH, by_product=True)
             schedule.forward.append(Product(At(result), At(left_name), At(self.names[stage.matrix])))
         results = {At(name, 1): False for name in schedule.states}
         schedule.forward.append(Call(self.kernels.of(plan.final), self._at(plan.final.roots), results))
-        matrices = [self.names[stage.matrix] for stage in plan.stages]
+        matrices = [self.names[node] for node in plan.matrices]
         streams, vectors = ([self.names[node] for node in nodes] for nodes in (plan.streams, plan.vectors))
-        schedule.arguments = [*streams, *matrices, *vectors, *schedule.states]
+        lefts = [self._left[id(product)] for product in plan.hoisted]
+        schedule.arguments = [*streams, *lefts, *matrices, *vectors, *schedule.states]
 
     def _constants(self) -> None:
         """What is computed of the parameters: matrices are called W where the input meets them, and U in the loop."""
         plan = self.plan
-        for letter, products in (("W", plan.hoisted), ("U", plan.stages)):
+        for letter, products in (("W", plan.early + plan.hoisted), ("U", plan.stages)):
             matrices = list(dict.fromkeys(p.matrix for p in products if p.matrix not in self.names))
             for i, node in enumerate(matrices):
                 self._name(node, letter if len(matrices) == 1 else f"{letter}{i}", Extent.ONE)
@@ -127,7 +126,7 @@ class _Lowering:
         return buffer
 
     def reverse(self, wanted: frozenset[str]) -> None:
-        """One step backward, last piece first, and the epilogue."""
+        """One step backward, last piece first, and what follows."""
         plan, schedule = self.plan, self.schedule
         self._gradients(wanted)
         d_new = [At(self._d[node], 1) for node in plan.states.values() if node in self._d]
@@ -155,7 +154,10 @@ class _Lowering:
         states = list(plan.states.values())
         self._d: dict[fx.Node, str] = {}
         streams = [node for node in plan.streams if self.names[node] in wanted]
-        places = {Extent.TURNS: states, Extent.EACH: [*streams, *(stage.result for stage in plan.stages)]}
+        read_by = {p.result: {self._left[id(p)], self.names[p.matrix]} for p in plan.hoisted}
+        hoisted = [result for result, factors in read_by.items() if factors & wanted]
+        results = [*hoisted, *(stage.result for stage in plan.stages)]
+        places = {Extent.TURNS: states, Extent.EACH: streams, Extent.BLOCK: results}
         for extent, nodes in places.items():
             for node in nodes:
                 if node.meta["val"].is_floating_point():
@@ -202,33 +204,39 @@ class _Lowering:
         self.schedule.reverse.append(Call(kernel, tuple(reads[i] for i in used), writes))
 
     def _epilogue(self, wanted: frozenset[str]) -> None:
-        """One product for each recurrent matrix, and the sums of what was kept by row."""
+        """Products for the factors of all products, and the sums of what was kept by row."""
         plan, schedule = self.plan, self.schedule
         for node in self._apart:
             total = self._buffer(f"d_{self.names[node]}", self._accumulator(node), Extent.ONE, rows=True)
             schedule.buffers[total] = replace(schedule.buffers[total], rows=Rows.NO)
             schedule.epilogue.append(Sum(At(total), At(self._d[node])))
             self._d[node] = total
-        matrices: list[str | None] = []
-        for stage in plan.stages:
-            d_matrix = None
-            if self.names[stage.matrix] in wanted:
-                name = f"d_{self.names[stage.matrix]}"
-                d_matrix = self._buffer(name, stage.matrix.meta["val"], Extent.ONE, rows=False)
-                left, right = At(self._left[id(stage)], None), At(self._d[stage.result], None)
-                schedule.epilogue.append(Contraction(At(d_matrix), left, right))
+        lefts, matrices = [], []
+        for product in plan.hoisted + plan.stages:
+            left, matrix = self._left[id(product)], self.names[product.matrix]
+            d_left = d_matrix = None
+            if product in plan.hoisted and left in wanted:
+                d_left = self._buffer(f"d_{left}", product.left.meta["val"], Extent.EACH)
+                d_result = At(self._d[product.result], None)
+                schedule.exit.append(Product(At(d_left, None), d_result, At(matrix), True))
+            if matrix in wanted:
+                d_matrix = self._buffer(f"d_{matrix}", product.matrix.meta["val"], Extent.ONE, rows=False)
+                d_result = At(self._d[product.result], None)
+                schedule.exit.append(Contraction(At(d_matrix), At(left, None), d_result))
+            lefts.append(d_left)
             matrices.append(d_matrix)
         streams, vectors, states = (
             map(self._d.get, some) for some in (plan.streams, plan.vectors, plan.states.values())
         )
-        schedule.gradients = [*streams, *matrices, *vectors, *states]
+        schedule.gradients = [*streams, *lefts[: len(plan.hoisted)], *matrices, *vectors, *states]
 
     def shorten(self) -> None:
-        """Let what no later section reads be there for one step only."""
+        """Let what no later section reads be there for one step only, or for a block of them."""
         schedule = self.schedule
-        made = {write.buffer for instruction in schedule.forward for write in instruction.writes}
-        for name in made - set(schedule.kept) - set(schedule.states):
-            schedule.buffers[name] = replace(schedule.buffers[name], extent=Extent.NOW)
+        for section, extent in ((schedule.forward, Extent.NOW), (schedule.entry, Extent.BLOCK)):
+            made = {write.buffer for instruction in section for write in instruction.writes}
+            for name in made - set(schedule.kept) - set(schedule.states):
+                schedule.buffers[name] = replace(schedule.buffers[name], extent=extent)
 
 
 def vjp(piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], world: StandIns) -> tuple[fx.GraphModule, list[int]]:

@@ -8,7 +8,8 @@ cache of one core, the threads share its columns instead and wait for each other
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 # The bytes of a product's matrix from which threads share its columns: about what one core's cache holds. Not tuned.
 _BY_COLUMNS = 2**20
+
+_ALIGNED = 16  # numbers, of 64 bytes: a line of a cache
+
+# What a block of steps leaves for the products after it is to be in a cache still; but with fewer rows than these
+# a product is slow.
+_CACHED = 2**21
+_LEAST_ROWS = 512
 
 
 def loop_of(program: Program, schedule: Schedule, reverse: bool) -> Loop | None:
@@ -73,6 +81,12 @@ def why_not(program: Program, schedule: Schedule, reverse: bool) -> str:
     return ""
 
 
+class _Slot(ctypes.Structure):
+    """The `Slot` of native.h: a value's address, and the distances in bytes between steps, rows and parts."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("base", "step", "row", "part", "turns", "later")]
+
+
 class _Turns:
     """A value for each step of which two are there, in memory that stays in its place."""
 
@@ -102,12 +116,16 @@ class Loop:
         self._summed = frozenset(i.source.buffer for i in schedule.epilogue if isinstance(i, Sum))
         self._slots = list(dict.fromkeys(at for i in section for at in (*i.reads, *i.writes)))
         self._products = [i for i in section if isinstance(i, Product)]
+        self._sides = [_sides(product, buffers) for product in self._products]
         for name in {at.buffer for at in self._slots}:
             if buffers[name].device.type != "cpu":
                 raise RefusedError(f"its tensors are on {buffers[name].device}")
         adds = {write.buffer for i in section for write, adding in i.writes.items() if adding}
         self.own = frozenset(name for name in adds if name in self._summed or buffers[name].rows is Rows.NO)
         self._text = self._source(section)
+        self._places = [self._place(at) for at in self._slots]
+        self._of_blocks = [i for i, at in enumerate(self._slots) if buffers[at.buffer].extent is Extent.BLOCK]
+        self._bytes_of_a_row = sum(self._places[i][2] for i in self._of_blocks)
 
     def build(self) -> None:
         """Compile and load it.
@@ -129,8 +147,8 @@ class Loop:
                 arguments = ", ".join(self._at(at, "row") for at in (*instruction.reads, *instruction.writes))
                 lines.append(f"for (int64_t row = part.first; row < part.last; ++row) {name}({arguments});")
             elif isinstance(instruction, Product):
-                inner, columns = self._sides(instruction)
                 matrix, adds = self._products.index(instruction), "true" if instruction.adds else "false"
+                inner, columns = self._sides[matrix]
                 left, result = (self._at(at, "0") for at in (instruction.left, instruction.result))
                 lines.append(f"product(part, {left}, packed[{matrix}], {result}, {inner}, {columns}, {adds});")
         for name in sorted(self.own):
@@ -146,21 +164,29 @@ class Loop:
             raise RefusedError(f"it computes in {str(self._buffers[at.buffer].dtype).removeprefix('torch.')}")
         return f"at<{kind}>(slots[{self._slots.index(at)}], part, t, {row})"
 
-    def _sides(self, product: Product) -> tuple[int, int]:
-        left, matrix = self._buffers[product.left.buffer], self._buffers[product.matrix.buffer]
-        if len(left.shape) != 1 or len(matrix.shape) != 2:
-            raise RefusedError("it has a product of values that are no rows")
-        return matrix.shape[::-1] if product.transposed else matrix.shape
+    def _place(self, at: At) -> tuple[str, int, int, int, int]:
+        """A value's buffer, and in bytes the row of a step, of a batch and of a part; how many steps later it is."""
+        buffer = self._buffers[at.buffer]
+        row = buffer.numel(1) * buffer.dtype.itemsize
+        if at.buffer in self.own:
+            return at.buffer, 0, 0, 2 * row, 0
+        by_row = row if buffer.rows is Rows.YES else 0
+        return at.buffer, 0 if buffer.extent in (Extent.ONE, Extent.NOW) else by_row, by_row, 0, at.later or 0
 
-    def __call__(self, memory: Memory, order: range, rows: int) -> None:
-        """Run the section for each step, in the order given, on what the memory holds."""
+    def blocks(self, steps: int, rows: int) -> list[range]:
+        """The steps in blocks, which differ by one step at most."""
+        most = max(_LEAST_ROWS, _CACHED // max(1, self._bytes_of_a_row))
+        count = max(1, min(steps, steps * rows // most))
+        return [range(steps * i // count, steps * (i + 1) // count) for i in range(count)]
+
+    def over(self, memory: Memory, rows: int) -> Callable[[range], None]:
+        """A function that runs the section for some steps, in the order given, on what the memory holds."""
         threads = max(1, min(torch.get_num_threads(), rows))
-        sizes = [self._sides(product) for product in self._products]
-        by_columns = any(4 * inner * columns >= _BY_COLUMNS for inner, columns in sizes)
+        by_columns = any(4 * inner * columns >= _BY_COLUMNS for inner, columns in self._sides)
         if by_columns:
             threads = torch.get_num_threads()
         packed = []
-        for product, (inner, columns) in zip(self._products, sizes, strict=True):
+        for product, (inner, columns) in zip(self._products, self._sides, strict=True):
             matrix: Tensor = memory[product.matrix.buffer]
             matrix = matrix.t() if product.transposed else matrix
             size = inner * -(-columns // self._panel) * self._panel
@@ -168,28 +194,64 @@ class Loop:
             numbers = (*matrix.stride(), inner, columns, place.data_ptr(), threads)
             self._pack(*map(ctypes.c_int64, (matrix.data_ptr(), *numbers)))
             packed.append(place)
-        slots = [number for at in self._slots for number in self._slot(at, memory[at.buffer], rows)]
-        matrices = [place.data_ptr() for place in packed]
-        self._run(
-            (ctypes.c_int64 * len(slots))(*slots),
-            (ctypes.c_int64 * max(1, len(matrices)))(*matrices),
-            *map(ctypes.c_int64, (order.start, len(order), order.step, rows, threads, by_columns)),
-        )
+        slots = (_Slot * len(self._slots))()
+        for slot, (name, by_step, by_row, part, later) in zip(slots, self._places, strict=True):
+            held = memory[name]
+            turns = type(held) is _Turns
+            address = (held.both if turns else held).data_ptr()
+            slot.__init__(address, rows * by_step, by_row, part, turns, later)
 
+        def run(order: range) -> None:
+            for i in self._of_blocks:  # whose first value is that of the block's first step
+                slots[i].later = -min(order)
+            matrices = (ctypes.c_int64 * max(1, len(packed)))(*(place.data_ptr() for place in packed))
+            numbers = (order.start, len(order), order.step, rows, threads, by_columns)
+            self._run(slots, matrices, *map(ctypes.c_int64, numbers))
+
+        return run
+
+    def gather(self, memory: Memory) -> None:
+        """Bring together what each thread has summed up, after the last step."""
         for name in self.own:
             totals = memory[name][:, 1]
             memory[name] = totals if name in self._summed else totals.sum(0)
 
-    def memory_of(self, buffer: Buffer, steps: int, rows: int, zeros: bool = False) -> Any:
-        """Memory for what is made of a buffer."""
-        if buffer.name in self.own:
-            return torch.zeros(torch.get_num_threads(), 2, *buffer.shape, dtype=buffer.dtype, device=buffer.device)
-        states = buffer.extent is Extent.STATES or (zeros and buffer.extent is Extent.TURNS)
-        count = {Extent.EACH: steps, Extent.TURNS: 2}.get(buffer.extent)
-        made = buffer.empty(rows, steps + 1 if states else count)
-        if zeros:
-            made.zero_()
-        return _Turns(made) if buffer.extent is Extent.TURNS and not zeros else made
+    def allocate(
+        self,
+        names: Iterable[str],
+        apart: Collection[str | None],
+        cleared: Collection[str],
+        steps: int,
+        rows: int,
+    ) -> Memory:
+        """Memory for what is made of some buffers, which is 0 where it is `cleared`.
+
+        It is one piece but for what is `apart`, which outlives the pass. What is freed at once the allocator keeps for
+        the next pass; of many pieces it gives some back to the system, whose new pages cost more than writing to them.
+        """
+        counts = {Extent.EACH: steps, Extent.BLOCK: max(map(len, self.blocks(steps, rows)))}
+        counts |= {Extent.STATES: steps + 1, Extent.TURNS: 2}
+        found: Memory = {}
+        together, size = [], 0
+        for name in names:
+            buffer = self._buffers[name]
+            shape = (rows, *buffer.shape) if buffer.rows is Rows.YES else buffer.shape
+            if buffer.extent in counts:
+                shape = (counts[buffer.extent], *shape)
+            kind: dict[str, Any] = {"dtype": buffer.dtype, "device": "cpu"}  # whatever the defaults are
+            if name in self.own:
+                found[name] = torch.zeros(torch.get_num_threads(), 2, *buffer.shape, **kind)
+            elif name in cleared:  # and nothing writes to it but, for the state's gradient, after the last step
+                found[name] = torch.zeros(steps + 1 if buffer.extent is Extent.TURNS else shape[0], *shape[1:], **kind)
+            elif name in apart or buffer.dtype != torch.float32:
+                found[name] = torch.empty(shape, **kind)
+            else:
+                together.append((name, shape, size))
+                size += -(-math.prod(shape) // _ALIGNED) * _ALIGNED
+        piece = torch.empty(size, dtype=torch.float32, device="cpu")
+        found |= {name: piece[at : at + math.prod(shape)].view(shape) for name, shape, at in together}
+        turns = [name for name in found if self._buffers[name].extent is Extent.TURNS and name not in cleared]
+        return found | {name: _Turns(found[name]) for name in turns}
 
     def prove(self) -> None:
         """Raise unless it gives what the instructions give one by one, on random numbers."""
@@ -197,9 +259,9 @@ class Loop:
         generator = torch.Generator().manual_seed(0)
         ours: Memory = {}
         theirs: Memory = {}
-        for name in dict.fromkeys(at.buffer for at in self._slots):
+        names = list(dict.fromkeys(at.buffer for at in self._slots))
+        for name, drawn in self.allocate(names, (), (), steps, rows).items():
             buffer = buffers[name]
-            drawn = self.memory_of(buffer, steps, rows)
             tensor = drawn.both if isinstance(drawn, _Turns) else drawn
             if name in self.own:
                 theirs[name] = buffer.empty(rows).zero_()
@@ -212,7 +274,8 @@ class Loop:
             ours[name] = drawn
         order = range(steps - 1, -1, -1) if any(at.later for i in self._section for at in i.reads) else range(steps)
         with torch.no_grad():
-            self(ours, order, rows)
+            self.over(ours, rows)(order)
+            self.gather(ours)
             execute(self._section, buffers, theirs, order, rows, eager=True)
         for name in {write.buffer for i in self._section for write in i.writes}:
             if buffers[name].extent is not Extent.NOW:
@@ -227,17 +290,14 @@ class Loop:
         scale = float(theirs.float().nan_to_num(0.0, 0.0, 0.0).abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)
 
-    def _slot(self, at: At, held: Any, rows: int) -> tuple[int, int, int, int, int, int]:
-        """The `Slot` of a value: its address, and the distances in bytes between steps, rows and parts."""
-        buffer = self._buffers[at.buffer]
-        row = buffer.numel(1) * buffer.dtype.itemsize
-        if at.buffer in self.own:
-            return held.data_ptr(), 0, 0, 2 * row, 0, 0
-        by_row = row if buffer.rows is Rows.YES else 0
-        if isinstance(held, _Turns):
-            return held.both.data_ptr(), rows * by_row, by_row, 0, 1, at.later or 0
-        step = rows * by_row if buffer.extent not in (Extent.ONE, Extent.NOW) else 0
-        return held.data_ptr(), step, by_row, 0, 0, at.later or 0
+
+def _sides(product: Product, buffers: dict[str, Buffer]) -> tuple[int, int]:
+    """The shape of a product's matrix, as it is multiplied."""
+    left, matrix = buffers[product.left.buffer], buffers[product.matrix.buffer]
+    if len(left.shape) != 1 or len(matrix.shape) != 2:
+        raise RefusedError("it has a product of values that are no rows")
+    rows, columns = matrix.shape
+    return (columns, rows) if product.transposed else (rows, columns)
 
 
 _RUN = """

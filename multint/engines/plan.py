@@ -49,13 +49,24 @@ class Plan:
     world: StandIns
     prelude: Piece  # invariants → the constants that are not invariants themselves, once a call
     constants: list[fx.Node]
-    hoisted: list[Product]
+    hoisted: list[Product]  # of the inputs, which nothing but the loop reads
+    early: list[Product]  # of the inputs, which something before the loop reads
     stages: list[Product]  # in the order in which they can be computed
     final: Piece  # roots → the new state
     output: Piece  # roots → the new state and, once more, its first field, which is the scan's output
-    streams: list[fx.Node]  # roots that change with t: inputs and hoisted products
+    streams: list[fx.Node]  # roots that change with t, and are there before the loop: inputs and early products
     vectors: list[fx.Node]  # the constants that pieces read
     may_learn: set[fx.Node]  # what depends on the inputs or on tensors that want gradients
+
+    @property
+    def lefts(self) -> list[fx.Node]:
+        """What the hoisted products multiply."""
+        return [product.left for product in self.hoisted]
+
+    @property
+    def matrices(self) -> list[fx.Node]:
+        """The matrices of the products that autograd does not see, one for each."""
+        return [product.matrix for product in self.hoisted + self.stages]
 
 
 def plan(trace: Trace) -> Plan:
@@ -80,6 +91,9 @@ def plan(trace: Trace) -> Plan:
     for product in hoisted + stages:
         if product.left not in roots:
             product.piece = _extract(graph, roots, [product.left])
+    read_before = {root for product in hoisted for root in (product.piece.roots if product.piece else [product.left])}
+    early = [product for product in hoisted if product.result in read_before]
+    hoisted = [product for product in hoisted if product.result not in read_before]
     final = _extract(graph, roots, outputs)
     used = {root for piece in [final, *(s.piece for s in stages if s.piece)] for root in piece.roots}
     return Plan(
@@ -92,13 +106,14 @@ def plan(trace: Trace) -> Plan:
         prelude=_extract(graph, {*invariants.values(), *literals}, [n for n in constants if n.op != "placeholder"]),
         constants=constants,
         hoisted=hoisted,
+        early=early,
         stages=stages,
         final=final,
         output=_extract(graph, roots, [*outputs, outputs[0]]),
-        streams=[n for n in [*inputs.values(), *(p.result for p in hoisted)] if n in used],
+        streams=[n for n in [*inputs.values(), *(p.result for p in early)] if n in used],
         vectors=[n for n in constants if n in used],
         may_learn=_reached([*inputs.values(), *(invariants[name] for name in trace.learnt)])
-        | {p.result for p in hoisted},
+        | {p.result for p in hoisted + early},
     )
 
 

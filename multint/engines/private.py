@@ -302,6 +302,12 @@ def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     return iter(module._modules.items())
 
 
+def dictionaries(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where a module keeps all of its own: the attributes, and what is held for it beside them."""
+    yield vars(module)
+    yield from (getattr(module, name) for name in ("_parameters", "_buffers", "_modules", *_HOOKS))
+
+
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """A module's attributes beside what every module has: its parameters, buffers, parts and hooks."""
     return ((name, value) for name, value in vars(module).items() if name not in _ALWAYS_THERE)

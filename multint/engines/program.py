@@ -23,7 +23,7 @@ class Program:
         self.loops: dict[tuple[int, bool], Loop | str] = {}  # by schedule and direction, or why there is none
         self._kernels = Kernels(plan.world)
         self.forward = lower(plan, self._kernels, None)
-        nodes = [*plan.streams, *(stage.matrix for stage in plan.stages), *plan.vectors]
+        nodes = [*plan.streams, *plan.lefts, *plan.matrices, *plan.vectors]
         named = zip(nodes, self.forward.arguments, strict=False)
         self.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
         self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from multint.engines import private
 from multint.engines.tripwire import Tripwire
+from multint.engines.witness import Witness
 from multint.errors import EngineError
 
 # A step that reaches more than this is refused: following it would cost more than the scan, at every call.
@@ -71,7 +72,7 @@ _OF_EVERY_CLASS = {
     *vars(type("_", (), {"__slots__": ()})), *vars(type("_", (), {})), "__abstractmethods__", "_abc_impl",
     "__annotations__", "__parameters__", "__orig_bases__", "__match_args__", "__dataclass_fields__",
     "__dataclass_params__", "_member_map_", "_member_names_", "_value2member_map_", "__firstlineno__",
-    "__static_attributes__", "__annotate__", "__init__", "__new__", "__repr__",
+    "__static_attributes__", "__annotate__", "__init__", "__new__", "__repr__", "__slotnames__",
 }  # fmt: skip
 _COPIES = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__"}
 
@@ -106,6 +107,8 @@ class Walk:
         self.unfollowed: dict[int, tuple[Any, str]] = {}  # by identity: what the copy has a tripwire for, and its name
         self.python_modules: dict[int, types.ModuleType] = {}  # by identity: they are shared with the copy
         self.entries: dict[str, Any] | None = {} if named else None
+        self.witness = Witness()
+        self._cell = cell
         self._index: dict[int, int] = {}  # of the tensors, by identity
         self._met: dict[int, int] = {}
         self._path: list[str] = []
@@ -163,6 +166,8 @@ class Walk:
             return self._class(value)
         met = self._met.get(id(value))
         if met is not None:
+            if value is self._cell:  # which a witness that holds it would keep alive
+                self.witness.is_complete = False
             return "met", met
         self._met[id(value)] = len(self._met)
         if len(self._met) > _MOST:
@@ -178,17 +183,20 @@ class Walk:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if kind in _WRAPPERS:
+            self.witness.is_complete &= kind is functools.partial
             return kind, *(self._child(name, getattr(value, name)) for name in _WRAPPERS[kind])
         library = _library(kind)
         if isinstance(value, types.ModuleType) and (_library(value) is not None or self._beyond):
             self.python_modules[id(value)] = value
             return _Same(value)
         if any(part.__module__ == "numpy" for part in kind.__mro__) and hasattr(value, "tobytes"):
+            self.witness.is_complete = False
             if not value.dtype.hasobject:
                 return self._class(kind), str(value.dtype), value.shape, value.tobytes(), *self._own(value)
         elif isinstance(value, _BUILT_IN):
             owner = getattr(value, "__self__", None)
             bound = owner is not None and not isinstance(owner, types.ModuleType | type)
+            self.witness.is_complete &= not bound
             return (value.__name__, self._child("__self__", owner)) if bound else _Same(value)
         elif isinstance(value, _GETTERS):
             return kind, repr(value)
@@ -212,12 +220,17 @@ class Walk:
         own = tuple((name, self._child(name, value)) for name, value in vars(tensor).items())
         marks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, own
         if index is not None:
+            self.witness.tensor(tensor)
+            self.witness.dictionary(vars(tensor))
             return index, *marks
+        self.witness.is_complete = False
         # It cannot be replaced, so a trace would freeze its numbers. Capturing refuses it; Python may read it all the
         # same.
         return _Same(tensor), private.version(tensor), *marks
 
     def _module(self, module: nn.Module) -> Hashable:
+        for contents in private.dictionaries(module):
+            self.witness.dictionary(contents)
         marks: list[Hashable] = [self._class(type(module)), module.training]
         for _, name, value in private.held(module):
             marks += [name, self._child(name, value)]
@@ -228,6 +241,8 @@ class Walk:
         return (*marks, *(self._child("hook", hook) for hook in private.hooks(module)))
 
     def _object(self, value: Any) -> Hashable:
+        self.witness.dictionary(getattr(value, "__dict__", {}))
+        self.witness.is_complete &= not any(_slots(part) for part in type(value).__mro__)
         marks: list[Hashable] = [self._class(type(value))]
         for name, attribute in _attributes(value):
             marks += [name, self._child(name, attribute, (value, "attribute", name))]
@@ -236,13 +251,17 @@ class Walk:
     def _container(self, value: Any) -> Hashable:
         marks: Hashable
         if isinstance(value, set | frozenset):
+            self.witness.is_complete = False
             marks = frozenset(self._mark(entry) for entry in value)
         elif isinstance(value, dict):
+            self.witness.dictionary(value)
             # Keys are marked too: 1 and True are one key of a dictionary, and not one value in a step.
             marks = tuple((self._mark(k), self._child(k, v, (value, "entry", k))) for k, v in value.items())
         else:
+            self.witness.sequence(value)
             can_change = isinstance(value, list | deque)
             marks = tuple(self._child(i, v, (value, "entry", i) if can_change else None) for i, v in enumerate(value))
+        self.witness.is_complete &= not hasattr(value, "default_factory")
         factory = self._child("default_factory", getattr(value, "default_factory", None))
         return self._class(type(value)), marks, factory, *self._own(value)
 
@@ -261,9 +280,13 @@ class Walk:
             return "met", met
         self._met[id(kind)] = len(self._met)
         followed, known = _parts(kind.__mro__)
-        marks: list[Hashable] = [_Same(kind), *(_contents(part) for part in known)]
+        marks: list[Hashable] = [_Same(kind), *(contents_of(part) for part in known)]
+        for part in known:
+            self.witness.contents(part, contents_of(part))
         self._beyond += 1
-        if _library(type(kind)) is None:
+        users = _library(type(kind)) is None
+        self.witness.is_complete &= not followed and not users
+        if users:
             marks.append(self._class(type(kind)))
         for part in followed:
             for name, value in vars(part).items():
@@ -279,6 +302,7 @@ class Walk:
         known = _library(function) is not None
         if known and not function.__closure__:
             return _Same(function)
+        self.witness.is_complete = False
         marks: list[Hashable] = [function.__code__]
         self._beyond += 1
         marks += [self._child("defaults", function.__defaults__), self._child("defaults", function.__kwdefaults__)]
@@ -333,16 +357,18 @@ def _parts(order: tuple[type, ...]) -> tuple[list[type], list[type]]:
 _kept_contents: WeakKeyDictionary[type, tuple[list[int], list[Any], int]] = WeakKeyDictionary()
 
 
-def _contents(kind: type) -> Hashable:
+def contents_of(kind: type) -> Hashable:
     """A number that changes when something in a library's class is replaced.
 
     What was there is kept, so that no identity comes twice.
     """
-    ids = list(map(id, vars(kind).values()))
+    contents = dict(vars(kind))
+    contents.pop("__slotnames__", None)  # which the first copy of an instance leaves there
+    ids = list(map(id, contents.values()))
     kept = _kept_contents.get(kind)
     if kept is None or kept[0] != ids:
         before = kept[1] if kept else []
-        kept = ids, before + list(vars(kind).values()), len(before)
+        kept = ids, before + list(contents.values()), len(before)
         _kept_contents[kind] = kept
     return kept[2]
 

@@ -1,8 +1,10 @@
 """What is run of a step, as named buffers and a few kinds of instructions: to be printed, checked, and executed.
 
-A schedule has five sections. The *prelude* computes what depends on the parameters alone, and the *prologue* what the
-inputs of all steps give at once; both run by autograd. The *forward* section is one step, run for t = 0 … T−1. The
-*reverse* section is one step of the backward pass, run for t = T−1 … 0. The *epilogue* runs once after that.
+A schedule has seven sections. The *prelude* computes what depends on the parameters alone, and the *prologue* what the
+inputs of all steps give at once; both run by autograd. The *forward* section is one step, run for t = 0 … T−1, and the
+*reverse* section is one step of the backward pass, run for t = T−1 … 0. An executor may run these in blocks of
+some steps: the *entry* runs before each block forward, and the *exit* after each block backward. The *epilogue* runs
+once after that.
 Instructions name what they read and write, so an executor needs no other agreement with the planner.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +27,7 @@ class Extent(Enum):
 
     ONE = "one for all steps"
     EACH = "one for each step"
+    BLOCK = "one for each step of a block"
     STATES = "one before each step, and one after the last"
     TURNS = "two, this step's and the next one's, in turn"
     NOW = "one, of the present step"
@@ -60,7 +64,9 @@ class Buffer:
 
     def show(self, steps: int, batch_size: int) -> str:
         """Its shape over all steps, its dtype, and its size."""
-        times = {Extent.EACH: [steps], Extent.STATES: [steps + 1], Extent.TURNS: [2]}.get(self.extent, [])
+        times = {Extent.EACH: [steps], Extent.BLOCK: [steps], Extent.STATES: [steps + 1], Extent.TURNS: [2]}.get(
+            self.extent, []
+        )
         shape = (*times, *([batch_size] if self.rows is Rows.YES else []), *self.shape)
         size = math.prod(shape) * self.dtype.itemsize
         told = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
@@ -68,7 +74,7 @@ class Buffer:
 
 
 class At(NamedTuple):
-    """A buffer's value at a step: this one's, or that many steps later; all of them where `later` is None."""
+    """A buffer's value at a step: this one's, or that many steps later; all of them, or of a block, for None."""
 
     buffer: str
     later: int | None = 0
@@ -127,7 +133,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Contraction:
-    """result = Σ over all steps and rows of leftᵀ right: the gradient of a recurrent matrix."""
+    """result = Σ over all steps and rows of leftᵀ right: the gradient of a matrix. Each block adds its own."""
 
     result: At
     left: At
@@ -174,20 +180,22 @@ class Schedule:
     """A step's instructions and their buffers.
 
     Attributes:
-        arguments: what autograd differentiates the loop by: streams, matrices, vectors and the first state. What is
-            both a matrix and a vector, or the matrix of two products, stands there twice.
+        arguments: what autograd differentiates the loop by: streams, what the hoisted products multiply, matrices,
+            vectors and the first state. What is several of these, or the matrix of two products, stands there twice.
         inputs: the streams that the caller gives.
         states: the state's buffers, the output's first.
         cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
         gradients: the buffer of each argument's gradient, or None.
-        kept: the buffers that the forward section makes and the reverse section and the epilogue read.
+        kept: the buffers that the forward pass makes and the backward pass reads.
     """
 
     buffers: dict[str, Buffer] = field(default_factory=dict)
     prelude: list[Instruction] = field(default_factory=list)
     prologue: list[Instruction] = field(default_factory=list)
+    entry: list[Instruction] = field(default_factory=list)
     forward: list[Instruction] = field(default_factory=list)
     reverse: list[Instruction] = field(default_factory=list)
+    exit: list[Instruction] = field(default_factory=list)
     epilogue: list[Instruction] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
@@ -195,12 +203,13 @@ class Schedule:
     cleared: list[str] = field(default_factory=list)
     gradients: list[str | None] = field(default_factory=list)
 
-    @property
+    @cached_property
     def kept(self) -> list[str]:
-        made = {write.buffer for instruction in self.forward for write in instruction.writes}
-        read = [at.buffer for instruction in [*self.reverse, *self.epilogue] for at in instruction.reads]
+        made = {write.buffer for instruction in [*self.entry, *self.forward] for write in instruction.writes}
+        read = [at.buffer for instruction in [*self.reverse, *self.exit, *self.epilogue] for at in instruction.reads]
         return [name for name in dict.fromkeys(read) if name in made]
 
+    @cached_property
     def bytes_per_row(self) -> int:
         """What one row of one step takes in memory until the backward pass, the caller's inputs aside."""
         held = {*self.kept, *self.states[:1], *(write.buffer for i in self.prologue for write in i.writes)}
@@ -213,8 +222,10 @@ class Schedule:
         titles = {
             "once, of the parameters": self.prelude,
             "once, for all steps": self.prologue,
+            "for many steps at once": self.entry,
             "each step t": self.forward,
             "each step t backward": self.reverse,
+            "for many steps at once, backward": self.exit,
             "once, after the last": self.epilogue,
         }
         for title, instructions in titles.items():
@@ -242,7 +253,9 @@ def check(schedule: Schedule) -> None:
     _check_section(before, once, set())
     made = {write.buffer for instruction in before for write in instruction.writes}
     made |= {name for name, b in buffers.items() if b.given}
-    fixed = {At(name) for name in made if buffers[name].extent in (Extent.ONE, Extent.EACH)}
+    entered = _check_section(schedule.entry, {At(n, None) for n in made} | {At(n) for n in made}, set())
+    made |= {at.buffer for at in entered}
+    fixed = {At(name) for name in made if buffers[name].extent in (Extent.ONE, Extent.EACH, Extent.BLOCK)}
     first = {At(name) for name in schedule.states}
     after = _check_section(schedule.forward, fixed | first, set())
     assert {At(name, 1) for name in schedule.states} <= after, "a state is not written"
@@ -254,7 +267,8 @@ def check(schedule: Schedule) -> None:
     after = _check_section(schedule.reverse, there | {At(name, 1) for name in carried} | cleared, cleared)
     assert {At(name) for name in carried} <= after, "a state's gradient is not written"
     over_all = {At(at.buffer, None) for at in after if buffers[at.buffer].extent is not Extent.NOW} | after
-    after = _check_section(schedule.epilogue, over_all, set())
+    after = _check_section(schedule.exit, over_all, set())
+    after = _check_section(schedule.epilogue, after, set())
     assert {name for name in schedule.gradients if name} <= {at.buffer for at in after}, "a gradient is not written"
 
 

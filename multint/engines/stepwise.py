@@ -5,7 +5,7 @@ The reference for other executors, which take the place of `execute` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Product
 from multint.products import prepared_product
 
-_BY_STEP = (Extent.EACH, Extent.STATES, Extent.TURNS)
+_BY_STEP = (Extent.EACH, Extent.BLOCK, Extent.STATES, Extent.TURNS)
 
 # What a buffer's name stands for in a run: a value or, where there is one for each step, a sequence of them.
 Memory = dict[str, Any]
@@ -97,12 +97,24 @@ class Turns:
         self.pair[t % 2] = value
 
 
-def memory_of(buffer: Buffer, steps: int, rows: int, zeros: bool = False) -> Any:
-    """Memory for what is made of a buffer: nothing yet where a product returns it."""
+def allocate(
+    buffers: dict[str, Buffer],
+    names: Iterable[str],
+    apart: Collection[str | None],
+    cleared: Collection[str],
+    steps: int,
+    rows: int,
+) -> Memory:
+    """Memory for what is made of some buffers, which is 0 where it is `cleared`. All of it is `apart` here."""
+    return {name: _memory_of(buffers[name], steps, rows, name in cleared) for name in names}
+
+
+def _memory_of(buffer: Buffer, steps: int, rows: int, zeros: bool) -> Any:
+    """Nothing yet where a product returns it."""
     if buffer.by_product and not zeros:
         return [None] * steps
     if buffer.extent is Extent.TURNS:
         return [buffer.empty(rows).zero_()] * (steps + 1) if zeros else Turns([buffer.empty(rows) for _ in range(2)])
-    count = {Extent.EACH: steps, Extent.STATES: steps + 1}.get(buffer.extent)
+    count = {Extent.EACH: steps, Extent.BLOCK: steps, Extent.STATES: steps + 1}.get(buffer.extent)
     made = buffer.empty(rows, count)
     return made.zero_() if zeros else made
