@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
-from multint.engines import budget
+from multint.engines import budget, choice
 from multint.engines.kernel import eager_pieces
 from multint.errors import EngineError, OptionError
-from tests.both_engines import Free, built, compare, fresh, random_state, results, weight
+from tests.both_engines import Free, built, close, compare, fresh, inputs, random_state, results, weight
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, TYPICAL, layer, normal, randomise
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -519,7 +519,8 @@ def test_explain_tells_the_plan_and_the_choice():
 
 
 @pytest.mark.usefixtures("eager")
-def test_auto_compiles_what_is_worth_it_and_tells_afterwards():
+def test_auto_compiles_what_is_worth_it_and_tells_afterwards(monkeypatch):
+    monkeypatch.setattr(choice, "_not_native", lambda program: "")
     rnn = Recurrent(64, 128, LSTMCell)
     with pytest.raises(OptionError, match="has not run"):
         rnn.explain()
@@ -530,3 +531,20 @@ def test_auto_compiles_what_is_worth_it_and_tells_afterwards():
         assert reason in told.reason
     rnn.double()(torch.randn(100, 16, 64).double())
     assert "this is torch.float64 on cpu" in rnn.explain()[0].reason
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("why", "times"), [("", 1), ("it is run from Python", 10)])
+def test_auto_compiles_a_small_scan_when_its_cell_has_run_often(why, times, monkeypatch):
+    """What has no native loop takes longer to compile, so it waits longer."""
+    monkeypatch.setattr(choice, "_not_native", lambda program: why)
+    monkeypatch.setattr(choice, "_STEPS_BEFORE", 8)
+    cell, other = (LSTMCell(INPUT_SIZE, HIDDEN_SIZE) for _ in range(2))
+    xs, state = inputs(cell, 4, 3, torch.float32)
+    expected = results(cell, xs, state, "loop")
+    for call in range(2 * times + 2):
+        close(results(cell, xs, state, "auto"), expected, torch.float32)
+        assert explain(cell).engine == ("loop" if call < 2 * times else "fused")
+        assert explain(cell, xs, state).engine == ("loop" if call < 2 * times - 1 else "fused"), "of the next call"
+    scan(other, xs, state)
+    assert "after 8 steps" in explain(other).reason

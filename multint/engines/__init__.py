@@ -9,8 +9,9 @@ step goes through them:
 2. `capture.py` turns the step into a graph of ATen operations with the number of rows left open, `passes.py` brings the
    graph to its plainest form, and `legality.py` and `trials.py` refuse what a graph cannot hold, or gets wrong.
 3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
-   of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of state-dependent values with loop-invariant matrices are the *stages*. What is left between them is
-   row-wise pointwise code, cut into *pieces*.
+   of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of
+   state-dependent values with loop-invariant matrices are the *stages*. What is left between them is row-wise
+   pointwise code, cut into *pieces*.
 4. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
    and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
    streams and of all products. A vector's gradient is summed on the way. A product over the rows of many steps gives

@@ -25,9 +25,11 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
-# The multiply-adds of a forward pass from which `auto` compiles a native loop. An estimate: there the loop takes tens
-# of milliseconds for both passes, so that the seconds of a first call are repaid within some hundred calls.
-_WORTH_COMPILING = 10**7
+# Compiling a native loop takes about 5.5 s, and what it saves is mostly a step's overhead: .1 to .5 ms a step for both
+# passes. So `auto` compiles at the first call where a call is large, which repays it within some hundred calls, and a
+# smaller one's after so many steps, which took the loop as long as compiling would have.
+_WORTH_COMPILING = 10**7  # multiply-adds of a forward pass
+_STEPS_BEFORE = 20_000
 # Where each piece is compiled by Inductor, which takes ten times as long; and where there is no compiler, so that
 # pieces run op by op, which is slower than the loop at small sizes.
 _TIMES_MORE_IN_PIECES, _TIMES_MORE_WITHOUT_COMPILER = 10, 100
@@ -53,9 +55,11 @@ def scan(
 
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
-            can take the cell and is taken to pay, on CPUs, in float32 from 1e7 multiply-adds on (T · B · the
-            cell's parameters), in bfloat16 and under autocast from 1e8, without a C++ compiler from 1e9; else the loop.
-            `explain` tells the choice and why.
+            can take the cell and pays, on CPUs, else the loop. In float32 it is taken to pay from 1e7 multiply-adds on
+            (T · B · the cell's parameters), and for a smaller scan when its cell has run 20,000 steps by the loop; the
+            two differ by rounding, in float32 by 1e-5 at most in the project's tests. In bfloat16 and under autocast
+            both numbers are ten times as large. Without a C++ compiler it takes 1e9 multiply-adds. `explain` tells the
+            choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
     state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell,
@@ -93,6 +97,7 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         raise EngineError(reason) from cause
     if isinstance(cell, nn.Module):
         _last[cell] = _Told(reason)
+        _stepped[cell] = _stepped.get(cell, 0) + _size(xs)[0]
     return loop(cell, xs, state)
 
 
@@ -100,6 +105,8 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
     from multint.engines import cache
 
     program, tensors = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked)
+    if not asked and _not_native(program) and (reason := _too_small(cell, xs, in_pieces=True)):
+        raise EngineError(reason)
     try:
         result = _run(program, tensors, xs, state, asked)
     except Exception as error:
@@ -204,6 +211,7 @@ class _Told:
 
 
 _last: WeakKeyDictionary[nn.Module, _Told] = WeakKeyDictionary()
+_stepped: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many steps a cell has run by the loop
 
 
 def explain(
@@ -238,6 +246,8 @@ def explain(
         failed = error.__cause__ if isinstance(error, StepError) and error.__cause__ else error
         return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
     reason = _not_worth_it(cell, xs) if engine == "auto" else ""
+    if engine == "auto" and not reason and _not_native(program):
+        reason = _too_small(cell, xs, in_pieces=True)
     return Explanation("loop" if reason else "fused", reason, program, _size(xs))
 
 
@@ -265,24 +275,42 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
     if not isinstance(cell, nn.Module):
         return ""  # which is a refusal of `fused` itself
-    steps, rows = _size(xs)
-    if steps == 1:
+    if _size(xs)[0] == 1:
         return "auto: one step is no loop"
-    parameters = list(cell.parameters())
-    kinds = {(tensor.device.type, tensor.dtype) for tensor in parameters}
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in cell.parameters()}
     if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         return f"auto: fused is measured in float32 and bfloat16 on CPUs only, and this is {found}"
-    work = steps * rows * sum(parameter.numel() for parameter in parameters)
-    worth = _WORTH_COMPILING
-    if torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds:
-        worth *= _TIMES_MORE_IN_PIECES
-    if work < worth:
-        return f"auto: at {work:.1e} multiply-adds the loop takes less time than compiling would repay"
     worth = _WORTH_COMPILING * _TIMES_MORE_WITHOUT_COMPILER
-    if work < worth and not has_compiler():
+    if _work(cell, xs) < worth and not has_compiler():
         return f"auto: there is no C++ compiler, and without one the loop is faster below {worth:.0e} multiply-adds"
-    return ""
+    return _too_small(cell, xs, torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds)
+
+
+def _too_small(cell: nn.Module, xs: Streams, in_pieces: bool) -> str:
+    """Why it does not pay to compile for a scan, or not yet; empty where it does."""
+    work, times = _work(cell, xs), _TIMES_MORE_IN_PIECES if in_pieces else 1
+    if work >= times * _WORTH_COMPILING or _stepped.get(cell, 0) >= times * _STEPS_BEFORE:
+        return ""
+    what = "its pieces" if in_pieces else "it"
+    return f"auto: at {work:.1e} multiply-adds, compiling {what} pays after {times * _STEPS_BEFORE:,} steps by the loop"
+
+
+def _work(cell: nn.Module, xs: Streams) -> int:
+    """About the multiply-adds of a forward pass."""
+    steps, rows = _size(xs)
+    return steps * rows * sum(parameter.numel() for parameter in cell.parameters())
+
+
+def _not_native(program: Program) -> str:
+    """Why a loop of a program is run from Python; empty where both are native, or would be when they are compiled."""
+    if program.not_native is None:
+        from multint.engines.native import why_not
+
+        schedule = program.whole()
+        reverse = bool(schedule.reverse) and why_not(program, schedule, True)
+        program.not_native = why_not(program, schedule, False) or reverse or ""
+    return program.not_native
 
 
 def _by_name(xs: Streams) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ class Program:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.failure = ""  # why it must not be run again
+        self.not_native: str | None = None  # why a loop of it is run from Python, once that is known
         self.loops: dict[tuple[int, bool], Loop | str] = {}  # by schedule and direction, or why there is none
         self._kernels = Kernels(plan.world)
         self.forward = lower(plan, self._kernels, None)

@@ -177,8 +177,10 @@ def _near(actual: Tensor, expected: Tensor) -> bool:
     """Whether two results of the same operations are equal but for rounding; NaN is equal to itself."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
+    if torch.equal(actual, expected):  # as it mostly is, which takes a tenth of what follows
+        return True
     if not expected.is_floating_point():
-        return bool(torch.equal(actual, expected))
+        return False
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 0.2)
     a, b = actual.double().nan_to_num(), expected.double().nan_to_num()
     return bool(torch.equal(actual.isnan(), expected.isnan()) and (a - b).norm() <= tolerance * (b.norm() + 1e-6))
