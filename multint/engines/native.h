@@ -15,6 +15,8 @@ constexpr int WIDTH = 8, MOST_ROWS = 6;
 constexpr int WIDTH = 4, MOST_ROWS = 6;
 #endif
 constexpr int PANEL = 2 * WIDTH;  // columns of a packed matrix that lie together
+constexpr int AHEAD = 2048 / (4 * PANEL);  // rows of a panel that are fetched before they are needed, by measurement
+constexpr int LINE = 64 / (4 * WIDTH);     // vectors of a line of the cache
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 
@@ -117,8 +119,11 @@ static void tile(const float *left, const float *packed, float *result, int64_t 
   for (int64_t k = 0; k < inner; ++k) {
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * PANELS; ++v) {
+      const float *from = packed + ((v / 2) * inner + k) * PANEL + (v % 2) * WIDTH;
+      // A large matrix comes from afar at every step, and the processor itself fetches no further than a page.
+      if (v % LINE == 0) __builtin_prefetch(from + AHEAD * PANEL);
       Vector some;
-      std::memcpy(&some, packed + ((v / 2) * inner + k) * PANEL + (v % 2) * WIDTH, sizeof some);
+      std::memcpy(&some, from, sizeof some);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) sums[r][v] += left[r * inner + k] * some;
     }

@@ -26,8 +26,8 @@ from multint.errors import in_a_line
 if TYPE_CHECKING:
     from multint.engines.program import Program
 
-# The bytes of a product's matrix from which threads share its columns: about what one core's cache holds. Not tuned.
-_BY_COLUMNS = 2**20
+# The bytes of a product's matrix from which threads share its columns, by measurement: what a core's cache holds.
+_BY_COLUMNS = 2**21
 
 _ALIGNED = 16  # numbers, of 64 bytes: a line of a cache
 
