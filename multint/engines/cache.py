@@ -28,6 +28,19 @@ MOST_PROGRAMS = 64
 _MOST_AT_ONCE = 4
 
 
+class _Hashed:
+    """A walk's key, whose hash is taken once: that of a tuple goes through all that is in it at every look-up."""
+
+    def __init__(self, key: Hashable) -> None:
+        self._key, self._hash = key, hash(key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Hashed) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass
 class _History:
     """What a cell was traced for, and its last walk, but for what would hold on to the cell itself."""
@@ -36,7 +49,7 @@ class _History:
     last: Hashable = None
     witness: Witness | None = None
     state_type: type | None = None
-    walked: Hashable = None  # the walk's key
+    walked: _Hashed | None = None
     tensors: list[Tensor] = field(default_factory=list)
 
     def walk(self, cell: nn.Module, state_type: type) -> None:
@@ -44,7 +57,7 @@ class _History:
         if self.witness is None or state_type is not self.state_type or not self.witness.holds(contents_of):
             walk = Walk(cell, state_type)
             self.witness = walk.witness if walk.witness.is_complete else None
-            self.state_type, self.walked, self.tensors = state_type, walk.key, walk.tensors
+            self.state_type, self.walked, self.tensors = state_type, _Hashed(walk.key), walk.tensors
 
 
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()  # or why there is none

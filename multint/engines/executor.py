@@ -27,7 +27,7 @@ def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> 
     """Run instructions once, operation by operation, so that autograd sees each."""
     for instruction in instructions:
         if isinstance(instruction, Call):
-            results = instruction.kernel.module(*(values[at] for at in instruction.reads))
+            results = instruction.kernel.module.forward(*(values[at] for at in instruction.reads))
             values.update(zip(instruction.writes, results, strict=True))
         elif isinstance(instruction, Product):
             values[instruction.result] = differentiable_product(values[instruction.left], values[instruction.matrix])

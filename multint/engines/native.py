@@ -232,7 +232,7 @@ class Loop:
         counts = {Extent.EACH: steps, Extent.BLOCK: max(map(len, self.blocks(steps, rows)))}
         counts |= {Extent.STATES: steps + 1, Extent.TURNS: 2}
         found: Memory = {}
-        together, size = [], 0
+        together, sizes = [], []
         for name in names:
             buffer = self._buffers[name]
             shape = (rows, *buffer.shape) if buffer.rows is Rows.YES else buffer.shape
@@ -246,10 +246,11 @@ class Loop:
             elif name in apart or buffer.dtype != torch.float32:
                 found[name] = torch.empty(shape, **kind)
             else:
-                together.append((name, shape, size))
-                size += -(-math.prod(shape) // _ALIGNED) * _ALIGNED
-        piece = torch.empty(size, dtype=torch.float32, device="cpu")
-        found |= {name: piece[at : at + math.prod(shape)].view(shape) for name, shape, at in together}
+                size = math.prod(shape)
+                together.append((name, shape))
+                sizes += [size, -size % _ALIGNED]
+        parts = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)[::2]
+        found |= {name: part.view(shape) for (name, shape), part in zip(together, parts, strict=True)}
         turns = [name for name in found if self._buffers[name].extent is Extent.TURNS and name not in cleared]
         return found | {name: _Turns(found[name]) for name in turns}
 

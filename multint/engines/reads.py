@@ -15,6 +15,7 @@ library, NumPy or torch that a global or a closure holds, such as a `configparse
 from __future__ import annotations
 
 import argparse
+import copyreg
 import enum
 import functools
 import operator
@@ -362,13 +363,13 @@ def contents_of(kind: type) -> Hashable:
 
     What was there is kept, so that no identity comes twice.
     """
-    contents = dict(vars(kind))
-    contents.pop("__slotnames__", None)  # which the first copy of an instance leaves there
-    ids = list(map(id, contents.values()))
     kept = _kept_contents.get(kind)
+    if kept is None:
+        copyreg._slotnames(kind)  # type: ignore[attr-defined]  # leaves its result there, as the first copy would
+    ids = list(map(id, vars(kind).values()))
     if kept is None or kept[0] != ids:
         before = kept[1] if kept else []
-        kept = ids, before + list(contents.values()), len(before)
+        kept = ids, before + list(vars(kind).values()), len(before)
         _kept_contents[kind] = kept
     return kept[2]
 
