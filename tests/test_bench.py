@@ -29,7 +29,7 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
     assert (tmp_path / "cpu.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("arguments", [["lstm"], ["--device=tpu"], ["--rounds=many"], ["--rounds=0"], ["--threads=0"]])
+@pytest.mark.parametrize("arguments", [["lstm"], ["--rounds=many"], ["--rounds=0"], ["--threads=0"]])
 def test_mistakes_are_one_message(arguments, capsys):
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -40,15 +40,15 @@ def test_a_conditional_layer_is_what_is_written_today(name):
     (case,) = (case for case in conditional_cases() if case.name.startswith(f"{name}-") and case.size[2] < 1024)
     small = dataclasses.replace(case, size=(1, 5, 8, 8), context=4)
     assert small.rivals
-    measure.check(small, "cpu")
+    measure.check(small)
 
 
 def test_a_conditional_layer_that_is_off_is_not_timed():
     case = ConditionalCase("off", (1, 5, 8, 8), Bilinear, context=4, written={"einsum": bilinear_einsum})
-    measure.check(case, "cpu")
+    measure.check(case)
     half = dataclasses.replace(case, written={"half": lambda f: bilinear_einsum(f)._replace(named=halved)})
     with pytest.raises(ExperimentError, match=r"our gradient 3 is off by 1\.0e\+00 from the half's"):
-        measure.check(half, "cpu")
+        measure.check(half)
 
 
 def halved(gradients):
@@ -57,9 +57,9 @@ def halved(gradients):
 
 def test_a_case_without_a_rival_tells_its_time_and_what_it_takes_above_its_gradients(monkeypatch, tmp_path, capsys):
     wide = SoftmaxCase("softmax-10000", (4, 4, 8, 10_000), torch.nn.Identity, alone=True)
-    monkeypatch.setattr(command, "cases", lambda device: [wide])
+    monkeypatch.setattr(command, "cases", lambda: [wide])
     fresh = measure.Fresh(0.5, 10 * 2**20, 4 * 2**20)
-    monkeypatch.setattr(command, "first_calls", lambda case, device: ({}, fresh, fresh))
+    monkeypatch.setattr(command, "first_calls", lambda case: ({}, fresh, fresh))
     assert main(["bench", "--rounds=2", f"--out={tmp_path}"]) == 0
     (row,) = csv.DictReader((tmp_path / "cpu.csv").read_text().splitlines())
     assert float(row["ours_ms"]) > 0
@@ -69,18 +69,17 @@ def test_a_case_without_a_rival_tells_its_time_and_what_it_takes_above_its_gradi
 
 def test_a_step_is_one_step_of_either_cell():
     case = StepCase("step", (1, 2, 5, 6), functools.partial(LSTMCell, integrator=Additive), torch.nn.LSTMCell)
-    measure.check(case, "cpu")
+    measure.check(case)
     for contender in ("ours", "vendor"):
-        h, c = case.build(contender, "cpu")()
+        h, c = case.build(contender)()
         assert h.shape == c.shape == (2, 6)
         assert not h.requires_grad
         assert not torch.equal(h, c)
 
 
-def test_names_are_unique_on_every_device():
-    for device in ("cpu", "cuda"):
-        names = [case.name for case in cases(device)]
-        assert len(set(names)) == len(names)
+def test_names_are_unique():
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packed": True}, {"backward": False}, {"dtype": torch.bfloat16}])
@@ -94,16 +93,16 @@ def test_contenders_do_the_same(changes):
         return converted
 
     case = Case("same", (10, 3, 5, 6), ours, lambda *_: vendor, **changes)
-    fault = measure.vendor_fault(case, "cpu")
+    fault = measure.vendor_fault(case)
     with eager_pieces():
-        results = {who: case.build(who, "cpu")() for who in ("ours", "loop")}
+        results = {who: case.build(who)() for who in ("ours", "loop")}
     tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
     assert len(results["ours"]) == len(results["loop"]) == (1 if changes == {"backward": False} else 5)
     for actual, expected in zip(results["ours"], results["loop"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     if fault is not None:
         pytest.skip(f"ours agrees with the loop; the vendor's layer cannot run here: {fault}")
-    results["vendor"] = case.build("vendor", "cpu")()
+    results["vendor"] = case.build("vendor")()
     if changes.get("packed"):  # the same steps in another order
         sums = [results[who][0].float().sum() for who in ("ours", "vendor")]
         torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)
@@ -120,7 +119,7 @@ class Unable(torch.nn.LSTM):
 
 def test_what_the_vendor_cannot_run_is_left_out_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
     chosen = [dataclasses.replace(SMALL, name="unable", vendor=Unable), SMALL]
-    monkeypatch.setattr(command, "cases", lambda device: chosen)
+    monkeypatch.setattr(command, "cases", lambda: chosen)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     with eager_pieces():
         assert main(["bench", "--quick", "--rounds=1", f"--out={tmp_path}"]) == 0
@@ -134,13 +133,13 @@ def test_what_the_vendor_cannot_run_is_left_out_and_the_rest_goes_on(monkeypatch
 
 def test_what_ours_cannot_run_is_an_error(monkeypatch, tmp_path):
     broken = dataclasses.replace(SMALL, ours=lambda inputs, hidden, engine: Unable(inputs, hidden))
-    monkeypatch.setattr(command, "cases", lambda device: [broken])
+    monkeypatch.setattr(command, "cases", lambda: [broken])
     with pytest.raises(RuntimeError, match="primitive descriptor"):
         main(["bench", "--quick", "--rounds=1", f"--out={tmp_path}"])
 
 
-def build_bilinear(right, self, contender, device):
-    run = right(self, contender, device)
+def build_bilinear(right, self, contender):
+    run = right(self, contender)
     return (lambda: [0 * result for result in run()]) if contender == "ours" else run
 
 
@@ -152,33 +151,33 @@ def test_an_output_folder_that_cannot_be_is_a_message(tmp_path, capsys):
 
 def test_nothing_is_timed_that_is_wrong(monkeypatch):
     with eager_pieces():
-        measure.check(SMALL, "cpu")
+        measure.check(SMALL)
         right = Case.build
 
-        def build(self, contender, device):
-            run = right(self, contender, device)
+        def build(self, contender):
+            run = right(self, contender)
             return (lambda: [1.01 * result for result in run()]) if contender == "ours" else run
 
         monkeypatch.setattr(Case, "build", build)
         monkeypatch.setattr(BilinearCase, "build", lambda *a, b=BilinearCase.build: build_bilinear(b, *a))
-        (bilinear,) = (case for case in cases("cpu") if case.name == "bilinear")
+        (bilinear,) = (case for case in cases() if case.name == "bilinear")
         with pytest.raises(ExperimentError, match="our output is off"):
-            measure.check(bilinear, "cpu")
+            measure.check(bilinear)
         with pytest.raises(ExperimentError, match=r"our output is off by 1\.0e-02 from the loop's"):
-            measure.check(SMALL, "cpu")
+            measure.check(SMALL)
 
 
 def test_times_are_taken_in_turns(monkeypatch):
     order = []
-    monkeypatch.setattr(Case, "build", lambda self, contender, device: functools.partial(order.append, contender))
-    rounds = measure.side_by_side(SMALL, "loop", "cpu", 5)
+    monkeypatch.setattr(Case, "build", lambda self, contender: functools.partial(order.append, contender))
+    rounds = measure.side_by_side(SMALL, "loop", 5)
     assert len(rounds.ratios) == 5
     assert order[:6] == ["ours", "loop"] * 3
 
 
 def test_memory_and_first_call_come_from_a_process_of_their_own():
-    fresh = measure._in_process("bilinear", "vendor", "cpu", "/nonexistent")
+    fresh = measure._in_process("bilinear", "vendor", "/nonexistent")
     assert fresh.first_call > 0
     assert fresh.peak is None or fresh.peak < 2**30
     with pytest.raises(ExperimentError, match="in a process of its own"):
-        measure._in_process("no such case", "vendor", "cpu", "/nonexistent")
+        measure._in_process("no such case", "vendor", "/nonexistent")

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -62,6 +63,29 @@ def test_it_may_go_by_blocks_of_steps(name, monkeypatch):
     with torch.no_grad():
         output, final = scan(cell, xs, state, "fused")
     close([output, *final], expected[: 1 + len(final)], torch.float32)
+
+
+def test_memory_is_taken_again_and_nothing_that_was_given_lies_in_it():
+    """Whether by one thread or by several at once."""
+    cell = built("lstm-mi", torch.float32)
+
+    def run(seed):
+        xs, state = inputs(cell, 6, 3, torch.float32)
+        xs = (xs.detach() + seed).requires_grad_()
+        expected = results(cell, xs, state, "loop")
+        given = [results(cell, xs, state, "fused")]
+        with torch.no_grad():
+            output, final = scan(cell, xs, state, "fused")
+        given.append([output, *final])
+        return given, expected
+
+    run(0)
+    assert any(loop._released for loop in loops(cell))
+    with ThreadPoolExecutor(3) as threads:
+        runs = [run(1), *threads.map(run, range(2, 8))]
+    for given, expected in runs:  # after all of them have run
+        for found in given:
+            close(found, expected[: len(found)], torch.float32)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

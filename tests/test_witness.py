@@ -105,7 +105,7 @@ def test_it_keeps_no_cell_alive():
     cell = LSTMCell(INPUT_SIZE, HIDDEN_SIZE).double()
     for _ in range(2):
         scan(cell, normal(3, 2, INPUT_SIZE), cell.initial_state(2), "fused")
-    assert _histories[cell].witness is not None
+    assert _histories[cell].walked is not None
     there = weakref.ref(cell)
     del cell
     gc.collect()

@@ -47,25 +47,25 @@ class Case:
         """The ratio that is aimed at."""
         return {"vendor": self.at_least, "loop": self.at_least_loop}.get(rival)
 
-    def arguments(self, device: str) -> list[Tensor]:
+    def arguments(self) -> list[Tensor]:
         """The inputs and the cotangent of the output."""
         torch.manual_seed(0)
         steps, rows, inputs, hidden = self.size
-        x = torch.randn(steps, rows, inputs, device=device, requires_grad=self.backward)
-        return [x, torch.randn(steps, rows, hidden, device=device)]
+        x = torch.randn(steps, rows, inputs, requires_grad=self.backward)
+        return [x, torch.randn(steps, rows, hidden)]
 
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+    def build(self, contender: str) -> Callable[[], list[Tensor]]:
         """A function that runs the contender once and gives its output and gradients."""
         torch.manual_seed(0)
         _, _, inputs, hidden = self.size
-        x, cotangent = self.arguments(device)
+        x, cotangent = self.arguments()
         lengths = torch.randint(self.size[0] // 5, self.size[0] + 1, self.size[1:2]) if self.packed else None
         if lengths is not None:
             lengths[0] = self.size[0]
         if contender == "vendor":
-            module = self.vendor(inputs, hidden).to(device)
+            module = self.vendor(inputs, hidden)
         else:
-            module = self.ours(inputs, hidden, engine="fused" if contender == "ours" else "loop").to(device)
+            module = self.ours(inputs, hidden, engine="fused" if contender == "ours" else "loop")
         if contender == "compiled step":
             torch.compiler.reset()  # its limit of compilations is for all cases together
             for direction in module.directions:
@@ -81,7 +81,7 @@ class Case:
         def run() -> list[Tensor]:
             with (
                 torch.set_grad_enabled(self.backward),
-                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+                torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32),
             ):
                 output = forward()
             if not self.backward:

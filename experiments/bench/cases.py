@@ -32,11 +32,11 @@ class BilinearCase(Case):
     def references(self) -> list[str]:
         return self.rivals
 
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+    def build(self, contender: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
         _, rows, inputs, hidden = self.size
-        x, z = (torch.randn(rows, n, device=device, requires_grad=True) for n in (inputs, hidden))
-        cotangent = torch.randn(rows, hidden, device=device)
+        x, z = (torch.randn(rows, n, requires_grad=True) for n in (inputs, hidden))
+        cotangent = torch.randn(rows, hidden)
         ours = Bilinear(inputs, hidden, hidden, x_term=False, z_term=False)
         module: nn.Module = ours
         if contender == "vendor":
@@ -44,7 +44,6 @@ class BilinearCase(Case):
             with torch.no_grad():
                 module.weight.copy_(ours.terms().W.transpose(1, 2))
                 module.bias.copy_(ours.terms().b)
-        module.to(device)
 
         def run() -> list[Tensor]:
             output = module(x, z)
@@ -66,11 +65,11 @@ class StepCase(Case):
     def references(self) -> list[str]:
         return []  # the cell's step is what all else is compared with
 
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+    def build(self, contender: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
         _, rows, inputs, hidden = self.size
-        cell = (self.ours if contender == "ours" else self.vendor)(inputs, hidden).to(device)
-        x, h, c = (torch.randn(rows, n, device=device) for n in (inputs, hidden, hidden))
+        cell = (self.ours if contender == "ours" else self.vendor)(inputs, hidden)
+        x, h, c = (torch.randn(rows, n) for n in (inputs, hidden, hidden))
         state = type(cell.initial_state(1))(h, c) if contender == "ours" else (h, c)  # type: ignore[operator]
 
         def run() -> list[Tensor]:
@@ -94,12 +93,12 @@ class SoftmaxCase(Case):
     def references(self) -> list[str]:
         return self.rivals
 
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+    def build(self, contender: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
         steps, rows, features, symbols = self.size
         sizes = ((steps * rows, features), (symbols, features), (symbols,))
-        leaves = [torch.randn(*size, device=device).mul_(0.1).requires_grad_() for size in sizes]
-        targets = torch.randint(symbols, (steps * rows,), device=device)
+        leaves = [torch.randn(*size).mul_(0.1).requires_grad_() for size in sizes]
+        targets = torch.randint(symbols, (steps * rows,))
 
         def run() -> list[Tensor]:
             if contender == "ours":
@@ -129,33 +128,20 @@ def _recurrent_cases() -> Iterator[Case]:
         yield Case(f"rnn-{name}", size, MI_RNN, nn.RNN, 1.0, of_loop)
 
 
-def cases(device: str) -> list[Case]:
-    """The cases for a kind of device; a GPU's also have the sizes of the papers, and have not been run yet."""
+def cases() -> list[Case]:
+    """All comparisons."""
     lstm, gru = nn.LSTM, nn.GRU
-    if device == "cpu":
-        return [
-            *_recurrent_cases(),
-            *(
-                StepCase(f"step-{hidden}", (1, 1, 64, hidden), LSTMCell, nn.LSTMCell, 0.5, backward=False)
-                for hidden in (64, 128, 256)
-            ),
-            Case("gru-additive-256", (100, 32, 256, 256), ADDITIVE_GRU, gru, 1.0, 2.0),
-            Case("lstm-packed-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.2, 1.3, packed=True),
-            Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
-            BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
-            SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, at_least=0.77),
-            SoftmaxCase("softmax-267735", (64, 64, 256, 267_735), nn.Identity, alone=True),
-            *conditional_cases(),
-        ]
-    found = [
-        Case(f"lstm-{hidden}{suffix}", (50, 32, 128, hidden), MI_LSTM, lstm, target, dtype=dtype)
-        for hidden, target in ((64, 0.8), (128, 0.8), (256, 1.0), (512, 1.0), (1024, 1.0), (2048, 1.0))
-        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16"), (torch.float16, "-fp16"))
-    ]
     return [
-        *found,
-        Case("gru-additive-512", (50, 32, 128, 512), ADDITIVE_GRU, gru, 1.0),
-        Case("gru-skip-thought", (30, 32, 620, 2400), ADDITIVE_GRU, gru, 1.0),
-        Case("rnn-ptb", (50, 100, 50, 2048), MI_RNN, nn.RNN),
+        *_recurrent_cases(),
+        *(
+            StepCase(f"step-{hidden}", (1, 1, 64, hidden), LSTMCell, nn.LSTMCell, 0.5, backward=False)
+            for hidden in (64, 128, 256)
+        ),
+        Case("gru-additive-256", (100, 32, 256, 256), ADDITIVE_GRU, gru, 1.0, 2.0),
+        Case("lstm-packed-1024", (50, 32, 50, 1024), MI_LSTM, lstm, 1.2, 1.3, packed=True),
+        Case("lstm-bf16-512", (50, 32, 128, 512), MI_LSTM, lstm, 0.7, 1.3, dtype=torch.bfloat16),
         BilinearCase("bilinear", (1, 64, 64, 128), Bilinear, nn.Bilinear, 4.0),
+        SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, at_least=0.77),
+        SoftmaxCase("softmax-267735", (64, 64, 256, 267_735), nn.Identity, alone=True),
+        *conditional_cases(),
     ]

@@ -13,7 +13,7 @@ import torch
 
 from experiments.bench.case import Case
 from experiments.bench.cases import cases
-from experiments.bench.measure import alone, check, first_calls, kernels, side_by_side, vendor_fault
+from experiments.bench.measure import alone, check, first_calls, side_by_side, vendor_fault
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError
 from experiments.core.parsing import OptionParser
@@ -27,12 +27,12 @@ Row = dict[str, Any]
 
 
 def main(invocation: Invocation) -> None:
-    """Run the cases and write `DEVICE.csv` after each, and `DEVICE.png` at the end, to the output folder.
+    """Run the cases and write `cpu.csv` after each, and `cpu.png` at the end, to the output folder.
 
-    Raises ExperimentError for an unknown case, a missing device, or gradients that are not right.
+    Raises ExperimentError for an unknown case, or gradients that are not right.
     """
     options = _parser().parse_args(invocation.argv[1:])
-    chosen = _chosen(options.cases, options.device)
+    chosen = _chosen(options.cases)
     if options.rounds < 1 or options.threads < 1:
         raise ExperimentError(
             f"bench: {options.rounds} rounds on {options.threads} threads, expected at least 1 of each"
@@ -42,24 +42,23 @@ def main(invocation: Invocation) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExperimentError(f"bench: {options.out} cannot be a folder for results ({error.strerror})") from error
-    print("\n".join(_conditions(options.device)))
+    print("\n".join(_conditions()))
     print("ratio: t(rival) / t(ours), the median over rounds and its range; higher is better")
     print(f"\n{'case':<22} {'rival':<15} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
     rows: list[Row] = []
     try:
         for case in chosen:
-            rows += _measure(case, options.device, options.rounds, options.quick)
-            _write(rows, options.out / f"{options.device}.csv")
+            rows += _measure(case, options.rounds, options.quick)
+            _write(rows, options.out / "cpu.csv")
     finally:
         if rows:
-            print(f"\nwritten: {options.out / options.device}.csv")
-            _plot(rows, options.out / f"{options.device}.png")
+            print(f"\nwritten: {options.out / 'cpu.csv'}")
+            _plot(rows, options.out / "cpu.png")
 
 
 def _parser() -> OptionParser:
     parser = OptionParser(prog="python -m experiments bench", description="Times of the scan engines, side by side.")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases (all of the device's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases (all)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each pair, in turns (15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (torch's default)")
     parser.add_argument("--quick", action="store_true", help="leave out first calls, memory and the compiled step")
@@ -67,30 +66,22 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _chosen(names: list[str], device: str) -> list[Case]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError("bench: --device cuda, but torch sees no GPU")
-    known = {case.name: case for case in cases(device)}
+def _chosen(names: list[str]) -> list[Case]:
+    known = {case.name: case for case in cases()}
     for name in names:
         if name not in known:
-            raise ExperimentError(f"bench: there is no case '{name}' on {device}; there are {', '.join(known)}")
+            raise ExperimentError(f"bench: there is no case '{name}'; there are {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)] or list(known.values())
 
 
-def _conditions(device: str) -> list[str]:
+def _conditions() -> list[str]:
     """What times depend on."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    lines = [
+    return [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}",
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}, oneDNN {torch.backends.mkldnn.is_available()}"
         + (f", held to {limit} by ONEDNN_MAX_CPU_ISA" if limit else ""),
     ]
-    if device == "cuda":
-        lines.append(
-            f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, TF32 in products "
-            f"{torch.backends.cuda.matmul.allow_tf32}, in cuDNN {torch.backends.cudnn.allow_tf32}"
-        )
-    return lines
 
 
 def _processor() -> str:
@@ -100,34 +91,30 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _measure(case: Case, device: str, rounds: int, quick: bool) -> list[Row]:
+def _measure(case: Case, rounds: int, quick: bool) -> list[Row]:
     # The vendor's failure alone is forgiven: there is nothing to compare with, and it says nothing of our layer.
-    fault = vendor_fault(case, device)
+    fault = vendor_fault(case)
     if fault is not None:
         print(f"{case.name:<22} left out, as the vendor's layer cannot run here: {fault}", flush=True)
         return []
-    check(case, device)
+    check(case)
     steps, batch_size, inputs, hidden = case.size
     shared: Row = {"case": case.name, "T": steps, "B": batch_size, "X": inputs, "H": hidden}
     shared |= {"dtype": str(case.dtype).removeprefix("torch."), "passes": "both" if case.backward else "forward"}
     shared |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     rows = [
-        shared | _compared(case, rival, device, rounds)
-        for rival in case.rivals
-        if not (quick and rival == "compiled step")
+        shared | _compared(case, rival, rounds) for rival in case.rivals if not (quick and rival == "compiled step")
     ]
     if not rows:
-        rows = [shared | {"ours_ms": _milliseconds(alone(case, device, rounds))}]
+        rows = [shared | {"ours_ms": _milliseconds(alone(case, rounds))}]
         print(f"{case.name:<22} {'none':<15} {'':>9} {rows[0]['ours_ms']:>9.3g}", flush=True)
-    if device == "cuda" and "vendor" in case.rivals:
-        print(f"{'':<22} the vendor's kernels: {', '.join(kernels(case))}")
     if not quick:
-        _tell(case, device, rows)
+        _tell(case, rows)
     return rows
 
 
-def _compared(case: Case, rival: str, device: str, rounds: int) -> Row:
-    taken = side_by_side(case, rival, device, rounds)
+def _compared(case: Case, rival: str, rounds: int) -> Row:
+    taken = side_by_side(case, rival, rounds)
     aim = case.aim(rival)
     row = {
         "rival": rival,
@@ -151,9 +138,9 @@ def _milliseconds(seconds: list[float]) -> float:
     return float(f"{median(seconds) * 1e3:.4g}")
 
 
-def _tell(case: Case, device: str, rows: list[Row]) -> None:
+def _tell(case: Case, rows: list[Row]) -> None:
     """Print and note the first calls and the memory, measured in processes of their own."""
-    rivals, cold, warm = first_calls(case, device)
+    rivals, cold, warm = first_calls(case)
     rows[0] |= {"first_call_s": round(cold.first_call, 1), "second_process_s": round(warm.first_call, 1)}
     line = f"{'':<22} first call {cold.first_call:.1f} s, in a second process {warm.first_call:.1f} s"
     if warm.peak is not None:

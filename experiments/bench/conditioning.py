@@ -60,7 +60,7 @@ class ConditionalCase(Case):
     def aim(self, rival: str) -> float | None:
         return self.at_least
 
-    def build(self, contender: str, device: str) -> Callable[[], list[Tensor]]:
+    def build(self, contender: str) -> Callable[[], list[Tensor]]:
         torch.manual_seed(0)
         _, rows, inputs, outputs = self.size
         module = self.ours(inputs, self.context, outputs)
@@ -68,9 +68,8 @@ class ConditionalCase(Case):
             for parameter in module.parameters():
                 if not parameter.any():  # what starts at 0 hides mistakes
                     parameter.normal_(0, 0.1)
-        x, z = (torch.randn(rows, n, device=device, requires_grad=True) for n in (inputs, self.context))
-        cotangent = torch.randn(rows, outputs, device=device)
-        module.to(device)
+        x, z = (torch.randn(rows, n, requires_grad=True) for n in (inputs, self.context))
+        cotangent = torch.randn(rows, outputs)
         names = [name for name, _ in module.named_parameters()]
         ours = Written(dict(module.named_parameters()), module)
         leaves, layer, named = ours if contender == "ours" else self.written[contender](module)

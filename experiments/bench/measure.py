@@ -48,22 +48,22 @@ class Fresh:
     results: int  # bytes of these that it gives: outputs and gradients
 
 
-def check(case: Case, device: str) -> None:
+def check(case: Case) -> None:
     """Raise unless our layer's output and gradients are those of the references, each by its norm."""
-    ours = case.build("ours", device)() if case.references else []
+    ours = case.build("ours")() if case.references else []
     for reference in case.references:
-        for i, (actual, expected) in enumerate(zip(ours, case.build(reference, device)(), strict=True)):
+        for i, (actual, expected) in enumerate(zip(ours, case.build(reference)(), strict=True)):
             error = float((actual - expected).detach().float().norm() / expected.detach().float().norm())
             if not error <= TOLERANCE[case.dtype]:
                 what = "output" if i == 0 else f"gradient {i}"
                 raise ExperimentError(f"{case.name}: our {what} is off by {error:.1e} from the {reference}'s")
 
 
-def vendor_fault(case: Case, device: str) -> str | None:
+def vendor_fault(case: Case) -> str | None:
     """Why the vendor's layer cannot run the case here, such as bf16 on a processor without it; None where it can."""
     if "vendor" not in case.rivals:
         return None
-    run = case.build("vendor", device)
+    run = case.build("vendor")
     try:
         run()
     except RuntimeError as error:
@@ -71,52 +71,45 @@ def vendor_fault(case: Case, device: str) -> str | None:
     return None
 
 
-def alone(case: Case, device: str, rounds: int) -> list[float]:
+def alone(case: Case, rounds: int) -> list[float]:
     """Our times in seconds, at most that many, for a case without a rival; after one run to warm up."""
-    run = case.build("ours", device)
-    first = _time(run, 1, device)
-    return [_time(run, 1, device) for _ in range(max(1, min(rounds, int(LONGEST / first))))]
+    run = case.build("ours")
+    first = _time(run, 1)
+    return [_time(run, 1) for _ in range(max(1, min(rounds, int(LONGEST / first))))]
 
 
-def side_by_side(case: Case, rival: str, device: str, rounds: int) -> Rounds:
+def side_by_side(case: Case, rival: str, rounds: int) -> Rounds:
     """Time our layer and the rival in turns, after some runs of each to warm up."""
-    runs = [case.build(contender, device) for contender in ("ours", rival)]
+    runs = [case.build(contender) for contender in ("ours", rival)]
     for _ in range(3):
         for run in runs:
-            _time(run, 1, device)
-    times = [1 + int(SHORTEST / _time(run, 1, device)) for run in runs]
+            _time(run, 1)
+    times = [1 + int(SHORTEST / _time(run, 1)) for run in runs]
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for run, count, column in zip(runs, times, taken, strict=True):
-            column.append(_time(run, count, device))
+            column.append(_time(run, count))
     return Rounds(*taken)
 
 
-def _time(run: Callable[[], list[Tensor]], count: int, device: str) -> float:
+def _time(run: Callable[[], list[Tensor]], count: int) -> float:
     """Seconds of one run, as the mean over so many."""
-    _synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         run()
-    _synchronize(device)
     return (time.perf_counter() - start) / count
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def first_calls(case: Case, device: str) -> tuple[dict[str, Fresh], Fresh, Fresh]:
+def first_calls(case: Case) -> tuple[dict[str, Fresh], Fresh, Fresh]:
     """Each in a new process: the rivals that are told of, and ours, first with an empty cache of compiled code."""
     with tempfile.TemporaryDirectory() as cache:
-        rivals = {who: _in_process(case.name, who, device, cache) for who in case.told}
-        cold, warm = (_in_process(case.name, "ours", device, cache) for _ in range(2))
+        rivals = {who: _in_process(case.name, who, cache) for who in case.told}
+        cold, warm = (_in_process(case.name, "ours", cache) for _ in range(2))
     return rivals, cold, warm
 
 
-def _in_process(name: str, contender: str, device: str, cache: str) -> Fresh:
-    command = [sys.executable, "-m", "experiments.bench.measure", name, contender, device, str(torch.get_num_threads())]
+def _in_process(name: str, contender: str, cache: str) -> Fresh:
+    command = [sys.executable, "-m", "experiments.bench.measure", name, contender, str(torch.get_num_threads())]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
@@ -126,23 +119,19 @@ def _in_process(name: str, contender: str, device: str, cache: str) -> Fresh:
     return Fresh(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _fresh(name: str, contender: str, device: str) -> Fresh:
-    (case,) = (case for case in cases(device) if case.name == name)
-    run = case.build(contender, device)
+def _fresh(name: str, contender: str) -> Fresh:
+    (case,) = (case for case in cases() if case.name == name)
+    run = case.build(contender)
     start = time.perf_counter()
     results = sum(result.numel() * result.element_size() for result in run())
-    _synchronize(device)
     first_call = time.perf_counter() - start
-    before = _reset_peak(device)
+    before = _reset_peak()
     run()
-    return Fresh(first_call, None if before is None else _peak(device) - before, results)
+    return Fresh(first_call, None if before is None else _status("VmHWM") - before, results)
 
 
-def _reset_peak(device: str) -> int | None:
+def _reset_peak() -> int | None:
     """Give back what the allocator holds, let peaks count from here, and return the bytes now in use."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
     if not Path("/proc/self/clear_refs").exists():
         return None
     import ctypes
@@ -152,29 +141,12 @@ def _reset_peak(device: str) -> int | None:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
-def kernels(case: Case) -> list[str]:
-    """The names of the GPU kernels that take the vendor's layer the longest: which of its ways cuDNN chose."""
-    from torch.profiler import ProfilerActivity, profile
-
-    run = case.build("vendor", "cuda")
-    run()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    found = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return [event.key for event in found[:3]]
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    print(json.dumps(vars(_fresh(*sys.argv[1:4]))))
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(vars(_fresh(*sys.argv[1:3]))))

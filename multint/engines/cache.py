@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -41,23 +41,32 @@ class _Hashed:
         return self._hash
 
 
+class _Walked(NamedTuple):
+    """What is kept of a walk; the walk itself holds on to the cell."""
+
+    key: _Hashed
+    tensors: list[Tensor]
+    witness: Witness
+    state_type: type
+
+
 @dataclass
 class _History:
-    """What a cell was traced for, and its last walk, but for what would hold on to the cell itself."""
+    """What a cell was traced for, and its last walk where that can be looked at again."""
 
     traces: int = 0
     last: Hashable = None
-    witness: Witness | None = None
-    state_type: type | None = None
-    walked: _Hashed | None = None
-    tensors: list[Tensor] = field(default_factory=list)
+    walked: _Walked | None = None
 
-    def walk(self, cell: nn.Module, state_type: type) -> None:
+    def walk(self, cell: nn.Module, state_type: type) -> _Walked:
         """Walk the cell, unless the last walk's witness tells that a new one would give the same."""
-        if self.witness is None or state_type is not self.state_type or not self.witness.holds(contents_of):
-            walk = Walk(cell, state_type)
-            self.witness = walk.witness if walk.witness.is_complete else None
-            self.state_type, self.walked, self.tensors = state_type, _Hashed(walk.key), walk.tensors
+        last = self.walked  # read once: another thread may walk
+        if last is not None and last.state_type is state_type and last.witness.holds(contents_of):
+            return last
+        walk = Walk(cell, state_type)
+        walked = _Walked(_Hashed(walk.key), walk.tensors, walk.witness, state_type)
+        self.walked = walked if walk.witness.is_complete else None
+        return walked
 
 
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()  # or why there is none
@@ -76,11 +85,10 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
     Raises: EngineError where there can be none; StepError where the step itself fails.
     """
     history = _histories.setdefault(cell, _History())
-    history.walk(cell, type(state))
-    tensors = history.tensors
+    walked = history.walk(cell, type(state))
     kind = next(iter(xs.values())).device.type
     key = (
-        history.walked,
+        walked.key,
         tuple((name, tensor.dtype, tensor.device, tensor.shape[2:]) for name, tensor in xs.items()),
         isinstance(x, dict),
         tuple((field.dtype, field.device, field.shape[1:]) for field in state),
@@ -115,7 +123,7 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
         _programs.popitem(last=False)
     if isinstance(kept, str) or kept.failure:
         raise EngineError(kept if isinstance(kept, str) else kept.failure)
-    return kept, tensors
+    return kept, walked.tensors
 
 
 def build(cell: nn.Module, x: Any, state: Any) -> Program:

@@ -103,6 +103,8 @@ class Scan(torch.autograd.Function):
             ctx.save_for_backward(*arguments, *(tensor for some in kept for tensor in some))
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
         final = [memory[name][steps].clone() for name in schedule.states]
+        if loop and not schedule.reverse:
+            loop.release(memory)
         ctx.mark_non_differentiable(*(field for field in final if not field.is_floating_point()))
         return memory[schedule.states[0]][1:], *final
 
@@ -168,6 +170,8 @@ def _backward(
             carried = buffers[gradient].extent is Extent.TURNS
             value = (memory[gradient][0] if carried else memory[gradient]).to(buffers[argument].dtype)
         found.append(value)
+    if loop:
+        loop.release(memory)
     return found
 
 

@@ -231,8 +231,10 @@ class _Lowering:
         schedule.gradients = [*streams, *lefts[: len(plan.hoisted)], *matrices, *vectors, *states]
 
     def shorten(self) -> None:
-        """Let what no later section reads be there for one step only, or for a block of them."""
+        """Let what no later section reads be there for one step only, for two, or for a block of them."""
         schedule = self.schedule
+        for name in set(schedule.states[1:]) - set(schedule.kept):  # the first is the output
+            schedule.buffers[name] = replace(schedule.buffers[name], extent=Extent.TURNS)
         for section, extent in ((schedule.forward, Extent.NOW), (schedule.entry, Extent.BLOCK)):
             made = {write.buffer for instruction in section for write in instruction.writes}
             for name in made - set(schedule.kept) - set(schedule.states):

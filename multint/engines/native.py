@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 # The bytes of a product's matrix from which threads share its columns, by measurement: what a core's cache holds.
 _BY_COLUMNS = 2**21
 
+# What is kept of one pass for the next one: its memory by this name, of at most so many bytes.
+_PIECE = "the memory of a pass"
+_MOST_RELEASED = 2**23
+
 _ALIGNED = 16  # numbers, of 64 bytes: a line of a cache
 
 # What a block of steps leaves for the products after it is to be in a cache still; but with fewer rows than these
 # a product is slow.
-_CACHED = 2**21
+_CACHED = 2**20
 _LEAST_ROWS = 512
 
 
@@ -123,6 +127,7 @@ class Loop:
         adds = {write.buffer for i in section for write, adding in i.writes.items() if adding}
         self.own = frozenset(name for name in adds if name in self._summed or buffers[name].rows is Rows.NO)
         self._text = self._source(section)
+        self._released: list[Tensor] = []
         self._places = [self._place(at) for at in self._slots]
         self._of_blocks = [i for i, at in enumerate(self._slots) if buffers[at.buffer].extent is Extent.BLOCK]
         self._bytes_of_a_row = sum(self._places[i][2] for i in self._of_blocks)
@@ -195,11 +200,11 @@ class Loop:
             self._pack(*map(ctypes.c_int64, (matrix.data_ptr(), *numbers)))
             packed.append(place)
         slots = (_Slot * len(self._slots))()
-        for slot, (name, by_step, by_row, part, later) in zip(slots, self._places, strict=True):
+        for i, (name, by_step, by_row, part, later) in enumerate(self._places):
             held = memory[name]
             turns = type(held) is _Turns
             address = (held.both if turns else held).data_ptr()
-            slot.__init__(address, rows * by_step, by_row, part, turns, later)
+            slots[i] = _Slot(address, rows * by_step, by_row, part, turns, later)
 
         def run(order: range) -> None:
             for i in self._of_blocks:  # whose first value is that of the block's first step
@@ -226,8 +231,9 @@ class Loop:
     ) -> Memory:
         """Memory for what is made of some buffers, which is 0 where it is `cleared`.
 
-        It is one piece but for what is `apart`, which outlives the pass. What is freed at once the allocator keeps for
-        the next pass; of many pieces it gives some back to the system, whose new pages cost more than writing to them.
+        It is one piece but for what is `apart`, which outlives the pass: new pages of the system's cost more than what
+        is written to them, and of one piece the allocator gives fewer back than of many. A piece that was released is
+        taken again.
         """
         counts = {Extent.EACH: steps, Extent.BLOCK: max(map(len, self.blocks(steps, rows)))}
         counts |= {Extent.STATES: steps + 1, Extent.TURNS: 2}
@@ -249,10 +255,30 @@ class Loop:
                 size = math.prod(shape)
                 together.append((name, shape))
                 sizes += [size, -size % _ALIGNED]
-        parts = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)[::2]
+        piece = self._piece(sum(sizes))
+        parts = piece[: sum(sizes)].split(sizes)[::2]
         found |= {name: part.view(shape) for (name, shape), part in zip(together, parts, strict=True)}
-        turns = [name for name in found if self._buffers[name].extent is Extent.TURNS and name not in cleared]
-        return found | {name: _Turns(found[name]) for name in turns}
+        for name in found.keys() - cleared:
+            if self._buffers[name].extent is Extent.TURNS:
+                found[name] = _Turns(found[name])
+        found[_PIECE] = piece
+        return found
+
+    def _piece(self, size: int) -> Tensor:
+        """Memory for that many numbers, which no one else uses."""
+        try:
+            piece = self._released.pop()  # at once: another thread may look for it
+        except IndexError:
+            piece = None
+        if piece is None or not size <= len(piece) <= 2 * size:
+            piece = torch.empty(size, dtype=torch.float32, device="cpu")
+        return piece
+
+    def release(self, memory: Memory) -> None:
+        """Let the next pass take what `allocate` gave. Only what was `apart` may be read from here on."""
+        piece = memory[_PIECE]
+        if piece.nbytes <= _MOST_RELEASED and not self._released:
+            self._released.append(piece)
 
     def prove(self) -> None:
         """Raise unless it gives what the instructions give one by one, on random numbers."""
@@ -261,8 +287,9 @@ class Loop:
         ours: Memory = {}
         theirs: Memory = {}
         names = list(dict.fromkeys(at.buffer for at in self._slots))
-        for name, drawn in self.allocate(names, (), (), steps, rows).items():
-            buffer = buffers[name]
+        given = self.allocate(names, (), (), steps, rows)
+        for name in names:
+            drawn, buffer = given[name], buffers[name]
             tensor = drawn.both if isinstance(drawn, _Turns) else drawn
             if name in self.own:
                 theirs[name] = buffer.empty(rows).zero_()
