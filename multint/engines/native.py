@@ -247,8 +247,9 @@ class Loop:
             kind: dict[str, Any] = {"dtype": buffer.dtype, "device": "cpu"}  # whatever the defaults are
             if name in self.own:
                 found[name] = torch.zeros(torch.get_num_threads(), 2, *buffer.shape, **kind)
-            elif name in cleared:  # and nothing writes to it but, for the state's gradient, after the last step
-                found[name] = torch.zeros(steps + 1 if buffer.extent is Extent.TURNS else shape[0], *shape[1:], **kind)
+            elif name in cleared:
+                # Nothing writes a state's gradient then but what the last one is: the others are to stay 0.
+                found[name] = torch.zeros((steps + 1, *shape[1:]) if buffer.extent is Extent.TURNS else shape, **kind)
             elif name in apart or buffer.dtype != torch.float32:
                 found[name] = torch.empty(shape, **kind)
             else:
