@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multint.engines.native import Loop
 from tests.both_engines import programs, worth_compiling
 
 __all__ = ["eager", "one_thread", "poisoned", "programs", "worth_compiling"]
@@ -39,6 +40,7 @@ def poisoned(monkeypatch):
 
         return fill
 
+    monkeypatch.setattr(Loop, "_piece", poison(Loop._piece))  # which may have been used before
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 

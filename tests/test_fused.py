@@ -520,7 +520,7 @@ def test_explain_tells_the_plan_and_the_choice():
 
 @pytest.mark.usefixtures("eager")
 def test_auto_compiles_what_is_worth_it_and_tells_afterwards(monkeypatch):
-    monkeypatch.setattr(choice, "_not_native", lambda program: "")
+    monkeypatch.setattr(choice, "_is_native", lambda program: True)
     rnn = Recurrent(64, 128, LSTMCell)
     with pytest.raises(OptionError, match="has not run"):
         rnn.explain()
@@ -534,10 +534,23 @@ def test_auto_compiles_what_is_worth_it_and_tells_afterwards(monkeypatch):
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize(("why", "times"), [("", 1), ("it is run from Python", 10)])
-def test_auto_compiles_a_small_scan_when_its_cell_has_run_often(why, times, monkeypatch):
+@pytest.mark.parametrize("name", CELLS)
+def test_the_state_before_the_first_step_stays_as_it_was(name):
+    cell = built(name)
+    xs, state = inputs(cell, 5, 3)
+    before = [field.clone() for field in state]
+    with torch.no_grad():
+        first, second = (scan(cell, xs, state, "fused") for _ in range(2))
+    results(cell, xs, state, "fused")
+    assert all(map(torch.equal, state, before))
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("native", "times"), [(True, 1), (False, 10)])
+def test_auto_compiles_a_small_scan_when_its_cell_has_run_often(native, times, monkeypatch):
     """What has no native loop takes longer to compile, so it waits longer."""
-    monkeypatch.setattr(choice, "_not_native", lambda program: why)
+    monkeypatch.setattr(choice, "_is_native", lambda program: native)
     monkeypatch.setattr(choice, "_STEPS_BEFORE", 8)
     cell, other = (LSTMCell(INPUT_SIZE, HIDDEN_SIZE) for _ in range(2))
     xs, state = inputs(cell, 4, 3, torch.float32)

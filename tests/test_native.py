@@ -24,9 +24,9 @@ NAMES = ("lstm-mi", "gru-mi", "lstm-norm", "lstm-bilinear")
 
 
 def loops(cell):
-    """The native loops of a cell's last scan, forward and reverse, or why there are none."""
-    made = choice._last[cell].program().loops
-    return [made[key] for key in sorted(made, key=lambda key: key[1])]
+    """The native loops of a cell's last scan with gradients, forward and reverse, or why there are none."""
+    program = choice._last[cell].program()
+    return [program.loops[id(program.shown()), reverse] for reverse in (False, True)]
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -86,6 +86,27 @@ def test_memory_is_taken_again_and_nothing_that_was_given_lies_in_it():
     for given, expected in runs:  # after all of them have run
         for found in given:
             close(found, expected[: len(found)], torch.float32)
+
+
+def test_its_memory_outlives_inference_mode():
+    cell = built("lstm-mi", torch.float32)
+    xs, state = inputs(cell, 6, 3, torch.float32)
+    expected = results(cell, xs, state, "loop")
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            close(scan(cell, xs, state, "fused")[0], expected[0], torch.float32)
+    close(results(cell, xs, state, "fused"), expected, torch.float32)
+
+
+def test_explain_shows_the_loops_that_ran():
+    """Those of the last training pass, where the input wants no gradient too."""
+    cell = LSTMCell(5, 9)
+    told = precompile(cell, normal(6, 3, 5).float())
+    assert "once that is compiled" not in str(told)
+    assert str(told).count("by native code") == 2
+    scan(cell, normal(6, 3, 5).float().requires_grad_(), cell.initial_state(3), "fused")[0].sum().backward()
+    assert "d_x[:]" in str(explain(cell))
+    assert "once that is compiled" not in str(explain(cell))
 
 
 @pytest.mark.parametrize("threads", [2, 3])

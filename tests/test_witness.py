@@ -1,13 +1,14 @@
 """A witness never says that all is as it was where a new walk would differ; the library's cells have one each."""
 
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from multint import LSTMCell, MultiplicativeIntegration, scan
+from multint import Additive, LSTMCell, MultiplicativeIntegration, scan
 from multint.cells import LSTMState
 from multint.engines.cache import _histories
 from multint.engines.reads import Walk, contents_of
@@ -29,6 +30,11 @@ def test_the_librarys_cells_have_complete_witnesses(name):
         for parameter in cell.parameters():
             parameter.add_(1.0)
     assert walk.witness.holds(contents_of), "numbers are no part of a program"
+
+
+class Louder(LSTMCell):
+    def step(self, x, state):
+        return type(state)(*(2 * field for field in super().step(x, state)))
 
 
 def patched(kind, name):
@@ -57,6 +63,7 @@ CHANGES = {
     "a key of a dictionary": lambda c, m: c.numbers.update(b=c.numbers.pop("a")),
     "a key that equals another one": lambda c, m: c.hooks.update({True: c.hooks.pop(1)}),
     "a method of its own": lambda c, m: setattr(c, "step", lambda x, state: state),
+    "a part has another class": lambda c, m: setattr(c.gates, "__class__", Additive),
     "a hook": lambda c, m: c.gates.register_forward_hook(lambda *arguments: None),
     "a buffer": lambda c, m: c.register_buffer("more", torch.zeros(1)),
     "a part": lambda c, m: c.add_module("more", nn.Identity()),
@@ -90,6 +97,9 @@ INCOMPLETE = {
     "a set": lambda cell: setattr(cell, "some", {1}),
     "a bound method": lambda cell: setattr(cell, "append", [].append),
     "the cell itself": lambda cell: setattr(cell, "me", [cell]),
+    "a hook of a parameter": lambda cell: cell.gates.alpha.register_hook(lambda gradient: gradient),
+    "a thread": lambda cell: setattr(cell, "worker", threading.Thread(target=cell.step)),
+    "an iterator": lambda cell: setattr(cell, "parts", cell.modules()),
 }
 
 
@@ -99,6 +109,15 @@ def test_what_has_no_witness(name):
     cell = kind(INPUT_SIZE, HIDDEN_SIZE).double()
     INCOMPLETE[name](cell)
     assert not Walk(cell, LSTMState).witness.is_complete
+
+
+def test_a_cell_of_another_class_has_another_program():
+    cell = LSTMCell(INPUT_SIZE, HIDDEN_SIZE)
+    xs, state = normal(3, 2, INPUT_SIZE).float(), cell.initial_state(2)
+    with torch.no_grad():
+        scan(cell, xs, state, "fused")
+        cell.__class__ = Louder
+        torch.testing.assert_close(scan(cell, xs, state, "fused"), scan(cell, xs, state, "loop"))
 
 
 def test_it_keeps_no_cell_alive():

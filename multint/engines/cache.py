@@ -47,7 +47,7 @@ class _Walked(NamedTuple):
     key: _Hashed
     tensors: list[Tensor]
     witness: Witness
-    state_type: type
+    types: tuple[type, type]  # of the cell and of its state
 
 
 @dataclass
@@ -60,11 +60,11 @@ class _History:
 
     def walk(self, cell: nn.Module, state_type: type) -> _Walked:
         """Walk the cell, unless the last walk's witness tells that a new one would give the same."""
-        last = self.walked  # read once: another thread may walk
-        if last is not None and last.state_type is state_type and last.witness.holds(contents_of):
+        last, types = self.walked, (type(cell), state_type)  # read once: another thread may walk
+        if last is not None and last.types == types and last.witness.holds(contents_of):
             return last
         walk = Walk(cell, state_type)
-        walked = _Walked(_Hashed(walk.key), walk.tensors, walk.witness, state_type)
+        walked = _Walked(_Hashed(walk.key), walk.tensors, walk.witness, types)
         self.walked = walked if walk.witness.is_complete else None
         return walked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ def scan(
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
             can take the cell and pays, on CPUs, else the loop. In float32 it is taken to pay from 1e7 multiply-adds on
-            (T · B · the cell's parameters), and for a smaller scan when its cell has run 20,000 steps by the loop; the
-            two differ by rounding, in float32 by 1e-5 at most in the project's tests. In bfloat16 and under autocast
-            both numbers are ten times as large. Without a C++ compiler it takes 1e9 multiply-adds. `explain` tells the
-            choice and why.
+            (T · B · the cell's parameters), and for a smaller scan when its cell has run 20,000 steps under "auto"; the
+            two differ by rounding, in float32 by 1e-5 at most in the project's tests. In bfloat16, under autocast and
+            for cells that have no native loop both numbers are ten times as large. Without a C++ compiler it takes 1e9
+            multiply-adds. `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
     state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell,
@@ -104,8 +104,12 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
 def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
     from multint.engines import cache
 
-    program, tensors = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked)
-    if not asked and _not_native(program) and (reason := _too_small(cell, xs, in_pieces=True)):
+    try:
+        program, tensors = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked)
+    except EngineError:
+        _stepped[cell] = 0  # a small scan is not tried again at every call
+        raise
+    if not asked and (reason := _too_small_for_pieces(cell, xs, program)):
         raise EngineError(reason)
     try:
         result = _run(program, tensors, xs, state, asked)
@@ -177,7 +181,7 @@ class Explanation:
         from multint.engines.budget import steps_at_a_time
         from multint.engines.native import why_not
 
-        (steps, rows), schedule = self._size, self._program.whole()
+        (steps, rows), schedule = self._size, self._program.shown()
         chunk = steps_at_a_time(self._program, steps, rows)
         kept = chunk * rows * schedule.bytes_per_row / 2**20
         lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
@@ -212,6 +216,7 @@ class _Told:
 
 _last: WeakKeyDictionary[nn.Module, _Told] = WeakKeyDictionary()
 _stepped: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many steps a cell has run by the loop
+_in_pieces: WeakSet[nn.Module] = WeakSet()  # cells without native loops
 
 
 def explain(
@@ -246,8 +251,8 @@ def explain(
         failed = error.__cause__ if isinstance(error, StepError) and error.__cause__ else error
         return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
     reason = _not_worth_it(cell, xs) if engine == "auto" else ""
-    if engine == "auto" and not reason and _not_native(program):
-        reason = _too_small(cell, xs, in_pieces=True)
+    if engine == "auto" and not reason:
+        reason = _too_small_for_pieces(cell, xs, program)
     return Explanation("loop" if reason else "fused", reason, program, _size(xs))
 
 
@@ -284,7 +289,8 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
     worth = _WORTH_COMPILING * _TIMES_MORE_WITHOUT_COMPILER
     if _work(cell, xs) < worth and not has_compiler():
         return f"auto: there is no C++ compiler, and without one the loop is faster below {worth:.0e} multiply-adds"
-    return _too_small(cell, xs, torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds)
+    half = torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds
+    return _too_small(cell, xs, half or cell in _in_pieces)
 
 
 def _too_small(cell: nn.Module, xs: Streams, in_pieces: bool) -> str:
@@ -302,15 +308,26 @@ def _work(cell: nn.Module, xs: Streams) -> int:
     return steps * rows * sum(parameter.numel() for parameter in cell.parameters())
 
 
-def _not_native(program: Program) -> str:
-    """Why a loop of a program is run from Python; empty where both are native, or would be when they are compiled."""
-    if program.not_native is None:
-        from multint.engines.native import why_not
+def _too_small_for_pieces(cell: nn.Module, xs: Streams, program: Program) -> str:
+    """Why it does not pay to compile a program whose pieces are compiled one by one; empty where it does."""
+    if _is_native(program):
+        return ""
+    _in_pieces.add(cell)  # so that the next call knows it without the program
+    return _too_small(cell, xs, in_pieces=True)
 
+
+def _is_native(program: Program) -> bool:
+    """Whether a program's loops are native, or would be when they are compiled."""
+    from multint.engines.kernel import compiles
+    from multint.engines.native import why_not
+
+    if not compiles():  # for now
+        return False
+    if program.is_native is None:
         schedule = program.whole()
-        reverse = bool(schedule.reverse) and why_not(program, schedule, True)
-        program.not_native = why_not(program, schedule, False) or reverse or ""
-    return program.not_native
+        sections = [False, True] if schedule.reverse else [False]
+        program.is_native = not any(why_not(program, schedule, reverse) for reverse in sections)
+    return program.is_native
 
 
 def _by_name(xs: Streams) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Scan(torch.autograd.Function):
     def forward(
         ctx: Any, program: Program, wanted: frozenset[str] | None, asked: bool, steps: int, *arguments: Tensor
     ) -> Any:
-        schedule = program.schedule(wanted)
+        schedule = program.scheduled(wanted)
         buffers, rows = schedule.buffers, len(arguments[-1])
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
         loop = loop_of(program, schedule, reverse=False)
@@ -89,7 +89,8 @@ class Scan(torch.autograd.Function):
         allocated = loop.allocate if loop else partial(allocate, buffers)
         memory |= allocated(dict.fromkeys(made), schedule.states[:1], (), steps, rows)
         for name, first in zip(schedule.states, arguments[-len(schedule.states) :], strict=True):
-            memory[name][0] = first
+            # Where two values take turns, this one is written over.
+            memory[name][0] = first.clone() if buffers[name].extent is Extent.TURNS else first
         run = loop.over(memory, rows) if loop else partial(execute, schedule.forward, buffers, memory, rows=rows)
         for block in loop.blocks(steps, rows) if loop else [range(steps)]:
             _products(schedule.entry, buffers, memory, block)

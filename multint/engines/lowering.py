@@ -79,7 +79,7 @@ class _Lowering:
         return tuple(At(name, 0 if extent is Extent.ONE else later) for name, extent in extents)
 
     def forward(self) -> None:
-        """What is given; the prologue; one step."""
+        """What is given; what is before the loop; one step."""
         plan, schedule = self.plan, self.schedule
         schedule.inputs = [self._name(node, name, Extent.EACH, given=True) for name, node in plan.inputs.items()]
         schedule.states = [self._name(node, name, Extent.STATES) for name, node in plan.states.items()]

@@ -272,7 +272,8 @@ class Loop:
         except IndexError:
             piece = None
         if piece is None or not size <= len(piece) <= 2 * size:
-            piece = torch.empty(size, dtype=torch.float32, device="cpu")
+            with torch.inference_mode(False):  # the next pass may be one with gradients
+                piece = torch.empty(size, dtype=torch.float32, device="cpu")
         return piece
 
     def release(self, memory: Memory) -> None:

@@ -112,8 +112,9 @@ def plan(trace: Trace) -> Plan:
         output=_extract(graph, roots, [*outputs, outputs[0]]),
         streams=[n for n in [*inputs.values(), *(p.result for p in early)] if n in used],
         vectors=[n for n in constants if n in used],
-        may_learn=_reached([*inputs.values(), *(invariants[name] for name in trace.learnt)])
-        | {p.result for p in hoisted + early},
+        may_learn=_reached(
+            [*inputs.values(), *(invariants[name] for name in trace.learnt), *(p.result for p in early)]
+        ),
     )
 
 

@@ -308,6 +308,11 @@ def dictionaries(module: nn.Module) -> Iterator[dict[str, Any]]:
     yield from (getattr(module, name) for name in ("_parameters", "_buffers", "_modules", *_HOOKS))
 
 
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether functions are called with a tensor's gradient."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """A module's attributes beside what every module has: its parameters, buffers, parts and hooks."""
     return ((name, value) for name, value in vars(module).items() if name not in _ALWAYS_THERE)

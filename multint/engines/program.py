@@ -20,7 +20,7 @@ class Program:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.failure = ""  # why it must not be run again
-        self.not_native: str | None = None  # why a loop of it is run from Python, once that is known
+        self.is_native: bool | None = None  # whether its loops are, once that is known
         self.loops: dict[tuple[int, bool], Loop | str] = {}  # by schedule and direction, or why there is none
         self._kernels = Kernels(plan.world)
         self.forward = lower(plan, self._kernels, None)
@@ -28,6 +28,7 @@ class Program:
         named = zip(nodes, self.forward.arguments, strict=False)
         self.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
         self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none
+        self._last: Schedule | None = None  # that gave gradients
 
     def schedule(self, wanted: frozenset[str] | None) -> Schedule:
         """The schedule that gives gradients to the wanted arguments; forward only where that is None.
@@ -47,6 +48,17 @@ class Program:
         if isinstance(kept, str):
             raise EngineError(kept)
         return kept
+
+    def scheduled(self, wanted: frozenset[str] | None) -> Schedule:
+        """The schedule that is about to run."""
+        schedule = self.schedule(wanted)
+        if wanted is not None:
+            self._last = schedule
+        return schedule
+
+    def shown(self) -> Schedule:
+        """The last schedule that gave gradients or, before there was one, the whole."""
+        return self._last or self.whole()
 
     def whole(self) -> Schedule:
         """The schedule that gives all gradients, or the forward pass alone for a step without a derivative."""

@@ -184,7 +184,7 @@ class Walk:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if kind in _WRAPPERS:
-            self.witness.is_complete &= kind is functools.partial
+            self.witness.is_complete = False
             return kind, *(self._child(name, getattr(value, name)) for name in _WRAPPERS[kind])
         library = _library(kind)
         if isinstance(value, types.ModuleType) and (_library(value) is not None or self._beyond):
@@ -209,6 +209,7 @@ class Walk:
 
     def _not_followed(self, value: Any) -> Hashable:
         """What has an inside that no walk shows: a tripwire where the copy can have one, else told by identity."""
+        self.witness.is_complete = False  # it may hold the cell
         if self._beyond:
             return _Same(value)
         self.unfollowed[id(value)] = value, ".".join(self._path)
@@ -221,6 +222,7 @@ class Walk:
         own = tuple((name, self._child(name, value)) for name, value in vars(tensor).items())
         marks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, own
         if index is not None:
+            self.witness.is_complete &= tensor.is_leaf and not private.has_hooks(tensor)  # which may hold the cell
             self.witness.tensor(tensor)
             self.witness.dictionary(vars(tensor))
             return index, *marks
@@ -230,6 +232,8 @@ class Walk:
         return _Same(tensor), private.version(tensor), *marks
 
     def _module(self, module: nn.Module) -> Hashable:
+        if module is not self._cell:
+            self.witness.type_of(module)
         for contents in private.dictionaries(module):
             self.witness.dictionary(contents)
         marks: list[Hashable] = [self._class(type(module)), module.training]
@@ -242,6 +246,7 @@ class Walk:
         return (*marks, *(self._child("hook", hook) for hook in private.hooks(module)))
 
     def _object(self, value: Any) -> Hashable:
+        self.witness.type_of(value)
         self.witness.dictionary(getattr(value, "__dict__", {}))
         self.witness.is_complete &= not any(_slots(part) for part in type(value).__mro__)
         marks: list[Hashable] = [self._class(type(value))]

@@ -1,6 +1,6 @@
 """Running a section of a schedule step by step in Python: any instruction, by any library, on any device.
 
-The reference for other executors, which take the place of `execute` alone.
+The reference for native loops, which take the place of `execute` and `allocate`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class Witness:
         self._dictionaries: list[tuple[dict[Any, Any], list[int], list[int], list[Any]]] = []
         self._sequences: list[tuple[Sequence[Any], list[int], list[Any]]] = []
         self._tensors: list[tuple[Any, ...]] = []
+        self._types: list[tuple[Any, type]] = []
         self._classes: dict[type, Any] = {}
 
     def dictionary(self, found: dict[Any, Any]) -> None:
@@ -43,6 +44,10 @@ class Witness:
         """Know all of it but its numbers."""
         self._tensors.append((tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad))
 
+    def type_of(self, value: Any) -> None:
+        """Know its class, which can be assigned."""
+        self._types.append((value, type(value)))
+
     def contents(self, kind: type, number: Any) -> None:
         """Know what is in a class by the number that says so."""
         self._classes[kind] = number
@@ -57,6 +62,8 @@ class Witness:
         for entries, ids, _ in self._sequences:
             if list(map(id, entries)) != ids:
                 return False
+        if any(type(value) is not kind for value, kind in self._types):
+            return False
         for tensor, shape, stride, dtype, device, learnt in self._tensors:
             if tensor.dtype is not dtype or tensor.requires_grad is not learnt or tensor.shape != shape:
                 return False
