@@ -534,6 +534,19 @@ def test_auto_compiles_what_is_worth_it_and_tells_afterwards(monkeypatch):
 
 
 @pytest.mark.usefixtures("eager")
+def test_many_gradients_at_once():
+    cell = built("lstm-mi")
+    xs, state = inputs(cell)
+    leaves, found = [xs, *cell.parameters()], []
+    for engine in ("fused", "loop"):
+        output, _ = scan(cell, xs, state, engine)
+        many = normal(3, *output.shape, seed=5)
+        found.append(torch.autograd.grad(output, leaves, many, is_grads_batched=True))
+    close(*found, torch.float64)
+    assert explain(cell).engine == "fused"
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", CELLS)
 def test_the_state_before_the_first_step_stays_as_it_was(name):
     cell = built(name)

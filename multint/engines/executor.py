@@ -119,7 +119,8 @@ class Scan(torch.autograd.Function):
         named = zip(schedule.arguments, arguments, strict=True)
         arguments = [a if schedule.buffers[n].extent is Extent.ONE else a.contiguous() for n, a in named]
         create_graph = torch.is_grad_enabled()
-        if create_graph or private.surroundings():  # a gradient's gradient, or one of many at once
+        # A gradient's gradient, or one of many at once.
+        if create_graph or private.surroundings() or private.are_batched(d_output, *d_final):
             gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph)
             return None, None, None, None, *gradients
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))

@@ -238,6 +238,11 @@ def surroundings() -> str:
     return ""
 
 
+def are_batched(*tensors: Tensor) -> bool:
+    """Whether any of these stands for many, as `torch.autograd.grad(..., is_grads_batched=True)` makes them."""
+    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
 _WHY = 'this layer runs its own compiled scan; with engine="loop" its loop is compiled, unrolled'
 # A dict and not functools.cache, of which Dynamo warns where it looks into it.
 _DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}
