@@ -373,7 +373,9 @@ def test_layers_of_one_structure_share_what_is_compiled(compilations):
 def test_auto_loops_where_there_is_no_compiler_unless_the_work_is_large(monkeypatch):
     cell = RNNCell(64, 64)
     monkeypatch.setattr(machine, "compiler", no_compiler)
-    for steps, rows in ((50, 30), (2, 1)):
-        told = explain(cell, torch.zeros(steps, rows, 64))
-        assert told.engine == "loop"
-        assert "no C++ compiler" in told.reason
+    for worth, engine in ((10**7, "loop"), (10**5, "fused")):  # 50 · 30 · 8192 is 1.2e7, and the bound 100 times that
+        monkeypatch.setattr(choice, "_WORTH_COMPILING", worth)
+        told = explain(cell, torch.zeros(50, 30, 64))
+        assert told.engine == engine
+        assert ("no C++ compiler" in told.reason) == (engine == "loop")
+    assert "no C++ compiler" in explain(cell, torch.zeros(2, 1, 64)).reason

@@ -25,8 +25,8 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
-# Compiling a native loop takes about 5.5 s, and what it saves is mostly a step's overhead: .1 to .5 ms a step for both
-# passes. So `auto` compiles at the first call where a call is large, which repays it within some hundred calls, and a
+# Compiling a native loop takes about 5 s, and what it saves is mostly a step's overhead: at H ≤ 128 .14 to .41 ms a step
+# for both passes, by the two threads' rows of `python -m experiments bench --quick --rounds 7`. So `auto` compiles at the first call where a call is large, which repays it within some hundred calls, and a
 # smaller one's after so many steps, which took the loop as long as compiling would have.
 _WORTH_COMPILING = 10**7  # multiply-adds of a forward pass
 _STEPS_BEFORE = 20_000

@@ -15,7 +15,7 @@ constexpr int WIDTH = 8, MOST_ROWS = 6;
 constexpr int WIDTH = 4, MOST_ROWS = 6;
 #endif
 constexpr int PANEL = 2 * WIDTH;  // columns of a packed matrix that lie together
-constexpr int AHEAD = 2048 / (4 * PANEL);  // rows of a panel that are fetched before they are needed, by measurement
+constexpr int AHEAD = 2048 / (4 * PANEL);  // rows of a panel that are fetched before they are needed
 constexpr int LINE = 64 / (4 * WIDTH);     // vectors of a line of the cache
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));

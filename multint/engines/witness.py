@@ -11,8 +11,8 @@ from torch import Tensor
 class Witness:
     """What a walk (`reads.py`) has read, to be looked at again in a small part of a walk's time.
 
-    It holds on to every value that it knows by identity, so that no identity comes twice; so the walk must not have
-    met what the witness is to outlive.
+    It holds on to every value that it knows by identity, so that no identity comes twice. Where one of them may hold
+    the cell in its turn, the witness would keep it alive, so the walk calls it incomplete.
 
     Attributes:
         is_complete: whether all that the walk has read can be looked at in this way. Else nothing else here counts.
