@@ -25,9 +25,10 @@ Streams = Tensor | dict[str, Tensor]
 
 ENGINES = ("auto", "fused", "loop")
 
-# Compiling a native loop takes about 5 s, and what it saves is mostly a step's overhead: at H ≤ 128 .14 to .41 ms a step
-# for both passes, by the two threads' rows of `python -m experiments bench --quick --rounds 7`. So `auto` compiles at the first call where a call is large, which repays it within some hundred calls, and a
-# smaller one's after so many steps, which took the loop as long as compiling would have.
+# Compiling a native loop takes about 5 s, and what it saves is mostly a step's overhead: .14 to .41 ms a step for both
+# passes at H ≤ 128, with two threads (`python -m experiments bench --quick --rounds 7`). So `auto` compiles at once
+# where a call is large, which repays it within some hundred calls or a thousand, and what is smaller after so many
+# steps, which took the loop about as long as compiling.
 _WORTH_COMPILING = 10**7  # multiply-adds of a forward pass
 _STEPS_BEFORE = 20_000
 # Where each piece is compiled by Inductor, which takes ten times as long; and where there is no compiler, so that
