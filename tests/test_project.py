@@ -16,10 +16,10 @@ MODULES = sorted([*ROOT.glob("multint/**/*.py"), *ROOT.glob("models/**/*.py"), *
 
 # What a folder may import of the project. Within multint: integrators ← cells ← recurrent → engines, and ← conditional.
 ALLOWED = {
-    "multint/integrators": {"multint.errors", "multint.integrators", "multint.products"},
+    "multint/integrators": {"multint.errors", "multint.integrators"},
     "multint/conditional": {"multint.errors", "multint.integrators", "multint.conditional"},
     "multint/cells": {"multint.errors", "multint.integrators", "multint.cells"},
-    "multint/engines": {"multint.errors", "multint.products", "multint.engines"},
+    "multint/engines": {"multint.errors", "multint.engines"},
     "multint/recurrent": {
         "multint.errors",
         "multint.integrators",

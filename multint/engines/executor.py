@@ -20,7 +20,6 @@ from multint.engines.program import Program
 from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
 from multint.engines.stepwise import Memory, allocate, execute
 from multint.errors import EngineError, in_a_line
-from multint.products import differentiable_product, untracked_product, untracked_transposed_product
 
 
 def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
@@ -30,7 +29,7 @@ def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> 
             results = instruction.kernel.module.forward(*(values[at] for at in instruction.reads))
             values.update(zip(instruction.writes, results, strict=True))
         elif isinstance(instruction, Product):
-            values[instruction.result] = differentiable_product(values[instruction.left], values[instruction.matrix])
+            values[instruction.result] = values[instruction.left] @ values[instruction.matrix]
 
 
 def constants(program: Program, tensors: Sequence[Tensor]) -> dict[At, Tensor]:
@@ -189,11 +188,14 @@ def _products(instructions: Sequence[Instruction], buffers: dict[str, Buffer], m
         if isinstance(instruction, Product):
             matrix: Tensor = memory[instruction.matrix.buffer]
             matrix = matrix.t() if instruction.transposed else matrix
-            untracked_product(rows_of(instruction.left), matrix, rows_of(instruction.result))
+            torch.mm(rows_of(instruction.left), matrix, out=rows_of(instruction.result))
         elif isinstance(instruction, Contraction):
             name = instruction.result.buffer
             left, right = map(rows_of, instruction.reads)
-            memory[name] = untracked_transposed_product(left, right, memory.get(name))
+            if name in memory:
+                memory[name].addmm_(left.t(), right)
+            else:
+                memory[name] = torch.mm(left.t(), right)
 
 
 def _differentiably(

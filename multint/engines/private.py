@@ -1,7 +1,8 @@
 """The parts of torch without a promise that the engines use: to trace a step, to compile a graph, to see who calls.
 
-Everything else in this package keeps to torch's public names. A version of torch that lacks one of these parts raises
-an ImportError or an AttributeError when it is used: then pieces run op by op (`compiled`), or `auto` loops (the rest).
+Everything else in this package but `onednn.py` keeps to torch's public names. A version of torch that lacks one of
+these parts raises an ImportError or an AttributeError when it is used: then pieces run op by op (`compiled`), or `auto`
+loops (the rest).
 
 What is slow to import is imported where it is used: most programs never trace.
 """

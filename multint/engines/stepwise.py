@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from multint.engines.onednn import prepared_product
 from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Product
-from multint.products import prepared_product
 
 _BY_STEP = (Extent.EACH, Extent.BLOCK, Extent.STATES, Extent.TURNS)
 

@@ -13,7 +13,6 @@ from multint.integrators.base import BiAffine
 from multint.integrators.init import Projection, fill, share
 from multint.integrators.terms import Terms, bias_term
 from multint.integrators.vectors import add_bias, vector
-from multint.products import differentiable_product
 
 # einops notes every class of tensor that it meets. Where torch traces the body of an operator, as an exported loop is,
 # nothing may be noted any more.
@@ -49,12 +48,12 @@ class TensorProduct(nn.Module):
         by_x, by_z = x_rows * out_features * z_features, z_rows * out_features * x_features
         if by_outer < min(by_x, by_z):
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
-            return _linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
+            return functional.linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
         if by_x <= by_z:
-            matrix = _linear(x, rearrange(W, "o z x -> (o z) x"))
+            matrix = functional.linear(x, rearrange(W, "o z x -> (o z) x"))
             matrix = rearrange(matrix, "... (o z) -> ... o z", o=out_features)
             return _apply(matrix, z)
-        matrix = _linear(z, rearrange(W, "o z x -> (o x) z"))
+        matrix = functional.linear(z, rearrange(W, "o z x -> (o x) z"))
         matrix = rearrange(matrix, "... (o x) -> ... o x", o=out_features)
         return _apply(matrix, x)
 
@@ -72,11 +71,6 @@ def _apply(
         return torch.matmul(matrix, x.unsqueeze(-1)).squeeze(-1)
     # matmul would write out a copy of a matrix for every vector that shares it.
     return torch.einsum("...oi,...i->...o", matrix, x)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`functional.linear`, for a matrix of rows by the faster library."""
-    return differentiable_product(x, weight.t()) if x.ndim == 2 else functional.linear(x, weight)
 
 
 class Bilinear(BiAffine):
