@@ -1,5 +1,8 @@
 """What every test runs under, and what the tests of the engines share."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +20,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+CHECKOUT = Path(__file__).parent.parent
+CACHES = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__"}
+
+
+def files():
+    """All files and folders of the checkout, but for caches."""
+    for folder, inner, names in os.walk(CHECKOUT):
+        inner[:] = set(inner) - CACHES
+        yield from (Path(folder, name) for name in (*inner, *names))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left_behind():
+    """The checkout has no file after a module's tests that it had not before: runs belong into `tmp_path`."""
+    before = set(files())
+    yield
+    left = sorted(str(path.relative_to(CHECKOUT)) for path in set(files()) - before)
+    assert not left, f"the tests have left in the checkout: {', '.join(left)}"
 
 
 @pytest.fixture(scope="session")

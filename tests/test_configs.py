@@ -8,7 +8,8 @@ import torch
 import multint
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
-from experiments.core.training import TrainingCommands
+from experiments.core.parsed import Parsed
+from experiments.core.trust import trusting
 from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, StateTracking
 from models import Points, log_likelihood
 
@@ -44,18 +45,9 @@ COUNTED = {
 }
 
 
-class Parsed(TrainingCommands):
-    """Parses and builds, and runs nothing."""
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 def built(config, *options):
-    from experiments.core.trust import trusting
-
     with trusting():
-        return Parsed(["fit", "--config", str(config), "--trainer.logger", "false", *options], [])
+        return Parsed(["fit", "--config", str(config), *options], [])
 
 
 def mlp(sizes):
