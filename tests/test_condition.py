@@ -103,12 +103,12 @@ def conditioned(network, **settings):
 
 @every_network
 @pytest.mark.parametrize("form", FORMS)
-def test_it_starts_exactly_as_it_was_and_learns_at_once(network, form):
+def test_it_starts_as_it_was_and_learns_at_once(network, form):
     net, x = network()
     expected = net(x)
     f = condition(net, C, FORMS[form])
     y = f(x, context=c)
-    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     y.square().sum().backward()
     for integrator in f.integrators:
         is_corrected = isinstance(integrator, Correction)

@@ -97,9 +97,9 @@ def test_a_composition_by_name_is_the_composition(name):
     f, g = (make().double() for make in FACTORIES[name])
     g.load_state_dict(randomise(f).state_dict())
     x, z = normal(6, 7), normal(6, 5, seed=2)
-    torch.testing.assert_close(f(x, z), g(x, z), rtol=0, atol=0)
+    torch.testing.assert_close(f(x, z), g(x, z), rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(f.terms(), g.terms(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert (f.x_weights, f.z_weights, rank(f)) == (g.x_weights, g.z_weights, rank(g))
 
 

@@ -39,7 +39,7 @@ def both(tensors, targets):
 
 def test_pieces_equal_the_whole(pieces):
     ours, theirs = both(*arguments())
-    assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_large_logits_do_not_overflow(pieces):
@@ -63,7 +63,7 @@ def test_pieces_under_autocast_are_as_exact_as_the_whole(pieces):
 def test_the_losses_of_evaluation_are_those_of_the_whole(pieces):
     tensors, targets = arguments()
     losses = functional.cross_entropy(functional.linear(*tensors), targets, reduction="none").detach()
-    assert_close(symbol_losses(*tensors, targets), losses, rtol=1e-12, atol=1e-12)
+    assert_close(symbol_losses(*tensors, targets), losses, rtol=1e-10, atol=1e-10)
     rounded = symbol_losses(*(tensor.bfloat16() for tensor in tensors), targets)
     assert rounded.dtype == torch.float32
 

@@ -35,7 +35,7 @@ def pair(name, **settings):
 
 
 def exact(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def flat(state):

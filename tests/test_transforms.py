@@ -20,7 +20,7 @@ def test_functional_call_uses_the_given_weights(cell):
         parameter.data.mul_(1.5)
     xs = normal(4, 2, 5)
     output, _ = torch.func.functional_call(rnn, dict(other.named_parameters()), (xs,))
-    torch.testing.assert_close(output, other(xs)[0], rtol=0, atol=0)
+    torch.testing.assert_close(output, other(xs)[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +32,7 @@ def test_functional_calls_and_gradients_reach_dropped_weights(kind):
     expected, _ = rnn(xs)
     torch.manual_seed(0)
     output, _ = torch.func.functional_call(rnn, weights, (xs,))
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
     def loss(weights):
         return torch.func.functional_call(rnn, weights, (xs,))[0].sum()
@@ -113,9 +113,9 @@ def test_no_grad_and_inference_mode_give_the_same_numbers():
     xs = normal(4, 2, 5)
     expected, _ = rnn(xs)
     with torch.no_grad():
-        torch.testing.assert_close(rnn(xs)[0], expected, rtol=0, atol=0)
+        torch.testing.assert_close(rnn(xs)[0], expected, rtol=1e-10, atol=1e-10)
     with torch.inference_mode():
-        torch.testing.assert_close(rnn(xs)[0], expected.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(rnn(xs)[0], expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 def test_one_module_used_twice_sums_its_gradients():
@@ -153,8 +153,8 @@ def test_integrators_are_traced_and_compiled_whole(name):
     torch.compiler.reset()  # all integrators share one `forward`, and recompilations of one function are limited
     whole = torch.compile(f, backend="eager", fullgraph=True)
     for x, z in ((normal(4, 7), normal(4, 5, seed=2)), (normal(2, 1, 7), normal(4, 5, seed=2))):
-        torch.testing.assert_close(whole(x, z), f(x, z), rtol=0, atol=0)
-        torch.testing.assert_close(make_fx(f)(x, z)(x, z), f(x, z), rtol=0, atol=0)
+        torch.testing.assert_close(whole(x, z), f(x, z), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(make_fx(f)(x, z)(x, z), f(x, z), rtol=1e-10, atol=1e-10)
 
 
 # Dynamo warns of what it does itself: it looks at a result's .grad.
