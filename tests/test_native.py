@@ -148,6 +148,9 @@ def test_its_functions_are_accurate_in_relative_terms_near_0_too():
         normal_ones = (expected.abs() > 1.2e-38) & (expected.abs() < 3.4e38)
         torch.testing.assert_close(of(name, numbers)[normal_ones].double(), expected[normal_ones], rtol=4e-7, atol=0)
         torch.testing.assert_close(of(name, special), exact(special), rtol=0, atol=0, equal_nan=True)
+    # The derivative of tanh is computed of its value, which must not be 1 before it has to.
+    exact = 1 - numbers.double().tanh().square()
+    torch.testing.assert_close(1 - of("hyperbolic_tangent", numbers).square().double(), exact, rtol=0, atol=2e-7)
     far = torch.tensor([-88.5, -100.0, -120.0, -3e38])  # where sigmoid is no normal number, and silu multiplies it
     torch.testing.assert_close(of("logistic", far), far.sigmoid(), rtol=0, atol=1e-43)
 
@@ -315,7 +318,7 @@ def test_without_a_compiler_steps_run_from_python(monkeypatch):
 def test_a_failure_of_it_is_told_once_and_steps_run_from_python(wrong, monkeypatch):
     """Where something within raises, or where the loop gives other numbers than the instructions one by one."""
     monkeypatch.setattr(failures, "_told", set())
-    text = machine.header().replace("const float y = bounded", "const float y = 2.0f * bounded")
+    text = machine.header().replace("const float y = (", "const float y = 2.0f * (")
     if wrong:
         monkeypatch.setattr(machine, "header", lambda: text)
     else:

@@ -81,14 +81,27 @@ def scaled_sum(sign: str) -> Rule:
 def power(nest: Nest, node: Node, at: At) -> str:
     """x^y."""
     base, exponent = operand(nest, node, node.args[0], at), node.args[1]
-    if exponent == 2:
-        return f"{base} * {base}"
+    if not isinstance(exponent, fx.Node) and exponent in _POWERS:
+        return _POWERS[exponent].format(base)
     return f"std::pow({base}, {operand(nest, node, exponent, at)})"
+
+
+# Those that torch computes so, too: the power 0.5 of −∞ is NaN as a root, and ∞ as a power.
+_POWERS = {
+    2: "{0} * {0}",
+    3: "{0} * {0} * {0}",
+    0.5: "std::sqrt({0})",
+    -0.5: "1.0f / std::sqrt({0})",
+    -1: "1.0f / {0}",
+    -2: "1.0f / ({0} * {0})",
+}
 
 
 def clamped(nest: Nest, node: Node, at: At) -> str:
     """A number within bounds."""
     value, low, high = [operand(nest, node, a, at) if a is not None else None for a in (*node.args, None, None)][:3]
+    if "NAN" in (low, high):
+        return "NAN"
     value = value if low is None else f"({value} < {low} ? {low} : {value})"
     return str(value) if high is None else f"({value} > {high} ? {high} : {value})"
 
@@ -234,8 +247,8 @@ VIEWS: dict[Any, Rule] = {
 _POINTWISE = {
     aten.mul.Tensor: "{0} * {1}",
     aten.mul.Scalar: "{0} * {1}",
-    aten.div.Tensor: "{0} / {1}",
-    aten.div.Scalar: "{0} / {1}",
+    aten.div.Tensor: "(float){0} / {1}",
+    aten.div.Scalar: "(float){0} / {1}",
     aten.neg.default: "-{0}",
     aten.abs.default: "std::fabs({0})",
     **dict.fromkeys((aten.sign.default, aten.sgn.default), "({0} > 0.0f ? 1.0f : {0} < 0.0f ? -1.0f : 0.0f)"),
@@ -254,7 +267,7 @@ _POINTWISE = {
     aten.relu.default: "({0} < 0.0f ? 0.0f : {0})",
     aten.where.self: "({0} ? {1} : {2})",
     aten.maximum.default: "maximum({0}, {1})",
-    aten.minimum.default: "-maximum(-{0}, -{1})",
+    aten.minimum.default: "minimum({0}, {1})",
     aten.logical_not.default: "!{0}",
     aten.bitwise_not.default: "!{0}",
     aten.logical_and.default: "({0} && {1})",

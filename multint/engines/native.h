@@ -25,14 +25,14 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 // 2^n for a whole n from −127, which gives 0, to 128, which gives infinity.
 static inline float power_of_two(int32_t n) { return __builtin_bit_cast(float, (n + 127) << 23); }
 
-// e^r for |r| ≤ ln 2 / 2: 1 + r + r² q(r), q fitted to a relative error of 3e-9.
-static inline float near_one(float r) {
+// e^r − 1 for |r| ≤ ln 2 / 2: r + r² q(r), q fitted so that e^r has a relative error of 3e-9.
+static inline float less_one(float r) {
   float q = 1.381453825160861e-3f;
   q = q * r + 8.36874544620514e-3f;
   q = q * r + 4.166838899254799e-2f;
   q = q * r + 1.666652113199234e-1f;
   q = q * r + 4.999999403953552e-1f;
-  return q * (r * r) + r + 1.0f;
+  return q * (r * r) + r;
 }
 
 // x − n ln 2, where n ln 2 is taken off in two parts, the first of which has few digits.
@@ -42,30 +42,27 @@ static inline float exponential(float x) {
   const float bounded = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
   const float n = __builtin_rintf(bounded * 1.44269504f);
   const int32_t half = (int32_t)n >> 1;  // in two factors, since the largest results have none in one
-  return near_one(remainder(bounded, n)) * power_of_two(half) * power_of_two((int32_t)n - half);
+  return (less_one(remainder(bounded, n)) + 1.0f) * power_of_two(half) * power_of_two((int32_t)n - half);
 }
 
 static inline float logistic(float x) {
   return 1.0f / (1.0f + exponential(-x));
 }
 
-// x p(x²) / q(x²), fitted to a relative error of 2e-8: a difference of exponentials would keep no digit of a small x.
+// With m = e^2|x| − 1 it is m / (m + 2) where x is small, which keeps the digits of a small x, and 1 − 2 / (m + 2) beyond
+// 1, which keeps those of the derivative 1 − y²: neither form has both. From 9.1 on the result is 1.
 static inline float hyperbolic_tangent(float x) {
-  const float bounded = x > 9.02f ? 9.02f : x < -9.02f ? -9.02f : x, z = bounded * bounded;
-  float p = 1.3319114700038881e-8f, q = 7.762038194414345e-7f;
-  p = p * z + 2.0583516743499786e-5f;
-  q = q * z + 3.2830965938046575e-4f;
-  p = p * z + 3.4940370824187994e-3f;
-  q = q * z + 2.587108314037323e-2f;
-  p = p * z + 1.3379719853401184e-1f;
-  q = q * z + 4.671303629875183e-1f;
-  p = p * z + 1.0f;
-  q = q * z + 1.0f;
-  const float y = bounded * p / q;
-  return y > 1.0f ? 1.0f : y < -1.0f ? -1.0f : y;
+  const float size = __builtin_fabsf(x), bounded = size > 9.1f ? 9.1f : size;
+  const float n = __builtin_rintf(bounded * 2.88539008f), r = remainder(2.0f * bounded, n);
+  const float power = power_of_two((int32_t)n), m = power * less_one(r) + (power - 1.0f);
+  const bool small = bounded < 1.0f;
+  const float y = (small ? m : -2.0f) / (m + 2.0f) + (small ? 0.0f : 1.0f);
+  return __builtin_copysignf(y, x);
 }
 
 static inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+
+static inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
 
 // ---- Where a value stands: at a step, in a row, and for a part of the rows where each part sums up its own.
 

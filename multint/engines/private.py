@@ -202,7 +202,25 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         [getattr(aten, name) for name in _COMPOSITE.split() if hasattr(aten, name)]
     )
     found[aten.mean.dim], found[aten.var_mean.correction] = _mean, _var_mean
+    for name, value in _AT_NAN.items():
+        derivative = getattr(aten, name).default
+        found[derivative] = _with_nan(found[derivative], value)
     return found
+
+
+# Torch's own operations give these where whole vectors are computed. Its decompositions give what it gives for the few
+# numbers at the end of a tensor, where an exploded activation gets the gradient of a large one.
+_AT_NAN = {"elu_backward": math.nan, "hardswish_backward": math.nan, "hardtanh_backward": 0.0}
+
+
+def _with_nan(derivative: Callable[..., Tensor], value: float) -> Callable[..., Tensor]:
+    """The derivative with this value where the activation's argument is NaN."""
+
+    def decomposition(*args: Any) -> Tensor:
+        _, x = (arg for arg in args if isinstance(arg, Tensor))
+        return torch.where(x == x, derivative(*args), value)
+
+    return decomposition
 
 
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
