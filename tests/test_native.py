@@ -1,7 +1,10 @@
 """The native loop: it gives what the loop gives, near 0 too; what it refuses or fails at is run from Python instead."""
 
 import ctypes
+import os
 import shutil
+import stat
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -258,26 +261,167 @@ def test_defaults_of_the_process_are_not_its_own():
     assert all(isinstance(loop, native.Loop) for loop in loops(cell))
 
 
-def test_a_library_that_was_cut_short_is_compiled_again(compilations, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    code = 'extern "C" int four() { return 4; }'
-    assert machine.library(code).four() == 4
-    (kept,) = tmp_path.glob("multint/*.so")
-    other = tmp_path / "cut.so"  # under another name, since this process has the first one open
-    other.write_bytes(kept.read_bytes()[:3000])
-    assert machine._is_whole(kept)
-    assert not machine._is_whole(other)
-    kept.unlink()
-    other.replace(kept)
-    machine._loaded.cache_clear()
-    assert machine.library(code).four() == 4
-    assert len(compilations) == 2
+FOUR, FIVE = (f'extern "C" int number() {{ return {i}; }}' for i in (4, 5))
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """A folder for what is compiled that is not there yet, and an empty one for temporary files."""
+    kept, aside = tmp_path / "cache" / "multint" / "loops", tmp_path / "aside"
+    aside.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "header", lambda: "")  # which takes the compiler a second
+    monkeypatch.setattr(tempfile, "tempdir", str(aside))
+    monkeypatch.setattr(machine, "_libraries", {})
+    monkeypatch.setattr(failures, "_told", set())
+    return kept, aside
+
+
+def again(source):
+    """The number that a library gives in a process that has not loaded it yet."""
+    machine._libraries.clear()
+    return machine.library(source).number()
+
+
+def test_a_library_is_kept_for_the_user_alone(folders, compilations, monkeypatch, tmp_path):
+    kept, aside = folders
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # which is another's
+    assert (again(FOUR), again(FOUR), len(compilations)) == (4, 4, 1)
+    (library,) = kept.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (kept.parent, kept)] == [0o700, 0o700]
+    assert stat.S_IMODE(library.stat().st_mode) == 0o600
+    monkeypatch.setenv("MULTINT_CACHE_DIR", str(tmp_path / "named"))
+    assert (again(FOUR), again(FOUR), len(compilations)) == (4, 4, 2)
+    assert [path.name for path in (tmp_path / "named").iterdir()] == [library.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "cache", "named"]
+    assert not [*aside.iterdir()]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "emptied", "one bit"])
+def test_a_damaged_library_is_compiled_again(damage, folders, compilations):
+    again(FOUR)
+    (kept,) = folders[0].iterdir()
+    whole = kept.read_bytes()
+    middle = len(whole) // 2
+    kept.unlink()  # this process has it open
+    kept.write_bytes(
+        {
+            "cut": whole[:3000],
+            "zeroed": whole[: middle - 2000] + bytes(4000) + whole[middle + 2000 :],
+            "emptied": b"",
+            "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        }[damage]
+    )
+    kept.chmod(0o600)
+    assert (again(FOUR), again(FOUR), len(compilations)) == (4, 4, 2)
+
+
+def other_user(monkeypatch, kept, library):
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+def open_folder(monkeypatch, kept, library):
+    kept.chmod(0o770)
+
+
+def linked_folder(monkeypatch, kept, library):
+    kept.rename(kept.with_name("elsewhere"))
+    kept.symlink_to("elsewhere")
+
+
+def open_file(monkeypatch, kept, library):
+    library.chmod(0o602)
+
+
+def linked_file(monkeypatch, kept, library):
+    library.rename(library.with_name("elsewhere"))
+    library.symlink_to("elsewhere")
+
+
+def pipe(monkeypatch, kept, library):
+    library.unlink()
+    os.mkfifo(library)
+
+
+UNSAFE = {
+    other_user: "another user's",
+    open_folder: "others can write to it",
+    linked_folder: "it is a link",
+    open_file: "",
+    linked_file: "",
+    pipe: "",
+}
+
+
+@pytest.mark.parametrize("unsafe", UNSAFE, ids=lambda make: make.__name__)
+def test_what_another_user_can_have_written_is_not_loaded(unsafe, folders, compilations, monkeypatch):
+    """Neither through a link; of a folder it is told once, and what is compiled there is loaded from elsewhere."""
+    kept, aside = folders
+    again(FOUR)
+    (four,) = kept.iterdir()
+    again(FIVE)
+    (five,) = {*kept.iterdir()} - {four}
+    five.replace(four)  # whole by its checksum, and not what is asked for
+    unsafe(monkeypatch, kept, four)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = len(compilations)
+        assert again(FOUR) == 4
+        assert again(FOUR) == 4
+    assert len(compilations) > before
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == bool(UNSAFE[unsafe])
+    assert all(UNSAFE[unsafe] in text and str(kept) in text and "MULTINT_CACHE_DIR" in text for text in told)
+    assert not [*aside.iterdir()]
+
+
+def test_a_user_without_a_folder_compiles_in_every_process(folders, compilations, monkeypatch, tmp_path):
+    """A home that cannot be written to is nobody's mistake; a folder that is asked for by name is told of."""
     blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "multint").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked))
-    with pytest.raises(RefusedError, match="cannot be kept"):
-        machine.library(code)
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert (again(FOUR), again(FOUR), len(compilations)) == (4, 4, 2)
+    monkeypatch.setenv("MULTINT_CACHE_DIR", str(blocked / "folder"))
+    with pytest.warns(UserWarning, match="it cannot be made"):
+        assert again(FOUR) == 4
+    assert not [*folders[1].iterdir()]
+
+
+COMPILERS = {
+    "failed: an error: \ufffd\ufffd": r"printf 'an error: \377\376\n' >&2; exit 1",
+    "the C\\+\\+ compiler failed": "echo some > $out; kill -9 $$",
+    "has written nothing": r"printf '\377'",
+    "cannot be compiled and loaded": "echo some > $out",
+    "has not ended": "echo some > $out; sleep 60 & sleep 60",
+}
+
+
+@pytest.mark.parametrize("reason", COMPILERS)
+def test_a_compiler_that_fails_leaves_nothing(reason, folders, monkeypatch, tmp_path):
+    script = tmp_path / "c++"
+    version = r"[ $1 = --version ] && printf '\377 1.0\n' && exit"
+    script.write_text(f"#!/bin/sh\n{version}\nfor out; do :; done\n{COMPILERS[reason]}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(machine, "compiler", lambda: str(script))
+    machine._version(str(script))
+    monkeypatch.setattr(machine, "_TIME_LIMIT", 0.5 if reason == "has not ended" else 60.0)
+    with pytest.raises(RefusedError, match=reason):
+        machine.library(FOUR)
+    assert not [*folders[0].iterdir(), *folders[1].iterdir()]
+
+
+def test_threads_may_compile_the_same_at_once(folders):
+    with ThreadPoolExecutor(3) as threads:
+        assert [*threads.map(lambda _: again(FOUR), range(3))] == [4, 4, 4]
+    assert len([*folders[0].iterdir()]) == 1
+
+
+def test_on_another_kind_of_system_there_is_no_compiler(monkeypatch):
+    machine.compiler.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.os, "name", "nt")
+        assert not machine.has_compiler()
+    assert machine.has_compiler()
 
 
 def test_a_compiler_that_does_not_run_is_none(monkeypatch):

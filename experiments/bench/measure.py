@@ -110,7 +110,7 @@ def first_calls(case: Case) -> tuple[dict[str, Fresh], Fresh, Fresh]:
 
 def _in_process(name: str, contender: str, cache: str) -> Fresh:
     command = [sys.executable, "-m", "experiments.bench.measure", name, contender, str(torch.get_num_threads())]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "MULTINT_CACHE_DIR": cache}
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )

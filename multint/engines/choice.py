@@ -144,8 +144,9 @@ def precompile(
 ) -> Explanation:
     """Compile what scans of such inputs by "fused" run, in both passes, and say how they run.
 
-    Whatever T and B are later. What is compiled is kept for other processes too (TORCHINDUCTOR_CACHE_DIR), so that a
-    machine can be made ready before it is needed. The step is run; no gradient is left in the parameters.
+    Whatever T and B are later. Native loops are kept for the user's other processes too, in ~/.cache/multint/loops or
+    the folder that MULTINT_CACHE_DIR names, so that a machine can be made ready before it is needed. The step is run;
+    no gradient is left in the parameters.
 
     Raises: as `scan` does by "fused".
     """

@@ -17,10 +17,14 @@ class StepError(Exception):
 
 def report(reason: str, effect: str = "the compiled scan is not used") -> None:
     """Warn of an internal failure, once for each reason: the result is the loop's all the same."""
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(
-            f"multint: {effect}, since {reason}. The results are right, and slower to come by. "
-            "Please report this with the cell's step.",
-            stacklevel=2,
-        )
+    warn_once(
+        f"multint: {effect}, since {reason}. The results are right, and slower to come by. "
+        "Please report this with the cell's step."
+    )
+
+
+def warn_once(message: str) -> None:
+    """Warn, once for each message."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=3)

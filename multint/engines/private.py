@@ -235,13 +235,6 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     return (x - mean).square().sum(dims, keepdim) / count, mean if keepdim else mean.squeeze(dims)
 
 
-def cache_folder() -> str:
-    """Where Inductor keeps what it compiles."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return str(cache_dir())
-
-
 def surroundings() -> str:
     """What is active around the caller that its own operations would meet and a kept program would not, if anything."""
     if torch._C._are_functorch_transforms_active():
