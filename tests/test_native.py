@@ -270,6 +270,7 @@ def folders(monkeypatch, tmp_path):
     kept, aside = tmp_path / "cache" / "multint" / "loops", tmp_path / "aside"
     aside.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MULTINT_CACHE_DIR", raising=False)
     monkeypatch.setattr(machine, "header", lambda: "")  # which takes the compiler a second
     monkeypatch.setattr(tempfile, "tempdir", str(aside))
     monkeypatch.setattr(machine, "_libraries", {})
