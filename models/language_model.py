@@ -10,6 +10,7 @@ from models.initialisation import Uniform
 from multint import Integrator, Recurrent
 from multint.errors import OptionError, ShapeError
 from multint.integrators import build
+from multint.integrators.checks import flag, probability
 from multint.recurrent.masks import locked_mask
 
 Factory = Callable[[int, int, int], Integrator]
@@ -84,9 +85,10 @@ class LanguageModel(nn.Module):
         )
         if context not in ("input", "state"):
             raise OptionError(f"LanguageModel: context is {context!r}, expected 'input' or 'state'")
-        _check_probabilities(dropout=dropout, word_dropout=word_dropout)
         self.vocabulary_size = vocabulary_size
-        self.dropout, self.locked, self.word_dropout = dropout, locked, word_dropout
+        self.dropout = probability(self, "dropout", dropout)
+        self.word_dropout = probability(self, "word_dropout", word_dropout)
+        self.locked = flag(self, "locked", locked)
         symbol = vocabulary_size if embedding_size is None else embedding_size  # X
         self.embedding = nn.Embedding(vocabulary_size, symbol) if embedding_size is not None else None
         self.encoder = build(self, "encoder", encoder, symbol, context_size, symbol) if encoder is not None else None
@@ -102,7 +104,7 @@ class LanguageModel(nn.Module):
         of_state = output is not None and context == "state"
         self.state_context = nn.Linear(hidden, context_size) if of_state else None
         self.decoder = nn.Linear(features, vocabulary_size)
-        if tied:
+        if flag(self, "tied", tied):
             self._tie(embedding_size, features)
         if initialise is not None:
             initialise(self)
@@ -186,12 +188,6 @@ def _check_sizes(**sizes: int | None) -> None:
         if size is not None and size < 1:
             remedy = ", or null for one-hot vectors" if name == "embedding_size" else ""
             raise OptionError(f"LanguageModel: {name} is {size}, expected at least 1{remedy}")
-
-
-def _check_probabilities(**probabilities: float) -> None:
-    for name, probability in probabilities.items():
-        if not 0 <= probability < 1:
-            raise OptionError(f"LanguageModel: {name} is {probability}, expected a probability in [0, 1)")
 
 
 def _check_stack(recurrent: Recurrent, symbol: int) -> None:

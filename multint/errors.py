@@ -1,8 +1,11 @@
 """The errors that multint raises: one family, so that one `except` catches every mistake in a call."""
 
 
-class MultintError(ValueError):
-    """A mistake in what multint was given. The message says what, got, expected, and the remedy where there is one."""
+class MultintError(ValueError, RuntimeError):
+    """A mistake in what multint was given. The message says what, got, expected, and the remedy where there is one.
+
+    PyTorch raises now a ValueError and now a RuntimeError for such a mistake, so this is both.
+    """
 
 
 class ShapeError(MultintError):
@@ -11,6 +14,10 @@ class ShapeError(MultintError):
 
 class OptionError(MultintError):
     """A setting is unknown or out of its range."""
+
+
+class OptionTypeError(OptionError, TypeError):
+    """A setting is of another type than expected, for which PyTorch raises a TypeError."""
 
 
 class SquareError(OptionError):

@@ -1,7 +1,9 @@
 """Laws of cells and layers, each over the whole catalogue."""
 
 import copy
+import inspect
 import io
+import itertools
 import pickle
 import warnings
 from functools import partial
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import models
+import multint
 from multint import (
     GRU,
     LSTM,
@@ -22,6 +26,8 @@ from multint import (
     MultintError,
     Recurrent,
     RNNCell,
+    cells,
+    integrators,
     scan,
 )
 from multint.cells import HiddenState, LSTMState
@@ -126,6 +132,63 @@ def test_packed_equals_lengths(cell, batch_first, lengths):
         exact(unpacked, output)
         assert unpacked_lengths.tolist() == lengths
         exact(fields(packed_final), fields(final))
+
+
+def test_a_sequence_of_no_steps_keeps_its_state_and_lengths_may_be_batched():
+    """The same with numbers to read and without: eagerly, under vmap and in a compiled program."""
+    rnn = LSTM(5, 7, bidirectional=True, engine="loop").double()
+    xs, state, lengths = normal(T, B, 5), (normal(2, B, 7, seed=2), normal(2, B, 7, seed=3)), torch.tensor([4, 0, 5])
+    output, final = rnn(xs, state, lengths=lengths)
+    exact(output[:, 1], torch.zeros(T, 14).double())
+    for field, before in zip(final, state, strict=True):
+        exact(field[:, 1], before[:, 1])
+    torch.compiler.reset()
+    exact(torch.compile(rnn, backend="eager", fullgraph=True)(xs, state, lengths=lengths)[0], output)
+    both = torch.stack([lengths, lengths.flip(0)])
+    batched = torch.vmap(lambda n: rnn(xs, state, lengths=n)[0])(both)
+    exact(batched, torch.stack([rnn(xs, state, lengths=n)[0] for n in both]))
+
+
+REBUILT = {
+    "from an iterable": lambda state: type(state)(field.detach() for field in state),
+    "by pytree": lambda state: torch.utils._pytree.tree_map(torch.clone, state),
+    "by collating": lambda state: [half[0] for half in torch.utils.data.default_collate([state])],
+    "by deepcopy": copy.deepcopy,
+    "by pickle": lambda state: pickle.loads(pickle.dumps(state)),
+}
+
+
+@pytest.mark.parametrize("how", REBUILT)
+@pytest.mark.parametrize("mode", LAYERS)
+def test_a_state_can_be_rebuilt_as_that_of_nn_lstm_can(mode, how):
+    rnn = LSTM(5, 7, **LAYERS[mode]).eval()
+    with torch.no_grad():
+        _, state = rnn(torch.randn(T, B, 5))
+        again = REBUILT[how](state)
+        exact(rnn(torch.ones(T, B, 5), again)[0], rnn(torch.ones(T, B, 5), state)[0])
+    assert type(state) is tuple
+    assert Recurrent(5, 7, LSTMCell)(torch.randn(T, B, 5))[1]._fields == ("h", "c")
+
+
+@pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
+def test_weights_are_drawn_anew_as_when_built(kind):
+    settings = {"num_layers": 2, "bidirectional": True, "learnt_state": True, "bias": False, "integrator": LowRank}
+    torch.manual_seed(0)
+    fresh = kind(5, 7, **settings)
+    used = pickle.loads(pickle.dumps(copy.deepcopy(randomise(kind(5, 7, **settings)))))
+    torch.manual_seed(0)
+    used.reset_parameters()
+    torch.testing.assert_close(used.state_dict(), fresh.state_dict())
+    assert len(used.all_weights) == 4
+    for weight, parameter in zip(itertools.chain(*used.all_weights), used.parameters(), strict=True):
+        assert weight is parameter
+
+
+def test_a_factory_that_does_not_pickle_is_told_where_it_is_missed():
+    rnn = LSTM(5, 7, integrator=lambda x, z, o: Additive(x, z, o))
+    copy.deepcopy(rnn).reset_parameters()
+    with pytest.raises(MultintError, match="LSTM: how its cells are made was lost in pickling"):
+        pickle.loads(pickle.dumps(rnn)).reset_parameters()
 
 
 @typical_cell
@@ -241,8 +304,8 @@ def test_zoneout_keeps_single_values_of_each_state():
         assert abs(kept.double().mean() - probability) < 0.12
     rnn.eval()
     _, mean = rnn(x, (h, c))
-    exact(mean.h[0], 0.2 * h[0] + 0.8 * new.h)
-    exact(mean.c[0], 0.6 * c[0] + 0.4 * new.c)
+    exact(mean[0][0], 0.2 * h[0] + 0.8 * new.h)
+    exact(mean[1][0], 0.6 * c[0] + 0.4 * new.c)
 
 
 def test_locked_dropout_has_one_mask_for_all_steps():
@@ -311,11 +374,45 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
         (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
         (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'fused', 'loop'"),
         (lambda: RNN(5, 7, nonlinearity="tan"), "nonlinearity is 'tan', expected 'tanh', 'relu', or a callable"),
+        (lambda: RNN(5, 7, 2, 0.5), "nonlinearity is 0.5, expected 'tanh', 'relu', or a callable"),
+        (lambda: RNNCell(5, 7, activation="tanh"), "activation is 'tanh', expected a function"),
+        (lambda: LSTMCell(5, 7, forget_bias=True), "forget_bias is True, expected a number"),
+        (lambda: LSTM(5, 7, dtype=torch.int64), "dtype is torch.int64, expected one of real or complex numbers"),
     ],
 )
 def test_wrong_settings_say_what_was_expected(make, message):
     with pytest.raises(MultintError, match=message):
         make()
+
+
+def flags():
+    """Every argument of a bool that a class of the library has."""
+    for cls in itertools.chain(*(vars(package).values() for package in (multint, integrators, cells, models))):
+        if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+            for name, parameter in inspect.signature(cls).parameters.items():
+                if parameter.annotation in (bool, "bool"):
+                    yield cls, name
+
+
+SIZES = {models.AttentiveEncoder: (2, 3), models.LanguageModel: (9, partial(Recurrent, hidden_size=7))}
+
+
+@pytest.mark.parametrize(("cls", "name"), sorted(set(flags()), key=str))
+def test_a_flag_takes_nothing_but_a_bool(cls, name):
+    """Neither a text nor a number, such as a dropout out of place: PyTorch raises a TypeError, or takes it."""
+    sizes = SIZES.get(cls, (5, 7, 7) if issubclass(cls, integrators.Integrator) else (5, 7))
+    for wrong in ("False", 0, 1, 0.5, None):
+        with pytest.raises(TypeError, match=f"{name} is {wrong!r}, expected True or False") as caught:
+            cls(*sizes, **{name: wrong})
+        assert isinstance(caught.value, MultintError)
+
+
+def test_every_flag_is_found_and_a_dropout_in_the_place_of_the_bias():
+    found = {(cls.__name__, name) for cls, name in flags()}
+    assert {("LSTM", "bias"), ("Tucker", "x_term"), ("Conditional", "residual"), ("LanguageModel", "tied")} <= found
+    for make in (lambda: LSTM(3, 8, 2, 0.5), lambda: GRU(3, 8, 2, 0.5), lambda: RNN(3, 8, 2, "tanh", 0.5)):
+        with pytest.raises(TypeError, match=r"bias is 0\.5, expected True or False"):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -331,8 +428,11 @@ def test_wrong_settings_say_what_was_expected(make, message):
             lambda rnn: rnn(torch.ones(4, 2, 5), (torch.ones(1, 1, 7), torch.ones(1, 2, 7))),
             r"state.h has the shape \(1, 1, 7\), expected \(1, 2, 7\)",
         ),
-        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[5, 1]), "lengths are from 1 to 5, expected from 1 to 4"),
-        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4, 0]), "lengths are from 0 to 4"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[5, 1]), "lengths are from 1 to 5, expected from 0 to 4"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4, -1]), "lengths are from -1 to 4"),
+        (lambda rnn: rnn([[1.0]]), "x is a list, expected a tensor or a PackedSequence"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), 3), "state is a int, expected the tensors h, c"),
+        (lambda rnn: rnn(torch.ones(4, 2, 5), (None, None)), "state is a tuple of NoneType, NoneType"),
         (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4]), r"lengths is torch.int64 of the shape \(1,\)"),
         (lambda rnn: rnn(torch.ones(4, 2, 5), lengths=[4.0, 2.0]), "lengths is torch.float32"),
         (lambda rnn: rnn(torch.ones(4, 2, 5), reset=torch.ones(4, 2)), "reset is torch.float32"),
@@ -430,6 +530,18 @@ def test_scan_says_what_is_wrong():
         scan(cell, torch.ones(4, 2, 5), torch.zeros(2, 7))
     with pytest.raises(MultintError, match=r"state.h has the shape \(1, 7\), expected \(2, ...\)"):
         scan(cell, torch.ones(4, 2, 5), cell.initial_state(1))
+
+
+def test_streams_that_broadcast_make_no_new_rows():
+    cell, one, four = LSTMCell(5, 7), LSTMCell(5, 7).initial_state(1), LSTMCell(5, 7).initial_state(4)
+    with pytest.raises(MultintError, match=r"LSTMCell: x has the shape \(5,\), expected \(B, 5\)"):
+        cell(torch.ones(5))
+    for x, state in ((torch.ones(4, 5), one), (torch.ones(1, 5), four), (torch.ones(4, 4, 5), four)):
+        with pytest.raises(MultintError, match="expected a row of the state for each of x"):
+            cell(x, state)
+    for engine in ("auto", "fused", "loop"):
+        with pytest.raises(MultintError, match=r"makes? .*state.h \(4, 4, 7\) of \(4, 7\)"):
+            scan(cell, torch.ones(3, 4, 4, 5), four, engine)
 
 
 def test_a_cell_without_step_or_initial_state_cannot_be_built():

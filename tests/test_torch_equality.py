@@ -164,6 +164,84 @@ def test_an_empty_batch_and_the_state_by_its_name(name):
         assert [a.shape for a in flat(actual)] == [e.shape for e in flat(expected)]
 
 
+def test_the_mode_is_theirs():
+    for name in MODULES:
+        theirs, ours = pair(name)
+        assert ours.mode == theirs.mode
+
+
+SETTINGS = [
+    {"bias": "False"}, {"bias": 0}, {"bias": 1}, {"bias": None}, {"batch_first": "False"}, {"batch_first": 1},
+    {"input_size": 0}, {"input_size": 3.0}, {"input_size": "3"}, {"hidden_size": -1}, {"hidden_size": 8.0},
+    {"num_layers": 0}, {"num_layers": 1.5}, {"num_layers": "2"}, {"dropout": 1.5}, {"dropout": -0.1},
+    {"dropout": True}, {"dropout": "a"}, {"dropout": None}, {"dropout": float("nan")}, {"dtype": torch.int64},
+    {"device": "nowhere"}, {"unknown": 1}, {"proj_size": H}, {"proj_size": -1}, {"proj_size": 2.5},
+    {"proj_size": True}, {"nonlinearity": "tan"},
+]  # fmt: skip
+x, h = torch.ones(T, B, X), torch.zeros(1, B, H)
+INPUTS = {
+    "features": (torch.ones(T, B, X + 1),),
+    "one dimension": (torch.ones(X),),
+    "four dimensions": (torch.ones(1, T, B, X),),
+    "no steps": (torch.ones(0, B, X),),
+    "float64": (x.double(),),
+    "float16": (x.half(),),
+    "integers": (x.long(),),
+    "bools": (x.bool(),),
+    "complex numbers": (x.to(torch.complex64),),
+    "packed float64": (pack_padded_sequence(x.double(), torch.tensor([T] * B)),),
+    "a state in float64": (x, h.double()),
+    "a state of integers": (x, h.long()),
+    "a state's rows": (x, torch.zeros(1, B + 1, H)),
+    "a state that broadcasts": (x, torch.zeros(1, 1, H)),
+    "a state's features": (x, torch.zeros(1, B, H + 1)),
+    "a state's layers": (x, torch.zeros(2, B, H)),
+    "a state without layers": (x, torch.zeros(B, H)),
+    "a batched state of one sequence": (x[:, 0], h),
+}
+
+
+def raised(function, *arguments, **settings):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        function(*arguments, **settings)
+    return caught.value
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
+def test_what_they_raise_for_a_setting_catches_ours(settings):
+    for theirs, ours in ((nn.RNN, RNN), (nn.LSTM, LSTM), (nn.GRU, GRU)):
+        own = {"proj_size": nn.LSTM, "nonlinearity": nn.RNN}.get(next(iter(settings)), theirs)
+        if own is theirs:
+            given = {"input_size": X, "hidden_size": H, "num_layers": 2} | settings
+            assert isinstance(raised(ours, **given), type(raised(theirs, **given)))
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_what_they_raise_for_an_input_catches_ours(case):
+    """An integer, or another dtype, in words that name both."""
+    for theirs, ours in ((nn.RNN, RNN), (nn.LSTM, LSTM), (nn.GRU, GRU)):
+        given, *state = INPUTS[case]
+        state = [(state[0], state[0]) if theirs is nn.LSTM else state[0]] if state else []
+        error = raised(ours(X, H), given, *state)
+        assert isinstance(error, type(raised(theirs(X, H), given, *state)))
+        assert isinstance(error, MultintError)
+        dtype = (state[0][0] if theirs is nn.LSTM else state[0]).dtype if state else getattr(given, "data", given).dtype
+        if dtype != torch.float32:
+            assert f"is {dtype}, expected torch.float32, as the weights are: convert it by .to(torch" in str(error)
+
+
+def test_a_memory_of_another_dtype_is_refused_and_autocasts_own_states_are_not():
+    rnn = LSTM(X, H)
+    with pytest.raises(RuntimeError, match=r"LSTM: state.c is torch.float64, expected torch.float32"):
+        rnn(x, (h, h.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = rnn(x)
+        assert state[0].dtype == torch.bfloat16
+        rnn(x.bfloat16(), state)
+        with pytest.raises(MultintError, match=r"x is torch.int64, .*convert it by .to\(torch.float32\)$"):
+            rnn(x.long())
+
+
 def test_other_modules_are_refused():
     with pytest.raises(MultintError, match="got Linear, expected"):
         from_torch(nn.Linear(2, 3))

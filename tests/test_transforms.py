@@ -104,8 +104,8 @@ def test_float16_does_not_overflow_in_the_product_of_two_activations():
 
 def test_weights_in_bfloat16_work_alone():
     rnn = LSTM(5, 7, integrator=Bilinear).to(torch.bfloat16)
-    output, state = rnn(torch.randn(4, 2, 5, dtype=torch.bfloat16))
-    assert {output.dtype, state.h.dtype, state.c.dtype} == {torch.bfloat16}
+    output, (h, c) = rnn(torch.randn(4, 2, 5, dtype=torch.bfloat16))
+    assert {output.dtype, h.dtype, c.dtype} == {torch.bfloat16}
 
 
 def test_no_grad_and_inference_mode_give_the_same_numbers():

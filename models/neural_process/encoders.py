@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.neural_process.attention import Attention
 from models.neural_process.points import Points
 from multint.errors import OptionError
-from multint.integrators.checks import positive
+from multint.integrators.checks import flag, positive
 
 
 class Gaussian(NamedTuple):
@@ -207,7 +207,7 @@ class AttentiveEncoder(Encoder):
     ) -> None:
         super().__init__()
         self.keys = MLP(x_features, hidden, hidden, key_layers)
-        own_heads = heads if self_attention else 0
+        own_heads = heads if flag(self, "self_attention", self_attention) else 0
         self.points = PointEncoder(x_features + y_features, hidden, hidden, layers, own_heads, relu=False)
         self.attention = Attention(hidden, hidden, heads)
         self.out_features = hidden

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multint.errors import OptionError
+from multint.errors import OptionError, OptionTypeError, ShapeError
 from multint.integrators.checks import positive
 
 
@@ -51,8 +51,25 @@ class Cell(nn.Module, ABC):
         x: Tensor,  # (B, X)
         state: Any = None,
     ) -> Any:
-        """One step, from the initial state where none is given."""
-        return self.step(x, self.initial_state(x.shape[0]) if state is None else state)
+        """One step, from the initial state where none is given.
+
+        Raises: ShapeError for an x without a batch, and where x and the state broadcast: for one of other rows than the
+        other, and for a new state of more dimensions.
+        """
+        if x.ndim < 2 and x.is_floating_point():  # a cell of its own may read symbols (B,)
+            raise ShapeError(
+                f"{type(self).__name__}: x has the shape {tuple(x.shape)}, expected (B, {self.input_size})"
+            )
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        new = self.step(x, state)
+        for name, old, value in zip(new._fields, state, new, strict=True):
+            if old.shape[:1] != x.shape[:1] or value.ndim != old.ndim:
+                raise ShapeError(
+                    f"{type(self).__name__}: x {tuple(x.shape)} and state.{name} {tuple(old.shape)} make a new state "
+                    f"{tuple(value.shape)}, expected a row of the state for each of x, (B, ...)"
+                )
+        return new
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros on the cell's device and in its dtype."""
@@ -75,7 +92,7 @@ def build_cell(
     """
     name = type(owner).__name__
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise OptionError(
+        raise OptionTypeError(
             f"{name}: cell is a {type(factory).__name__}, expected a factory (input_size, hidden_size) -> Cell, "
             "such as the class, since every layer and direction has a cell of its own"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from multint.cells.base import Cell, HiddenState
 from multint.integrators import Integrator, MultiplicativeIntegration
 from multint.integrators.base import build
+from multint.integrators.checks import flag
 from multint.integrators.vectors import vector
 
 
@@ -41,7 +42,7 @@ class GRUCell(Cell):
         super().__init__(input_size, hidden_size)
         self.gates = build(self, "integrator", integrator, input_size, hidden_size, len(self.gate_names) * hidden_size)
         self.candidate = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
-        self.reset_after = reset_after
+        self.reset_after = flag(self, "reset_after", reset_after)
         self.recurrent_bias = vector(self, "recurrent_bias", recurrent_bias, hidden_size) if reset_after else None
 
     def step(

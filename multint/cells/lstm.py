@@ -12,6 +12,7 @@ from multint.cells.base import Cell
 from multint.errors import OptionError
 from multint.integrators import Integrator, MultiplicativeIntegration
 from multint.integrators.base import build
+from multint.integrators.checks import flag, number, whole
 from multint.integrators.normalised import normalisation
 
 
@@ -52,13 +53,14 @@ class LSTMCell(Cell):
         memory_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
+        if whole(self, "proj_size", proj_size, 0) >= hidden_size:
             raise OptionError(f"LSTMCell: proj_size is {proj_size}, expected 0 (none) to {hidden_size - 1}")
         self.output_size = proj_size or hidden_size
-        self.forget_bias = forget_bias
+        self.forget_bias = number(self, "forget_bias", forget_bias)
         width = len(self.gate_names) * hidden_size
         self.gates = build(self, "integrator", integrator, input_size, self.output_size, width)
-        self.peepholes = nn.Parameter(torch.zeros(3, hidden_size)) if peepholes else None  # to i, f and o
+        has_peepholes = flag(self, "peepholes", peepholes)
+        self.peepholes = nn.Parameter(torch.zeros(3, hidden_size)) if has_peepholes else None  # to i, f and o
         self.projection = nn.Linear(hidden_size, proj_size, bias=False) if proj_size else None
         self.memory_norm: nn.Module | None = None
         if memory_norm is not None:

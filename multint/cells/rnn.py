@@ -11,7 +11,7 @@ from torch import Tensor
 from multint.cells.base import Cell, HiddenState
 from multint.integrators import Integrator, MultiplicativeIntegration
 from multint.integrators.base import build
-from multint.integrators.checks import number
+from multint.integrators.checks import check_callable, number
 
 
 class RNNCell(Cell):
@@ -40,6 +40,7 @@ class RNNCell(Cell):
     ) -> None:
         super().__init__(input_size, hidden_size)
         self.integrator = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
+        check_callable(self, "activation", activation, "a function, such as torch.tanh")
         self.activation = activation
         self.start = number(self, "start", start)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from multint.errors import OptionError, SquareError
 from multint.integrators import Bilinear, Concat, Integrator, Projected
 from multint.integrators.base import build
-from multint.integrators.checks import number, positive
+from multint.integrators.checks import check_callable, flag, number, positive
 from multint.integrators.init import fill
 from multint.integrators.normalised import normalisation
 
@@ -71,9 +71,10 @@ class Conditional(Integrator):
         super().__init__(x_features, context_features, out_features)
         positive(self, "hidden", hidden)
         inputs = [x_features] + [hidden] * (positive(self, "layers", layers) - 1)
-        if residual and layers < 3:
+        if flag(self, "residual", residual) and layers < 3:
             warnings.warn(f"Conditional: residual has no effect with layers={layers}", stacklevel=2)
         self.activation, self.residual = activation, residual
+        check_callable(self, "activation", activation, "an elementwise function, such as torch.relu")
         u, phi = _elementwise(activation)
         self.gain = _gain(u, phi) if gain is None else number(self, "gain", gain)
         if integrator is not None and _needs_equal_features(integrator, x_features, context_features):
@@ -141,8 +142,6 @@ def _needs_equal_features(integrator: Callable[[int, int, int], Integrator], x_f
 def _elementwise(activation: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
     """Numbers u all over a normal's range, and φ(u). Raises an OptionError unless φ is an elementwise function."""
     expected = "expected an elementwise function, such as torch.relu or torch.nn.GELU()"
-    if not callable(activation):
-        raise OptionError(f"Conditional: activation is {activation!r}, {expected}")
     parameter = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
     like = torch.empty(0, device="cpu") if parameter is None else parameter.detach()
     u = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64, device="cpu")

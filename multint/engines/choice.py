@@ -54,6 +54,10 @@ def scan(
     the loop: unrolled, or as one operator where the length T is free. torch.compile unrolls the engine "loop" and
     leaves the others as they are, outside of what it compiles: long loops take it minutes.
 
+    What the backward pass reads must not be overwritten before it, as for `nn.LSTM`, or autograd raises an error that
+    names a version: the streams, the initial state, and the weights; by "fused" also the output, and a bias, which the
+    loop's backward pass does not read.
+
     Args:
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
             can take the cell and pays, on CPUs, else the loop. In float32 it is taken to pay from 1e7 multiply-adds on
@@ -62,10 +66,10 @@ def scan(
             for cells that have no native loop both numbers are ten times as large. Without a C++ compiler it takes 1e9
             multiply-adds. `explain` tells the choice and why.
 
-    Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, and for a
-    state that is no named tuple or of another batch size; EngineError where the engine asked for cannot run the cell,
-    or the operator of an exported loop cannot hold its step. Errors of the step itself come as the loop raises them.
-    "auto" raises no others.
+    Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, for a state
+    that is no named tuple or of another batch size, and for a step that gives it more rows or dimensions; EngineError
+    where the engine asked for cannot run the cell, or the operator of an exported loop cannot hold its step. Errors of
+    the step itself come as the loop raises them. "auto" raises no others.
     """
     _check(xs, state, engine)
     if torch.compiler.is_exporting():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multint.integrators.base import BiAffine
+from multint.integrators.checks import flag
 from multint.integrators.init import Projection, fill, share
 from multint.integrators.terms import Terms, bias_term
 from multint.integrators.vectors import add_bias, vector
@@ -98,7 +99,7 @@ class Bilinear(BiAffine):
         bias: float | None = 0.0,
     ) -> None:
         super().__init__(x_features, z_features, out_features)
-        variance = share(True, z_term, x_term)
+        variance = share(True, flag(self, "z_term", z_term), flag(self, "x_term", x_term))
         self.interaction = TensorProduct("xz", x_features, z_features, out_features, variance)
         self.lower = LowerOrder(x_features, z_features, out_features, z_term, x_term, bias, variance)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from multint.errors import OptionError
 from multint.integrators.base import BiAffine
 from multint.integrators.bilinear import LowerOrder, TensorProduct
-from multint.integrators.checks import positive
+from multint.integrators.checks import flag, positive
 from multint.integrators.init import Projection, share
 from multint.integrators.terms import Terms
 
@@ -52,7 +52,7 @@ class LowRank(BiAffine):
             # Checkpoints rebuild a network from its settings, so another rule here could no longer load them.
             rank = max(1, out_features * (x_features + z_features) // (out_features + x_features + z_features))
         self.rank = positive(self, "rank", rank)
-        variance = share(True, z_term, x_term)
+        variance = share(True, flag(self, "z_term", z_term), flag(self, "x_term", x_term))
         self.x_factor = Projection("x", x_features, rank)
         self.z_factor = Projection("z", z_features, rank)
         self.out_factor = Projection("", rank, out_features, variance)
@@ -107,7 +107,7 @@ class Tucker(BiAffine):
             if rank > features:
                 raise OptionError(f"Tucker: {name} is {rank}, expected at most the stream's {features} features")
         self.x_rank, self.z_rank = x_rank, z_rank
-        variance = share(True, z_term, x_term)
+        variance = share(True, flag(self, "z_term", z_term), flag(self, "x_term", x_term))
         self.x_factor = Projection("x", x_features, x_rank)
         self.z_factor = Projection("z", z_features, z_rank)
         self.core = TensorProduct("", x_rank, z_rank, out_features, variance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterable
 from textwrap import indent
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from multint.cells import Cell, LSTMCell, build_cell
 from multint.engines.choice import ENGINES, Explanation, explain
 from multint.errors import OptionError, ShapeError
-from multint.integrators.checks import positive
+from multint.integrators.checks import flag, positive, probability
 from multint.recurrent.direction import Direction
 from multint.recurrent.masks import locked_mask
 from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
@@ -63,23 +64,25 @@ class Recurrent(nn.Module):
         self.input_size = positive(self, "input_size", input_size)
         self.hidden_size = positive(self, "hidden_size", hidden_size)
         self.num_layers = positive(self, "num_layers", num_layers)
-        self.batch_first = batch_first
-        self.bidirectional = bidirectional
-        self.dropout = _probability("dropout", dropout, up_to_one=True)
-        self.input_dropout = _probability("input_dropout", input_dropout)
-        _probability("state_dropout", state_dropout)
-        _probability("weight_drop", weight_drop)
+        self.batch_first = flag(self, "batch_first", batch_first)
+        self.bidirectional = flag(self, "bidirectional", bidirectional)
+        self.dropout = probability(self, "dropout", dropout, up_to_one=True)
+        self.input_dropout = probability(self, "input_dropout", input_dropout)
+        probability(self, "state_dropout", state_dropout)
+        probability(self, "weight_drop", weight_drop)
+        flag(self, "learnt_state", learnt_state)
         if engine not in ENGINES:
             raise OptionError(f"Recurrent: engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
         self.engine = engine
         if dropout and num_layers == 1:
             warnings.warn("Recurrent: dropout acts between layers, so it has no effect with num_layers=1", stacklevel=2)
+        self._factory = _Factory(cell)
         self.directions = nn.ModuleList()  # layer by layer, forward before backward
         for _ in range(num_layers):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
                 built = build_cell(self, cell, size, hidden_size)
-                noise = _zoneout(built, zoneout), state_dropout, weight_drop
+                noise = _zoneout(self, built, zoneout), state_dropout, weight_drop
                 self.directions.append(Direction(built, *noise, learnt_state))
 
     @property
@@ -100,8 +103,9 @@ class Recurrent(nn.Module):
 
         Args:
             hx: the state before the first step, by PyTorch's name; the cell's initial one where it is None.
-            lengths: number of steps of each sequence; beyond them the output is 0 and the state stays. In a program
-                of torch.export or torch.compile their range is not checked: more than T counts as T.
+            lengths: number of steps of each sequence, from 0 to T; beyond them the output is 0 and the state stays.
+                Their range is checked where their values can be read. In a program of torch.export or torch.compile,
+                and under vmap, more than T counts as T.
             reset: True where a step starts an episode: before it the state returns to the cell's initial one.
 
         Raises: ShapeError or OptionError for what does not fit.
@@ -149,12 +153,18 @@ class Recurrent(nn.Module):
         rows, count = sequences.xs.shape[1], len(self.directions)
         if state is None:
             return self.initial_states(rows)
-        fields = (state,) if isinstance(state, Tensor) else tuple(state)
         form: Any = self.directions[0].form
+        fields = (state,) if isinstance(state, Tensor) else state
+        if not isinstance(fields, tuple | list) or not all(isinstance(field, Tensor) for field in fields):
+            got = ", ".join(type(field).__name__ for field in fields) if isinstance(fields, tuple | list) else ""
+            raise ShapeError(
+                f"state is a {type(state).__name__}{f' of {got}' if got else ''}, expected the tensors "
+                f"{', '.join(form._fields)}"
+            )
         if len(fields) != len(form):
             raise ShapeError(f"state has {len(fields)} tensors, expected {len(form)}: {', '.join(form._fields)}")
         if sequences.unbatched:
-            fields = tuple(field.unsqueeze(1) for field in fields)
+            fields = [field.unsqueeze(1) for field in fields]
         for name, field, shape in zip(form._fields, fields, form, strict=True):
             if field.shape != (count, rows, *shape):
                 raise ShapeError(
@@ -166,6 +176,18 @@ class Recurrent(nn.Module):
     def initial_states(self, batch_size: int) -> list[Any]:
         """The state before the first step of each direction of each layer, fields (B, ...)."""
         return [direction.initial_state(batch_size) for direction in self.directions]  # type: ignore[operator]
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructor does.
+
+        Raises: OptionError for a layer whose factory of cells did not come through pickling.
+        """
+        for direction in self.directions:
+            cell: Any = direction.cell
+            fresh = build_cell(self, self._factory.get(self), cell.input_size, self.hidden_size)
+            cell.load_state_dict(fresh.state_dict())
+            for start in direction.start.values():  # type: ignore[operator]
+                nn.init.zeros_(start)
 
     def explain(self) -> Explanations:
         """How the last call ran, for each direction of each layer: the engine, why, the plan. To be printed.
@@ -226,20 +248,37 @@ class Explanations(list[Explanation]):
     __repr__ = __str__
 
 
-def _probability(name: str, value: float, up_to_one: bool = False) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or (value == 1 and not up_to_one):
-        upper = "at most 1" if up_to_one else "below 1"
-        raise OptionError(f"Recurrent: {name} is {value!r}, expected a probability: at least 0 and {upper}")
-    return value
+class _Factory:
+    """The factory of a layer's cells, kept to reset them. Pickled without what cannot be: lambdas, local functions."""
+
+    def __init__(self, cell: Callable[[int, int], Cell] | None) -> None:
+        self.cell = cell
+
+    def get(self, owner: nn.Module) -> Callable[[int, int], Cell]:
+        if self.cell is None:
+            raise OptionError(
+                f"{type(owner).__name__}: how its cells are made was lost in pickling; build the layer anew, or from a "
+                "class or a partial instead of a lambda"
+            )
+        return self.cell
+
+    def __deepcopy__(self, _: Any) -> _Factory:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        try:
+            pickle.dumps(self.cell)
+        except Exception:  # whatever an object of the user's raises
+            return _Factory, (None,)
+        return _Factory, (self.cell,)
 
 
-def _zoneout(cell: Cell, zoneout: float | dict[str, float]) -> dict[str, float]:
+def _zoneout(owner: nn.Module, cell: Cell, zoneout: float | dict[str, float]) -> dict[str, float]:
     """The probabilities above 0, by field of the cell's state."""
     fields = cell.initial_state(1)._fields
     given = zoneout if isinstance(zoneout, dict) else dict.fromkeys(fields, zoneout)
     for name, value in given.items():
         if name not in fields:
             raise OptionError(f"Recurrent: zoneout names {name!r}, expected the state's fields: {', '.join(fields)}")
-        _probability(f"zoneout of {name}", value)
+        probability(owner, f"zoneout of {name}", value)
     return {name: value for name, value in given.items() if value}

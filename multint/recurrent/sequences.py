@@ -43,6 +43,8 @@ def unify(
         packed = x
         xs, lengths = pad_packed_sequence(packed)
     else:
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"x is a {type(x).__name__}, expected a tensor or a PackedSequence")
         unbatched = x.ndim == 2
         if x.ndim not in (2, 3):
             raise ShapeError(f"x has {x.ndim} dimensions, expected 3, or 2 where it is unbatched: (T, X)")
@@ -105,8 +107,11 @@ def _valid(xs: Tensor, lengths: Tensor | list[int] | None) -> Tensor | None:
 
 
 def _all_full(lengths: Tensor, steps: int) -> bool:
-    """Whether every sequence has that many steps; an OptionError where one has more, or none."""
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    if shortest < 1 or longest > steps:
-        raise OptionError(f"lengths are from {shortest} to {longest}, expected from 1 to {steps} (the steps of x)")
+    """Whether every sequence is known to have that many steps; an OptionError where one has more, or below 0."""
+    try:
+        shortest, longest = int(lengths.min()), int(lengths.max())
+    except RuntimeError:  # under vmap, and on the meta device, they have no numbers
+        return False
+    if shortest < 0 or longest > steps:
+        raise OptionError(f"lengths are from {shortest} to {longest}, expected from 0 to {steps} (the steps of x)")
     return shortest == steps
