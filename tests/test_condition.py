@@ -367,6 +367,8 @@ def test_layers_that_are_not_called_are_told_once():
         ("blocks.*", "how many features 'blocks.0'"),
         (lambda name, layer: False, "chooses no layer"),
         (3, "where is 3, expected a type, a name, a tuple of these, or a function"),
+        (lambda layer: True, r"where \(<lambda>\) does not take a name and a layer, expected a function as in lambda"),
+        (len, r"where \(len\) does not take a name and a layer"),
     ],
 )
 def test_a_choice_without_a_layer_lists_what_there_is(where, message):
@@ -402,6 +404,47 @@ def test_what_is_no_module_is_refused():
         MultintError, match=r"condition: module is a builtin_function_or_method, expected a torch\.nn\."
     ):
         condition(torch.relu, C)
+
+
+@pytest.mark.parametrize("network", [mlp, conv_net])
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (5, 6), (1, 1)])
+def test_a_context_that_would_change_a_layers_shape_is_refused(network, shape):
+    """As a recurrent layer's last state (1, B, C) would."""
+    f, x = conditioned(network)
+    with pytest.raises(MultintError, match=r"after '(0|stem)' .*expected one that leaves the shape as it is"):
+        f(x, context=normal(*shape, C))
+
+
+def test_one_input_takes_one_context_and_one_step_a_context_for_each_sequence():
+    f, _ = conditioned(sequences, where="linear1")
+    with pytest.raises(MultintError, match=r"the context \(6, 3\) makes \(6, 6, 16\) of the layer's \(6, 1, 16\)"):
+        f(normal(6, 1, 8), context=c)
+    with pytest.raises(MultintError, match=r"the context \(6, 3\) makes \(6, 8\) of the layer's \(8,\)"):
+        conditioned(mlp)[0](normal(4), context=c)
+
+
+def test_a_second_context_is_refused_by_name_unless_the_network_gives_the_first_itself():
+    f, x = conditioned(mlp, where="2")
+    for again in (f.module, f, nn.Sequential(f.module)):
+        with pytest.raises(MultintError, match=r"2' \(Linear\) is conditioned already"):
+            condition(again, C, where=nn.Linear)
+    f(x, context=c)  # and nothing has changed
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.film = f
+            self.head = nn.Linear(2, 5).double()
+
+        def forward(self, x):
+            return self.head(self.film(x, context=c))
+
+    inner = Inner()
+    expected = inner(x)
+    outer = condition(inner, C, where="head")
+    exact(outer(x, context=c), expected)
+    randomise(outer.integrators)
+    assert not torch.allclose(outer(x, context=c), outer(x, context=-c))
 
 
 def test_what_is_refused_leaves_the_network_alone():

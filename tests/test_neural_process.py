@@ -304,6 +304,19 @@ def test_draws_are_asked_for_where_there_is_a_latent_path_only():
         log_likelihood(with_z, context, context, 0)
 
 
+class OneForASet(PooledEncoder):
+    """An encoder that has left the dimension of the targets out, so that its rows would meet them as B = N."""
+
+    def forward(self, context, x):
+        return super().forward(context, x).squeeze(1)
+
+
+def test_an_encoder_of_another_shape_is_refused():
+    net = network({"encoder": partial(OneForASet, hidden=12)})
+    with pytest.raises(ShapeError, match=r"encoder gives \(3, 12\), expected \(3, 3, F\), or \(3, 1, F\)"):
+        net(points(3, 4), points(3, 3).x)
+
+
 @pytest.mark.parametrize("integrator", [LowRank, Hypernetwork, None])
 def test_glorot_starts_linear_layers_and_leaves_integrators(integrator):
     def made(**settings):

@@ -126,6 +126,11 @@ class NeuralProcess(nn.Module):
 
     def _context(self, context: Points, x: Tensor, z: Tensor | None) -> Tensor:
         r = None if self.encoder is None else self.encoder(context, x)  # (B, 1 or N, F)
+        if r is not None and (r.ndim != 3 or len(r) != len(x) or r.shape[1] not in (1, x.shape[1])):
+            raise ShapeError(
+                f"NeuralProcess: encoder gives {tuple(r.shape)}, expected ({len(x)}, {x.shape[1]}, F), or "
+                f"({len(x)}, 1, F) for what all targets share"
+            )
         if z is None:
             assert r is not None
             return r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multint.errors import OptionError, ShapeError
+from multint.errors import OptionError, OptionTypeError, ShapeError
 from multint.integrators import Diagonal, Integrator
 from multint.integrators.base import build, check_parts
 from multint.integrators.checks import check_features, positive
@@ -46,13 +47,14 @@ def condition(
 
     Shapes: the context is (..., C). For a layer with channels in dimension 1 (convolutions, batch and group
     normalisation) c is (B, C), or (C,) for all, and acts alike at every place. For others the features are the last
-    dimension, and the leading shapes broadcast from the right: rows (B, O) take c (B, C), and sequences (B, T, O) take
-    c (B, 1, C). As (B, C) it is an error there for nearly all T, but for T = B step n of every sequence would get
-    context n, and for T = 1 every row every context.
+    dimension, and the context's leading shape broadcasts to the layer's, from the right: rows (B, O) take c (B, C), and
+    sequences (B, T, O) take c (B, 1, C). As (B, C) it is an error there for all T but T = B, where step n of every
+    sequence would get context n. A recurrent layer's state (1, B, C) has a dimension too many for rows: give its [-1].
 
     Args:
-        module: the network. It is changed in place, its weights keep their names, and it is called only through what is
-            returned from now on; `copy.deepcopy` it before to keep it.
+        module: the network. It is changed in place, so that an optimiser that has its weights already trains them. They
+            keep their names. From now on it is called only through what is returned; `copy.deepcopy` it before to keep
+            it, or to condition it a second time.
         integrator: factory `(O, C, O) -> Integrator`, called for every chosen layer of O features.
         where: which layers: a type; a name such as "blocks.*.conv", in which * stands for one part or within one; a
             tuple of these; or a function of a layer's name and the layer. Linear and convolutional ones if not given.
@@ -60,11 +62,13 @@ def condition(
     A layer's O is read from its `out_channels`, `num_channels` or `num_features` (dimension 1) or its `out_features`,
     `embedding_dim` or `normalized_shape` (last dimension). A block of your own that sets one of them can be chosen too.
 
-    Raises: OptionError for what is no module, and where `where` chooses no layer, or one whose width is not known.
+    Raises: OptionError for what is no module or is conditioned already, and where `where` chooses no layer, or one
+    whose width is not known; ShapeError, when called, where the context would change the shape of a layer's result.
     Source: Perez et al. 2018 (FiLM); Bachlechner et al. 2021 (ReZero) for r.
     """
     if not isinstance(module, nn.Module):
-        raise OptionError(f"condition: module is a {type(module).__name__}, expected a torch.nn.Module")
+        raise OptionTypeError(f"condition: module is a {type(module).__name__}, expected a torch.nn.Module")
+    _check_not_conditioned(module)
     return Conditioned(module, context_features, integrator, _choose(module, where))
 
 
@@ -191,12 +195,15 @@ class _Hook:
             raise ShapeError(f"condition: after {_shown(self.name, layer)}: {error}") from None
 
     def _integrate(self, y: Tensor, context: Tensor) -> Tensor:
-        if self.dim == -1 or y.ndim < 2:
-            return self.integrator(y, context)
-        dim = self.dim % y.ndim
-        places = (1,) * (y.ndim - 1 - dim)
-        context = context.reshape(*context.shape[:-1], *places, context.shape[-1])
-        result: Tensor = self.integrator(y.movedim(dim, -1), context).movedim(-1, dim)
+        dim = -1 if self.dim == -1 or y.ndim < 2 else self.dim % y.ndim - y.ndim
+        places = (1,) * (-1 - dim)
+        placed = context.reshape(*context.shape[:-1], *places, context.shape[-1])
+        result: Tensor = self.integrator(y.movedim(dim, -1), placed).movedim(-1, dim)
+        if result.shape != y.shape:
+            raise ShapeError(
+                f"the context {tuple(context.shape)} makes {tuple(result.shape)} of the layer's {tuple(y.shape)}, "
+                "expected one that leaves the shape as it is, such as (B, C)"
+            )
         return result.contiguous() if y.is_contiguous() else result  # the network may view it
 
 
@@ -211,6 +218,18 @@ def _from_identity(
         with torch.no_grad():
             starts_as_it_was = torch.equal(f.eval()(y, context), y)
         return f if starts_as_it_was else Correction(f)
+
+
+def _check_not_conditioned(module: nn.Module) -> None:
+    """Raise an OptionError where a layer follows a context that no part of the module would give it."""
+    inner = [part._context for part in module.modules() if isinstance(part, Conditioned) and part is not module]
+    for name, layer in module.named_modules():
+        for hook in layer._forward_hooks.values():
+            if isinstance(hook, _Hook) and not any(hook.context is context for context in inner):
+                raise OptionError(
+                    f"condition: {_shown(name, layer)} is conditioned already, and would miss its first context: "
+                    "condition a copy.deepcopy that was made of the network before, or choose all layers at once"
+                )
 
 
 def _choose(module: nn.Module, where: Selector | tuple[type | str, ...]) -> dict[str, nn.Module]:
@@ -234,10 +253,19 @@ def _matches(selector: Any, name: str, layer: nn.Module) -> bool:
         parts, patterns = name.split("."), selector.split(".")
         return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
     if not callable(selector):
-        raise OptionError(
+        raise OptionTypeError(
             f"condition: where is {selector!r}, expected a type, a name, a tuple of these, or a function of a name "
             "and a layer"
         )
+    try:
+        inspect.signature(selector).bind(name, layer)
+    except TypeError:
+        raise OptionError(
+            f"condition: where ({getattr(selector, '__name__', repr(selector))}) does not take a name and a layer, "
+            "expected a function as in lambda name, layer: isinstance(layer, nn.Linear)"
+        ) from None
+    except ValueError:  # built in, and without a signature
+        pass
     return bool(selector(name, layer))
 
 
