@@ -85,6 +85,16 @@ class Interrupt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class SaveFirst(Callback):
+    """Saves before the first batch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
 def run(folder, text, *callbacks, ckpt_path=None, **settings):
     record = Record()
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_epochs=2, **settings)
@@ -100,6 +110,12 @@ def uninterrupted(text, tmp_path_factory):
     assert all(len(record.steps) == 46 for record in records.values())
     assert len({lr for _, lr in records[10].steps}) > 1, "the schedule never acted"
     return records
+
+
+def test_a_checkpoint_before_the_first_batch_can_be_gone_on_from(uninterrupted, text, tmp_path):
+    first = tmp_path / "first.ckpt"
+    run(tmp_path, text, SaveFirst(first), max_steps=1)
+    assert run(tmp_path, text, ckpt_path=first, val_check_interval=10).steps == uninterrupted[10].steps
 
 
 # An epoch has 23 steps. Ctrl-C comes within it, in the last step before a validation, in the validation, in the

@@ -13,11 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from experiments.__main__ import main
+from experiments.core.checkpoints import Checkpoints
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
+from experiments.core.memory import refuse_beyond_memory
 from experiments.core.metrics_file import read_metrics
+from experiments.core.run_folder import RunFolder
 from experiments.data import TextData
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +215,92 @@ def test_a_run_that_is_stopped_in_its_test_goes_on_with_it(finished, command, ca
     assert (finished / "curves.png").is_file()
 
 
+@pytest.mark.parametrize("place", ["experiments.core.training.curves.draw", "experiments.tasks.LanguageModelling.show"])
+def test_a_signal_in_the_report_leaves_it_to_who_goes_on(place, command, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert main(command("--trainer.max_epochs=1")) == 143
+    *_, how = capsys.readouterr().out.strip().splitlines()
+    assert main(how.split()[3:]) == 0
+    assert "test bpc" in capsys.readouterr().out
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(command, capsys, monkeypatch):
+    save = Checkpoints._save
+
+    def interrupted(self, trainer, is_best=False):
+        save(self, trainer, is_best)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_save", interrupted)
+        assert main(command("--trainer.max_steps=5", "--trainer.limit_val_batches=0")) == 143
+    *_, how = capsys.readouterr().out.strip().splitlines()
+    assert main(how.split()[3:]) == 0
+    assert "last checkpoint" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_tested_saved_and_gone_on_from(command, tmp_path, capsys):
+    """Every second epoch is validated, so that the run ends, and is resumed, after one that was not."""
+    averaging = ("--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9")
+    run = ("--trainer.check_val_every_n_epoch=2", *averaging)
+    assert main(command(*run, "--trainer.max_epochs=3", "--name=whole")) == 0
+    assert main(command(*run, "--trainer.max_epochs=1", "--name=resumed")) == 0
+    whole, resumed = (tmp_path / name / "version_0/checkpoints" for name in ("whole", "resumed"))
+    assert main(command(*run, "--trainer.max_epochs=3", f"--ckpt_path={resumed / 'last.ckpt'}")) == 0
+    for name in ("best.ckpt", "last.ckpt"):
+        of_whole, of_resumed = (torch.load(folder / name, weights_only=True) for folder in (whole, resumed))
+        for weights in ("state_dict", "current_model_state"):
+            torch.testing.assert_close(of_resumed[weights], of_whole[weights])
+        assert not torch.equal(
+            *(of_whole[key]["network.decoder.bias"] for key in ("state_dict", "current_model_state"))
+        )
+    *_, reported = read_metrics(whole.parent / "metrics.csv")
+    capsys.readouterr()
+    assert main(["test", *command(f"--ckpt_path={whole / 'best.ckpt'}")[1:]]) == 0
+    assert f"{float(reported['test/bpc']):.6f}" in capsys.readouterr().out
+
+
+def test_early_stopping_goes_on_after_the_validation_that_ended_the_run(finished, command):
+    stopping = ("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/bpc")
+    last = finished / "checkpoints/last.ckpt"
+    assert main(command(*stopping, "--trainer.max_epochs=3", f"--ckpt_path={last}")) == 0
+
+
+def test_processes_that_are_not_commands_are_refused(command, tmp_path, capsys):
+    processes = ("--trainer.strategy=ddp_spawn", "--trainer.devices=2")
+    assert "--trainer.strategy=ddp" in mistake(capsys, command(*processes))
+    assert not any((tmp_path / "quickstart").iterdir())
+
+
+def test_an_interval_beyond_the_batches_is_one_message(command, capsys):
+    assert "training batches (23)" in mistake(capsys, command("--trainer.val_check_interval=1000"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "checkpoints/epoch=1.ckpt", "metrics.csv"])
+def test_a_folder_with_something_in_it_is_not_discarded(name, finished, tmp_path):
+    new = RunFolder(tmp_path, "quickstart", finished / "checkpoints/best.ckpt")
+    new.make()
+    assert new.metrics.is_file()
+    new.discard()
+    assert [path.name for path in finished.parent.iterdir()] == ["version_0"]
+    new = RunFolder(tmp_path, "quickstart", finished / "checkpoints/best.ckpt")
+    new.make()
+    with (new.path / name).open("a") as file:
+        file.write("1,2,3")
+    new.discard()
+    assert (new.path / name).read_text().endswith("1,2,3")
+
+
+@pytest.mark.parametrize("arguments", [("fit",), ("validate",)])
+def test_a_checkpoint_whose_weights_have_another_shape_is_one_message(arguments, finished, tmp_path, command, capsys):
+    checkpoint = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["network.decoder.bias"] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    shown = mistake(capsys, [*arguments, *command(f"--ckpt_path={tmp_path / 'other.ckpt'}")[1:]])
+    assert "network.decoder.bias is (3,), expected (" in shown
+
+
 def test_a_run_from_the_best_checkpoint_has_its_own_folder_and_the_best_of_before(finished, command, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     best = finished / "checkpoints" / "best.ckpt"
@@ -223,8 +313,9 @@ def test_a_run_from_the_best_checkpoint_has_its_own_folder_and_the_best_of_befor
 
 
 def test_a_diverged_run_is_reported(command, tmp_path, capsys):
-    assert main(command("--model.optimizer.lr=1e30", "--trainer.max_epochs=1")) == 0
-    out = capsys.readouterr().out
+    assert main(command("--model.optimizer.lr=1e30", "--trainer.max_epochs=1")) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the run diverged: at step ")
     last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
     for part in ("diverged", "at step ", "validation bpc", str(last)):
         assert part in out
@@ -279,3 +370,19 @@ def test_a_checkpoint_of_a_network_beyond_the_machines_memory_is_refused(finishe
     checkpoint["hyper_parameters"]["network"]["init_args"]["recurrent"]["init_args"]["hidden_size"] = 10**7
     torch.save(checkpoint, tmp_path / "huge.ckpt")
     assert "memory" in mistake(capsys, ["sample", str(tmp_path / "huge.ckpt")])
+
+
+@pytest.mark.parametrize(("width", "part"), [(1, "parameter tensors"), (10**5, "GiB of memory")])
+def test_a_network_of_too_many_layers_is_refused_before_all_are_built(width, part):
+    built = 0
+
+    def build():
+        nonlocal built
+        layers = nn.ModuleList()
+        for built in range(10**6):  # noqa: B007
+            layers.append(nn.Linear(width, width))
+        return layers
+
+    with pytest.raises(ExperimentError, match=part):
+        refuse_beyond_memory(build)
+    assert built < 10**4

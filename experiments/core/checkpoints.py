@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from experiments.core.errors import ExperimentError, copy, writing
@@ -104,8 +104,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        if self.folder.is_resumed:
-            self._saved_step = trainer.global_step
+        self._saved_step = trainer.global_step
         loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
         if loop.restarted_mid_epoch and progress.ready == progress.processed:
             # Saved after an epoch's last step. Lightning 2.6 would not count the next epoch as begun, and a checkpoint
@@ -157,13 +156,18 @@ class Checkpoints(Checkpoint):
         self._stop_if_saved()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_the_rest(trainer)
         self._restore_handlers()
-        if trainer.global_step != self._saved_step:
-            self._save(trainer)
+        [self._saved_for_stop] = self._agreed(trainer, self.was_stopped)
         self._stop_if_saved()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+
+    def save_the_rest(self, trainer: Trainer) -> None:
+        """Write what the last checkpoint is without."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
 
     def _find_best(self) -> None:
         """Forget a best checkpoint that is not there: it was removed, or was overwritten by a later one."""
@@ -215,6 +219,16 @@ class Checkpoints(Checkpoint):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
+
+
+class SaveTheRest(Callback):
+    """Writes the last steps when training ends, before the callbacks after this one: some change the weights then."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._checkpoints.save_the_rest(trainer)
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

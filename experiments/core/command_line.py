@@ -9,8 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.core.configs import first_line, ready_configs
-from experiments.core.errors import ExperimentError, choices_message, mistake_in
+from experiments.core.errors import DivergedError, ExperimentError, choices_message, mistake_in
 from experiments.core.parsing import OptionParser
 
 OVERVIEW = """\
@@ -45,10 +44,11 @@ class Invocation(NamedTuple):
 
 
 def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence[str]) -> int:
-    """Run one command and return the exit code: 0, 2 after the user's mistake, 128 + N where the signal N stopped it.
+    """Run one command and return the exit code.
 
-    A mistake is one message on the standard error stream, without a traceback. A config may name the classes of the
-    packages without their module.
+    It is 0, 1 for a run that diverged, 2 after the user's mistake, and 128 + N where the signal N stopped it. A mistake
+    is one message on the standard error stream, without a traceback. A config may name the classes of the packages
+    without their module.
     """
     try:
         trusted, rest = _split_trust(argv)
@@ -68,12 +68,20 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
             return 130
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except ModuleNotFoundError as error:
+        if (error.name or "experiments").partition(".")[0] in ("experiments", "models", "multint"):
+            raise
+        print(
+            f"error: the package '{error.name}' is not installed. The commands need: pip install -e '.[experiments]'",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         message = mistake_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DivergedError) else 2
     return 0
 
 
@@ -131,6 +139,9 @@ def _split_trust(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _overview(commands: Mapping[str, Command]) -> str:
+    # Imported here because it needs a package, whose lack is told.
+    from experiments.core.configs import first_line, ready_configs
+
     shown = [f"  {name:<9} {command.what:<42} {name} {command.example}" for name, command in commands.items()]
     configs = []
     for task, paths in ready_configs().items():

@@ -19,17 +19,34 @@ class WritingError(ExperimentError):
     """What a full disk, or a folder that may not be written, makes of a run."""
 
 
+class DivergedError(ExperimentError):
+    """The end of a run whose loss became no finite number. It is reported, and the command exits with 1."""
+
+
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Makes an ExperimentError of what a constructor raises within: its arguments are the user's settings."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:  # ImportError: of a package it needs
         # jsonargparse wraps what a constructor says in several lines of its own.
         if error.__cause__ is not None and (own := mistake_in(error.__cause__)):
             raise ExperimentError(str(own)) from error
-        first_line = str(error).partition("\n")[0]  # torch adds its own stack
-        raise ExperimentError(f"{what} cannot be built from these settings: {first_line}") from error
+        raise ExperimentError(f"{what} cannot be built from these settings: {_reason(str(error))}") from error
+
+
+def _reason(message: str) -> str:
+    """The first line of an error, since torch adds its own stack.
+
+    Of what jsonargparse says where it may be one of several types, the reason of the one that was meant.
+    """
+    first_line, _, rest = message.partition("\n")
+    if not first_line.startswith("Does not validate against any of the Union"):
+        return first_line
+    reasons = rest.partition("Errors:\n  - ")[2].partition("\nGiven value")[0].split("\n  - ")
+    of_class = [reason for reason in reasons if reason.startswith("Problem with given class_path")]
+    others = [reason for reason in reasons if not reason.startswith(("Expected a ", "Not a valid", "Import path"))]
+    return " ".join([*of_class, *others, *reasons][0].split())
 
 
 @contextmanager

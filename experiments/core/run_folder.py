@@ -23,6 +23,8 @@ class RunFolder:
         self._parent = root / name
         self._checkpoint = checkpoint
         self._path: Path | None = None
+        self._is_made = False
+        self._copied: set[tuple[Path, int]] = set()  # as by `_of_worth`
         self.is_resumed = checkpoint is not None and _is_a_runs_last(checkpoint)
         if self.is_resumed:
             assert checkpoint is not None
@@ -66,6 +68,7 @@ class RunFolder:
         """Make the folder and see that it can be written to."""
         if self._path is None:
             self._path = self._new()
+            self._is_made = True
         with self._discarding(), writing(self._path):
             self.checkpoints.mkdir(exist_ok=True)
             if self._checkpoint is not None and not self.is_resumed:
@@ -76,9 +79,9 @@ class RunFolder:
         self._path = broadcast(self._path)
 
     def discard(self) -> None:
-        """Take away what `make` made, where no step was trained."""
-        if not self.is_resumed and self._path is not None:
-            shutil.rmtree(self._path, ignore_errors=True)
+        """Take away what `make` made, where no step was trained: never a folder with a checkpoint or metrics in it."""
+        if self._is_made and not _of_worth(self.path) - self._copied:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def _discarding(self) -> Iterator[None]:
@@ -111,6 +114,13 @@ class RunFolder:
         best = checkpoint.with_name("best.ckpt")
         if best.is_file():
             copy(best, self.best)
+        self._copied = _of_worth(self.path)
+
+
+def _of_worth(folder: Path) -> set[tuple[Path, int]]:
+    """The checkpoints and metrics below the folder, with their sizes."""
+    files = [path for path in folder.rglob("*") if path.suffix == ".ckpt" or path.name == "metrics.csv"]
+    return {(path, path.stat().st_size) for path in files}
 
 
 def _is_a_runs_last(checkpoint: Path) -> bool:

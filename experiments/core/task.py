@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from lightning import Callback, LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -206,3 +206,10 @@ class Task(LightningModule, ABC):
             shown = name == self.monitor.name or (stage == "train" and name == "loss")
             # Every process has the same value already; Lightning warns unless told to average.
             self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=stage != "train")
+
+
+class NetworkFirst(Callback):
+    """Builds the task's network before the callbacks after this one are set up: some copy it, or look into it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.setup(stage)

@@ -23,19 +23,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.core import curves
 from experiments.core.beginning import Beginning
-from experiments.core.checkpoints import Checkpoints, read_checkpoint
+from experiments.core.checkpoints import Checkpoints, SaveTheRest, read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.config_check import check_config
 from experiments.core.configs import expanded
 from experiments.core.divergence import Divergence
-from experiments.core.errors import ExperimentError, WritingError, building, write_text
+from experiments.core.errors import DivergedError, ExperimentError, WritingError, building, write_text
 from experiments.core.metrics_file import MetricsFile, read_metrics
 from experiments.core.progress import progress_bar
 from experiments.core.randomness import RandomState
 from experiments.core.result_file import read_result, write_result
 from experiments.core.run_folder import RunFolder
 from experiments.core.step_time import StepTime
-from experiments.core.task import Task
+from experiments.core.task import NetworkFirst, Task
+from experiments.core.trainer_check import check_numbers, check_trainer, most_threads, stop_early_after_validations
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -113,9 +114,9 @@ class TrainingCommands(LightningCLI):
         own.parent_parser = parser
         self.config = Namespace({"subcommand": self._command, self._command: command})
         command.base = None  # its settings are here now
-        for name in ("val_check_interval", "log_every_n_steps"):
-            if command.trainer[name] == 0:
-                raise ExperimentError(f"trainer.{name}: 0 does not fit: expected more than 0")
+        check_numbers(command.trainer)
+        if (command.threads or 1) > most_threads():
+            raise ExperimentError(f"threads: {command.threads} does not fit: expected at most {most_threads()}")
         # A truth value asks Lightning for a random seed, or for none.
         if not 0 <= (command.seed_everything or 0) < 2**32:
             raise ExperimentError(
@@ -148,6 +149,7 @@ class TrainingCommands(LightningCLI):
             loaded = self._get(self.config, "ckpt_path")
             root = Path(trainer.default_root_dir or "runs")
             self._folder = RunFolder(root, self._get(self.config, "name"), Path(loaded) if loaded else None)
+            self._is_reported = False
             self._checkpoints = Checkpoints(self._folder, self._get(self.config, "save_every"))
             self._divergence, self._step_time = Divergence(), StepTime()
             metrics = MetricsFile(self._folder)
@@ -172,7 +174,13 @@ class TrainingCommands(LightningCLI):
                 kwargs["logger"] = self._tensorboard()
         try:
             with building("the trainer"):
-                return super().instantiate_trainer(**kwargs)
+                trainer = super().instantiate_trainer(**kwargs)
+            check_trainer(trainer)
+            stop_early_after_validations(trainer)
+            trainer.callbacks.insert(0, NetworkFirst())
+            if self.subcommand == "fit":
+                trainer.callbacks.insert(0, SaveTheRest(self._checkpoints))
+            return trainer
         except BaseException:
             if self.subcommand == "fit":
                 self._folder.discard()
@@ -188,7 +196,7 @@ class TrainingCommands(LightningCLI):
                 self._refuse_to_go_on(kwargs["ckpt_path"])
         except SystemExit:
             # The other processes may not know the folder yet.
-            if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+            if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run and not self._is_reported:
                 print(self._how_to_go_on())
             raise
         except WritingError as error:
@@ -196,8 +204,9 @@ class TrainingCommands(LightningCLI):
                 raise WritingError(f"{error} {self._what_is_kept()}") from error
             raise
         except (RuntimeError, ValueError) as error:
-            if str(error).startswith(MISTAKES):
-                raise ExperimentError(str(error).partition("\n")[0]) from error
+            first_line = str(error).strip().partition("\n")[0]
+            if first_line.startswith(MISTAKES):
+                raise ExperimentError(first_line) from error
             raise
         finally:
             if rank_zero_only.rank == 0 and not self._beginning.was_reached:
@@ -230,7 +239,7 @@ class TrainingCommands(LightningCLI):
     def _report(self, task: Task) -> None:
         if self.trainer.fast_dev_run:
             return
-        rows, scores, name = {}, {}, task.monitor.name
+        rows, scores, name, shown = {}, {}, task.monitor.name, ""
         diverged = self._divergence.step  # before the best checkpoint is loaded, which may know less
         if (score := self._checkpoints.best_score) is not None:
             rows[f"validation {name}"] = f"{score:.4f}"
@@ -249,19 +258,32 @@ class TrainingCommands(LightningCLI):
         rows["last checkpoint"] = _shown(self._folder.last)
         if rank_zero_only.rank > 0:
             return
-        self._write_result(scores, diverged, parameters)
         if read_metrics(self._folder.metrics):
             rows |= {"metrics": _shown(self._folder.metrics), "curves": self._curves()}
         if score is not None and diverged is None:
-            _say(f"\n{task.show()}\n")
+            shown = f"\n{task.show()}\n\n"
         width = max(map(len, rows))
-        _say("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+        shown += "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        # Last of all files, and at once with the report: whoever stops the run before gets it by going on.
+        self._write_result(scores, diverged, parameters)
+        _say(shown)
+        self._is_reported = True
+        if diverged is not None:
+            raise DivergedError(
+                f"the run diverged: at step {diverged} its loss is no finite number. Lower the learning rate, or limit "
+                "the gradient: --trainer.gradient_clip_val=1"
+            )
 
     def _tested(self, task: Task) -> dict[str, float]:
         """The metrics of the best checkpoint in the test, where there is one."""
         if not is_overridden("test_dataloader", task if self.datamodule is None else self.datamodule):
             return {}
-        scores = self.trainer.test(task, self.datamodule, ckpt_path=self._folder.best, weights_only=True, verbose=False)
+        # Not by `ckpt_path`: callbacks would take their part of the checkpoint too, and `WeightAveraging` puts back the
+        # weights that training went on with.
+        best = read_checkpoint(self._folder.best)
+        task.on_load_checkpoint(best)
+        task.load_state_dict(best["state_dict"])
+        scores = self.trainer.test(task, self.datamodule, verbose=False)
         return {name: value for of_loader in scores for name, value in of_loader.items()}
 
     def _write_result(self, scores: dict[str, float], diverged: int | None, parameters: int) -> None:
@@ -318,6 +340,7 @@ def _callbacks_left_out() -> Iterator[None]:
     """Lightning warns of those that only training has."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
         yield
 
 

@@ -116,6 +116,8 @@ class Hint:
             return ExperimentError(f"{path}: {refused}")
         if any(get_origin(member) is not Literal for member in self.plain if member is not type(None)):
             nearest = nearest_message(value, self.choices())
+            if value.lstrip("+-").lower() in ("nan", "inf", "infinity"):
+                nearest = ". YAML writes these numbers .nan and .inf"
             return ExperimentError(f"{path}: '{value}' does not fit: expected {self.shown}{nearest}")
         hint = choices_message(value, self.choices())
         if not self.takes_classes:

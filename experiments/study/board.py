@@ -70,7 +70,7 @@ class Board:
     def ended(self, index: int, code: int) -> None:
         cell = self._to_run[index]
         took = time.monotonic() - self._began[index]
-        if code == 0:
+        if code == 0 or cell.result is not None:  # one that diverged is finished, but no success
             self._took[index] = took
             shown = self._done[cell.id] = self._score(cell)
             self._tell_once_without(cell)

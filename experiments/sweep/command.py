@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError, write_text, writing
+from experiments.core.errors import DivergedError, ExperimentError, write_text, writing
 from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
 from experiments.core.result_file import read_result
@@ -84,7 +84,7 @@ def _run(sweep: Sweep, cell: Cell, trusted: list[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         own = (f"--seed_everything={cell.seed}", f"--trainer.default_root_dir={folder}", "--name=cell")
         argv = ["fit", "--config", str(sweep.base), *cell.options, *own, *_QUIET]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(DivergedError):
             fit(Invocation(argv, trusted))
         run = Path(folder) / "cell/version_0"
         logged = {key: float(value) for row in read_metrics(run / "metrics.csv") for key, value in row.items()}

@@ -167,7 +167,8 @@ class LanguageModelling(Task):
 
     def saved(self) -> dict[str, Any]:
         # The streams of all processes: any number of them can go on with their own.
-        carried = [leaf.cpu() for leaf in pytree.tree_leaves(self._carried.get("train"))]
+        state = self._carried.get("train")
+        carried = [] if state is None else [leaf.cpu() for leaf in pytree.tree_leaves(state)]
         return {"carried": [torch.cat(leaves, dim=1) for leaves in zip(*gathered(carried), strict=True)]}
 
     def restore(self, saved: dict[str, Any]) -> None:
