@@ -306,7 +306,7 @@ def test_a_file_that_is_no_checkpoint_of_a_language_model_is_refused(run_folder,
 
     whole = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert "not a checkpoint" in refused(torch.zeros(3))
-    assert "size mismatch" in refused(
+    assert "do not fit the network" in refused(
         whole | {"state_dict": {key: value[:1] for key, value in whole["state_dict"].items() if value.ndim}}
     )
     settings = whole["hyper_parameters"] | {"_class_path": "os.system"}
