@@ -1,6 +1,8 @@
 """What every test runs under, and what the tests of the engines share."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text("".join(f"line {i} of a text with {i * i} in it.\n" for i in range(60)))
     return path
+
+
+@pytest.fixture(scope="session")
+def full_disk():
+    """A context in which no file grows beyond 100 bytes, as on a full disk."""
+
+    @contextmanager
+    def full():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return full
 
 
 @pytest.fixture

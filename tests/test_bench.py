@@ -146,7 +146,31 @@ def build_bilinear(right, self, contender):
 def test_an_output_folder_that_cannot_be_is_a_message(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["bench", "bilinear", f"--out={tmp_path / 'file'}"]) == 2
-    assert "cannot be a folder" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_no_bench_overwrites_another(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_measure", lambda case, rounds, quick: [{"case": case.name}])
+    for _ in range(2):
+        assert main(["bench", "bilinear"]) == 0
+    first = tmp_path / "runs/bench/version_0"
+    assert {path.name for path in first.parent.iterdir()} == {"version_0", "version_1"}
+    before = (first / "cpu.csv").read_bytes()
+    assert main(["bench", "bilinear", f"--out={first}"]) == 2
+    assert "earlier bench" in capsys.readouterr().err
+    assert (first / "cpu.csv").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_results_of_before(monkeypatch, tmp_path, capsys, full_disk):
+    monkeypatch.setattr(command, "cases", lambda: [SMALL, dataclasses.replace(SMALL, name="second" * 20)])
+    monkeypatch.setattr(command, "COLUMNS", ("case",))
+    monkeypatch.setattr(command, "_measure", lambda case, rounds, quick: [{"case": case.name}])
+    with full_disk():
+        assert main(["bench", f"--out={tmp_path}"]) == 2
+    assert "File too large" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.csv"]
+    assert (tmp_path / "cpu.csv").read_text().split() == ["case", "small"]
 
 
 def test_nothing_is_timed_that_is_wrong(monkeypatch):

@@ -36,6 +36,7 @@ NETWORKS = {
         recurrent: {hidden_size: 9, cell: {class_path: RNNCell, init_args: {integrator: Bilinear}}}
         """,
 }
+SUFFIXES = {"safetensors": ".safetensors", "torch_export": ".pt2", "onnx": ".onnx"}  # by format
 CALLS = [(3, 2), (1, 1), (7, 5)]  # (T, B), the first one that of the export
 DATA = ("batch_size=4", "length=20")
 TRAINER = (
@@ -69,7 +70,7 @@ def checkpoints(tmp_path_factory):
 
 def exported(checkpoint, form, *options):
     assert main(["export", str(checkpoint), "--format", form, *options]) == 0
-    return checkpoint.with_suffix({"safetensors": ".safetensors", "torch_export": ".pt2", "onnx": ".onnx"}[form])
+    return checkpoint.with_suffix(SUFFIXES[form])
 
 
 def calls(network):
@@ -165,9 +166,48 @@ def test_mistakes_are_one_message(checkpoints, capsys, tmp_path):
     assert "no such checkpoint" in message(capsys, "export", "nowhere", "--format=onnx")
     assert "--format" in message(capsys, "export", checkpoint)
     assert "invalid choice: 'onxx'" in message(capsys, "export", checkpoint, "--format=onxx")
-    nowhere = f"--output={tmp_path}/nowhere/best.onnx"
-    for form in ("safetensors", "torch_export", "onnx"):
+    for form, suffix in SUFFIXES.items():
+        nowhere = f"--output={tmp_path}/nowhere/best{suffix}"
         assert "nowhere" in message(capsys, "export", checkpoint, f"--format={form}", nowhere)
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_no_export_overwrites_what_it_reads(form, checkpoints, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, suffix = checkpoints["lstm-mi"].read_bytes(), SUFFIXES[form]
+    given = ["a.ckpt", f"b{suffix}.yaml", *([] if form == "safetensors" else [f"c{suffix}"])]
+    for name in given:
+        Path(name).write_bytes(content)
+    Path(f"link{suffix}").symlink_to("a.ckpt")
+    Path(f"hard{suffix}").hardlink_to("a.ckpt")
+    # By a link, by another name, by another path, where its settings would be, and by the name that it has by default.
+    ways = [("a.ckpt", f"link{suffix}"), ("a.ckpt", f"hard{suffix}"), ("a.ckpt", f"../{tmp_path.name}/link{suffix}")]
+    ways += [(given[1], f"b{suffix}"), *((name, None) for name in given[2:])]
+    for name, output in ways:
+        options = [f"--output={output}"] if output else []
+        assert "the checkpoint itself" in message(capsys, "export", name, f"--format={form}", *options)
+    assert suffix in message(capsys, "export", f"link{suffix}", f"--format={form}", "--output=a.ckpt")
+    assert [Path(name).read_bytes() for name in given] == [content] * len(given)
+    assert {path.name for path in tmp_path.iterdir()} == {*given, f"link{suffix}", f"hard{suffix}"}
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_weights_that_are_not_finite_are_not_exported(form, checkpoints, capsys, tmp_path):
+    checkpoint = torch.load(checkpoints["lstm-mi"], weights_only=True)
+    checkpoint["state_dict"]["network.decoder.bias"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    assert "decoder.bias" in message(capsys, "export", str(tmp_path / "nan.ckpt"), f"--format={form}")
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_a_full_disk_leaves_the_export_of_before(form, checkpoints, capsys, tmp_path, full_disk):
+    output = tmp_path / f"best{SUFFIXES[form]}"
+    output.write_text("before")
+    with full_disk():
+        shown = message(capsys, "export", str(checkpoints["lstm-mi"]), f"--format={form}", f"--output={output}")
+    assert f"{output}: cannot be written" in shown
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 class Branching(torch.nn.Module):

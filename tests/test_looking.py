@@ -75,6 +75,33 @@ def test_a_picture_that_cannot_be_drawn_is_one_message(options, runs, capsys):
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize("name", ["curves.png", "curves.svg", "curves.pdf"])
+def test_a_full_disk_leaves_the_picture_of_before(name, runs, tmp_path, capsys, full_disk):
+    command = ["plot", str(runs[0] / "version_0"), "--output", str(tmp_path / name)]
+    with full_disk():
+        assert main(command) == 2
+    assert not list(tmp_path.iterdir())
+    assert main(command) == 0
+    before = (tmp_path / name).read_bytes()
+    with full_disk():
+        assert main(command) == 2
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    assert "File too large" in capsys.readouterr().err
+
+
+def test_a_picture_takes_no_place_but_a_files(runs, tmp_path, capsys):
+    run, output = runs[0] / "version_0", tmp_path / "curves.png"
+    output.symlink_to("/dev/null")
+    assert main(["plot", str(run), "--output", str(output)]) == 2
+    assert "no file" in capsys.readouterr().err
+    assert output.is_symlink()
+    output.unlink()
+    (tmp_path / "precious").write_text("data")
+    output.symlink_to(tmp_path / "precious")
+    assert main(["plot", str(run), "--output", str(output)]) == 0
+    assert (tmp_path / "precious").read_text() == "data"
+
+
 def test_tensorboard_has_the_metrics_by_one_word(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,8 +17,9 @@ from experiments.bench.case import Case
 from experiments.bench.cases import cases
 from experiments.bench.measure import alone, check, first_calls, side_by_side, vendor_fault
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError
+from experiments.core.errors import ExperimentError, write_figure, write_text, writing
 from experiments.core.parsing import OptionParser
+from experiments.core.run_folder import new_folder
 
 COLUMNS = (
     "case", "T", "B", "X", "H", "dtype", "passes", "rival", "rival_ms", "ours_ms", "ratio", "ratio_min", "ratio_max",
@@ -29,7 +32,8 @@ Row = dict[str, Any]
 def main(invocation: Invocation) -> None:
     """Run the cases and write `cpu.csv` after each, and `cpu.png` at the end, to the output folder.
 
-    Raises ExperimentError for an unknown case, or gradients that are not right.
+    Raises ExperimentError for an unknown case, for a folder that has the results of an earlier bench or cannot be
+    written, and for gradients that are not right.
     """
     options = _parser().parse_args(invocation.argv[1:])
     chosen = _chosen(options.cases)
@@ -38,22 +42,23 @@ def main(invocation: Invocation) -> None:
             f"bench: {options.rounds} rounds on {options.threads} threads, expected at least 1 of each"
         )
     torch.set_num_threads(options.threads)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"bench: {options.out} cannot be a folder for results ({error.strerror})") from error
+    out = _folder(options.out)
     print("\n".join(_conditions()))
     print("ratio: t(rival) / t(ours), the median over rounds and its range; higher is better")
     print(f"\n{'case':<22} {'rival':<15} {'rival ms':>9} {'ours ms':>9} {'ratio':>6} {'range':>13} {'at least':>9}")
+    sys.stdout.flush()
     rows: list[Row] = []
     try:
-        for case in chosen:
+        for number, case in enumerate(chosen, start=1):
+            print(f"case {number} of {len(chosen)}: {case.name}", file=sys.stderr, flush=True)
             rows += _measure(case, options.rounds, options.quick)
-            _write(rows, options.out / "cpu.csv")
+            _write(rows, out / "cpu.csv")
     finally:
-        if rows:
-            print(f"\nwritten: {options.out / 'cpu.csv'}")
-            _plot(rows, options.out / "cpu.png")
+        if (out / "cpu.csv").exists():
+            print(f"\nwritten: {out / 'cpu.csv'}")
+            _plot(rows, out / "cpu.png")
+        elif options.out is None:
+            out.rmdir()
 
 
 def _parser() -> OptionParser:
@@ -62,8 +67,20 @@ def _parser() -> OptionParser:
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each pair, in turns (15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (torch's default)")
     parser.add_argument("--quick", action="store_true", help="leave out first calls, memory and the compiled step")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results (runs/bench)")
+    parser.add_argument("--out", type=Path, help="folder for the results (runs/bench/version_N)")
     return parser
+
+
+def _folder(given: Path | None) -> Path:
+    """The folder for the results, made where it is not there; a new one where none is given."""
+    if given is None:
+        return new_folder(Path("runs/bench"))
+    with writing(given):
+        given.mkdir(parents=True, exist_ok=True)
+    for name in ("cpu.csv", "cpu.png"):
+        if (given / name).exists():
+            raise ExperimentError(f"{given / name}: this is of an earlier bench. Move it, or give another --out.")
+    return given
 
 
 def _chosen(names: list[str]) -> list[Case]:
@@ -155,10 +172,11 @@ def _tell(case: Case, rows: list[Row]) -> None:
 
 
 def _write(rows: list[Row], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _plot(rows: list[Row], path: Path) -> None:
@@ -183,5 +201,5 @@ def _plot(rows: list[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yticks([-i for i in range(len(rows))], [f"{row['case']}: {row['rival']}" for row in rows])
     axes.set_xlabel("t(rival) / t(ours): median and range over rounds; | the ratio aimed at")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
     print(f"written: {path}")

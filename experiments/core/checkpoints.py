@@ -1,11 +1,14 @@
 """The best and the last checkpoint, and stopping a run so that it can go on."""
 
+import argparse
 import math
 import os
 import pickle
+import re
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,9 +17,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from experiments.core.errors import ExperimentError, copy, writing
+from experiments.core.errors import ExperimentError, WritingError, copy, writing
 from experiments.core.run_folder import RunFolder
 from experiments.core.task import Task
+from experiments.core.trust import refusal
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -24,18 +28,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises ExperimentError for a file that is not there, is damaged, or holds more than values: code could run.
     """
+    if path.is_dir():
+        raise ExperimentError(f"{path}: a folder, expected a checkpoint: RUN/checkpoints/best.ckpt or last.ckpt.")
     if not path.is_file():
         raise ExperimentError(f"{path}: no such checkpoint.")
+    _check_content(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]})" if named else ""
         raise ExperimentError(
-            f"{path}: refused: no checkpoint, damaged, or with more than values ({reason})"
+            f"{path}: refused: it holds more than values{what}, and to load that may run code."
         ) from error
+    except Exception as error:  # whatever it is, the file is its cause
+        raise ExperimentError(f"{path}: no checkpoint that `fit` wrote: {_first_lines(error)}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ExperimentError(f"{path}: not a checkpoint that `fit` wrote: it has no state_dict.")
     return checkpoint
+
+
+def _check_content(path: Path) -> None:
+    """Raises ExperimentError for a file that `torch.save` did not write, or that has changed since.
+
+    Such a file is a zip archive with a checksum of each part, which `torch.load` does not look at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:  # a damaged archive raises whatever its bytes cause
+        what = "damaged, or no checkpoint" if path.stat().st_size else "empty"
+        raise ExperimentError(f"{path}: {what}: expected a file that `fit` wrote.") from error
+    if changed is not None:
+        raise ExperimentError(f"{path}: damaged: the checksum of {changed} in it is wrong. Take another checkpoint.")
 
 
 def load_task(path: Path) -> Task:
@@ -47,10 +72,28 @@ def load_task(path: Path) -> Task:
     read_checkpoint(path)
     try:
         task = LightningModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except argparse.ArgumentError as error:
+        cause: BaseException = error  # the first one, around which each level of the settings wraps its own words
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ImportError):
+            raise  # a class that is not trusted
+        raise ExperimentError(
+            f"{path}: this version cannot use its settings: {_first_lines(cause)}. Give a checkpoint that it wrote, or "
+            "go back to the version that wrote this one."
+        ) from error
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ExperimentError(f"{path}: not a checkpoint of a task that `fit` wrote ({error}).") from error
+        refused = next(filter(None, map(refusal, str(error).split("'"))), None)  # its task, in Lightning's words
+        raise ExperimentError(
+            f"{path}: not a checkpoint of a task that `fit` wrote ({refused or _first_lines(error)})."
+        ) from error
     assert isinstance(task, Task)
     return task
+
+
+def _first_lines(error: BaseException) -> str:
+    """The first two lines of what it says: torch's first one alone says too little."""
+    return " ".join(map(str.strip, str(error).splitlines()[:2])) or type(error).__name__
 
 
 class Checkpoints(Checkpoint):
@@ -210,7 +253,7 @@ class Checkpoints(Checkpoint):
                     if is_best:
                         copy(aside, self.folder.best)
                     os.replace(aside, self.folder.last)
-            except OSError:
+            except (OSError, WritingError):
                 aside.unlink(missing_ok=True)
                 raise
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()

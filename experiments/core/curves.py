@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError, writing
+from experiments.core.errors import ExperimentError, write_figure
 from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
 
@@ -36,6 +36,8 @@ def draw(
 
     Raises ExperimentError for a file without metrics, and for an output that cannot be written.
     """
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise ExperimentError(f"{output}: expected a name that ends with .png, .svg or .pdf.")
     # Imported here because it takes a second, which a command without a picture need not wait for.
     from matplotlib.figure import Figure
 
@@ -52,10 +54,7 @@ def draw(
                     steps, values = zip(*of_run[metric, stage], strict=True)
                     axes.plot(steps, values, color=f"C{color % 10}", label=f"{name} {stage}".lstrip("_"), **style)
         axes.legend()
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise ExperimentError(f"{output}: expected a name that ends with .png, .svg or .pdf.")
-    with writing(output):
-        figure.savefig(output, dpi=150)
+    write_figure(output, figure, dpi=150)
 
 
 def _curves(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:

@@ -1,11 +1,16 @@
 """The one error that a user of the command line can cause, and what its messages share."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ExperimentError(Exception):
@@ -58,31 +63,50 @@ def writing(path: Path) -> Iterator[None]:
         raise WritingError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name beside the path to write to, and moves what was written there to the path at the end.
+
+    So a file is written as a whole or not at all: where writing fails, what was there stays. A link at the path is
+    replaced, and what it leads to stays.
+    Raises WritingError for what the system says within, and for a path that is there but no file.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():  # a device must not be replaced
+            raise WritingError(f"{path}: cannot be written: it is there, and no file.")
+        aside = path.with_name(f"{path.name}.part")
+        try:
+            yield aside
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 def copy(source: Path, target: Path) -> None:
-    """Copy a file as a whole or not at all, by a second name for it where that goes. Raises OSError."""
-    aside = target.with_suffix(".part")
-    aside.unlink(missing_ok=True)
-    try:
+    """Copy a file, by a second name for it where that goes. Raises WritingError as `replacing` does."""
+    with replacing(target) as aside:
+        aside.unlink(missing_ok=True)
         try:
             os.link(source, aside)  # no second write, and no second copy's room
         except OSError:
             shutil.copyfile(source, aside)
-        os.replace(aside, target)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all. Raises WritingError where that fails; what was there then stays."""
-    aside = path.with_suffix(".part")
-    with writing(path):
-        try:
-            aside.write_text(text, encoding="utf-8", newline="")
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+    """Write a file. Raises WritingError as `replacing` does."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="")
+
+
+def write_figure(path: Path, figure: "Figure", **settings: Any) -> None:
+    """Write a picture, of the kind that the path's suffix says; the settings are those of `savefig`.
+
+    Raises WritingError as `replacing` does.
+    """
+    content = io.BytesIO()  # whose failures to be written are not matplotlib's errors
+    figure.savefig(content, format=path.suffix.removeprefix("."), **settings)
+    with replacing(path) as aside:
+        aside.write_bytes(content.getvalue())
 
 
 def mistake_in(error: BaseException) -> Exception | None:

@@ -1,7 +1,6 @@
 """The command `export`: a checkpoint's network as weights, or as a program that runs without this project."""
 
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from torch import nn
 
 from experiments.core.checkpoints import load_task, read_checkpoint
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError, write_text, writing
+from experiments.core.errors import ExperimentError, replacing, write_text
 from experiments.core.parsing import OptionParser
 from experiments.core.programs import Example, trace, write_onnx, write_program
 from experiments.core.weights import settings_path, write_weights
@@ -67,14 +66,14 @@ def main(invocation: Invocation) -> None:
     path = options.output or options.checkpoint.with_suffix(kind.suffix)
     if not path.parent.is_dir():
         raise ExperimentError(f"{path}: cannot be written: there is no folder {path.parent}")
+    if path.suffix != kind.suffix:
+        raise ExperimentError(f"{path}: expected a name that ends with {kind.suffix}.")
     given = _of(options.checkpoint, needs_example=options.format != "safetensors")
-    aside = path.with_name(f"{path.name}.part")
-    with writing(path):
-        try:
-            kind.write(given, aside)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    for written in (path, settings_path(path)):
+        if written.exists() and written.samefile(options.checkpoint):
+            raise ExperimentError(f"{written}: this is the checkpoint itself, expected another --output.")
+    with replacing(path) as aside:
+        kind.write(given, aside)
     write_text(settings_path(path), _settings(given))
     print(_summary(given, options.format, path))
 
@@ -83,6 +82,11 @@ def _of(checkpoint: Path, needs_example: bool) -> _Exported:
     task = load_task(checkpoint)
     assert task.network is not None
     network = task.network.eval()
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise ExperimentError(
+                f"{checkpoint}: {name} is not finite: the training has diverged. Give a checkpoint from before."
+            )
     settings = read_checkpoint(checkpoint)["hyper_parameters"].get("network")
     if not isinstance(settings, dict):
         raise ExperimentError(f"{checkpoint}: the settings of a {type(task).__name__} name no network to rebuild.")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.core.errors import copy, writing
+from experiments.core.errors import ExperimentError, copy, writing
 
 
 class RunFolder:
@@ -16,10 +16,13 @@ class RunFolder:
     A run that goes on from a folder's `last.ckpt` stays in that folder. One that starts from any other checkpoint gets
     a folder of its own, so that nothing of the old run is overwritten.
 
-    Raises: ExperimentError for a folder that cannot be made or written.
+    Raises: ExperimentError for a name that is no place below the root, and for a folder that cannot be made or written.
     """
 
     def __init__(self, root: Path, name: str, checkpoint: Path | None = None) -> None:
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or not name.isprintable():
+            raise ExperimentError(f"name: got {name!r}, expected that of a folder below {root}, on one line.")
         self._parent = root / name
         self._checkpoint = checkpoint
         self._path: Path | None = None
@@ -67,7 +70,7 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder and see that it can be written to."""
         if self._path is None:
-            self._path = self._new()
+            self._path = new_folder(self._parent)
             self._is_made = True
         with self._discarding(), writing(self._path):
             self.checkpoints.mkdir(exist_ok=True)
@@ -92,20 +95,6 @@ class RunFolder:
             self.discard()
             raise
 
-    def _new(self) -> Path:
-        with writing(self._parent):
-            self._parent.mkdir(parents=True, exist_ok=True)
-            taken = [path.name.removeprefix("version_") for path in self._parent.glob("version_*")]
-            version = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
-            while True:
-                path = self._parent / f"version_{version}"
-                try:
-                    path.mkdir()
-                except FileExistsError:  # another run that starts at this moment
-                    version += 1
-                else:
-                    return path
-
     def _copy_from(self, checkpoint: Path) -> None:
         """What the run was until the checkpoint: its metrics, and its best checkpoint."""
         metrics = checkpoint.parent.parent / "metrics.csv"
@@ -121,6 +110,22 @@ def _of_worth(folder: Path) -> set[tuple[Path, int]]:
     """The checkpoints and metrics below the folder, with their sizes."""
     files = [path for path in folder.rglob("*") if path.suffix == ".ckpt" or path.name == "metrics.csv"]
     return {(path, path.stat().st_size) for path in files}
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder `version_N` that was not there, made below the parent. Raises ExperimentError where that fails."""
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+        version = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+        while True:
+            path = parent / f"version_{version}"
+            try:
+                path.mkdir()
+            except FileExistsError:  # another run that starts at this moment
+                version += 1
+            else:
+                return path
 
 
 def _is_a_runs_last(checkpoint: Path) -> bool:

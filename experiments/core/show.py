@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.core.checkpoints import load_task
 from experiments.core.command_line import Invocation
-from experiments.core.errors import ExperimentError, writing
+from experiments.core.errors import ExperimentError, write_figure, writing
 from experiments.core.parsing import OptionParser
 from experiments.core.training import TrainingCommands
 
@@ -41,10 +41,10 @@ def main(invocation: Invocation) -> None:
     folder = options.output or run
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=150)
-            print(path)
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        write_figure(path, figure, dpi=150)
+        print(path)
 
 
 class _Data(TrainingCommands):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.core.errors import writing
+from experiments.core.errors import write_figure
 from experiments.core.metrics_file import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 
@@ -121,6 +121,4 @@ def save(figure: Any, stem: Path) -> None:
 
     with rc_context({"svg.hashsalt": stem.name}):
         for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
-            path = stem.with_suffix(suffix)
-            with writing(path):
-                figure.savefig(path, dpi=150, metadata=metadata)
+            write_figure(stem.with_suffix(suffix), figure, dpi=150, metadata=metadata)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from experiments.core.errors import writing
+from experiments.core.errors import write_figure
 from experiments.study.statistics import estimate
 from experiments.sweep.definition import Sweep
 
@@ -112,8 +112,7 @@ def draw(sweep: Sweep, rows: Sequence[Row], output: Path) -> None:
     all_axes[0].legend(fontsize="small")
     if sweep.goal is not None:
         _draw_goal(sweep, rows, all_axes[-1])
-    with writing(output):
-        figure.savefig(output, dpi=100)
+    write_figure(output, figure, dpi=100)
 
 
 def _draw_goal(sweep: Sweep, rows: Sequence[Row], axes: Any) -> None:
