@@ -1,6 +1,8 @@
 """The command line: a run from a config to a sample, mistakes in one message, and what a config may name."""
 
+import io
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from experiments.__main__ import main
+from experiments.core.checkpoints import read_checkpoint
 from experiments.core.configs import CONFIGS
+from experiments.core.errors import ExperimentError
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(CONFIGS / "characters/quickstart.yaml")
@@ -182,6 +186,29 @@ def test_early_stopping_on_a_metric_that_is_not_there_is_one_message(text, capsy
     assert "`val/bcp`" in message(capsys, "fit", *SMALL, *run, *stopping)
 
 
+@pytest.mark.parametrize(
+    "name", ["../escape", "a/../../b", "/absolute", ".", "./", "..", "two\nlines", "\x00", "\udcff"]
+)
+def test_a_name_that_is_no_place_below_the_runs_is_refused(name, capsys, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert f"name: got {name!r}" in message(capsys, "fit", *SMALL, f"--name={name}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_the_output_cannot_encode_is_replaced(encoding, text, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(text.read_text().replace("e", "\u03b5"))
+    folder = tmp_path / "runs"
+    run = (f"--data.path={tmp_path}/text.txt", f"--trainer.default_root_dir={folder}", "--trainer.max_steps=2")
+    checkpoint = folder / "small/version_0/checkpoints/last.ckpt"
+    for argv in (["--help"], ["fit", *SMALL, *run, "--name=small"], ["sample", str(checkpoint), "--prompt=\u03b5"]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(argv) == 0
+        assert b"?" in out.buffer.getvalue()
+
+
 def test_each_run_has_a_folder_of_its_own(text, tmp_path):
     run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2")
     (tmp_path / "quickstart" / "version_7").mkdir(parents=True)
@@ -287,16 +314,32 @@ def test_a_stranger_in_a_checkpoint_is_refused_before_it_is_imported(run_folder,
 
 def test_a_checkpoint_that_holds_code_is_refused(run_folder, capsys, tmp_path):
     torch.save({"state_dict": {}, "hook": os.system}, tmp_path / "code.ckpt")
-    assert "more than values" in message(capsys, "sample", str(tmp_path / "code.ckpt"))
+    shown = message(capsys, "sample", str(tmp_path / "code.ckpt"))
+    assert "more than values (posix.system)" in shown
+    assert "weights_only" not in shown, "nobody is to switch this off"
     options = ("--config", str(run_folder / "config.yaml"), "--ckpt_path", str(tmp_path / "code.ckpt"))
     assert "more than values" in message(capsys, "test", *options)
 
 
 def test_a_damaged_checkpoint_is_refused(run_folder, capsys, tmp_path):
     whole = (run_folder / "checkpoints" / "last.ckpt").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"no checkpoint", b""):
-        (tmp_path / "damaged.ckpt").write_bytes(damaged)
-        assert "damaged" in message(capsys, "sample", str(tmp_path / "damaged.ckpt"))
+    damaged, chance = tmp_path / "damaged.ckpt", random.Random(0)
+    for content, part in ((whole[: len(whole) // 2], "damaged"), (b"no checkpoint", "damaged"), (b"", "empty")):
+        damaged.write_bytes(content)
+        assert f"{damaged}: {part}" in message(capsys, "sample", str(damaged))
+    assert f"{run_folder}: a folder" in message(capsys, "sample", str(run_folder))
+    right = read_checkpoint(run_folder / "checkpoints" / "last.ckpt")
+    refused = 0
+    for place in [chance.randrange(len(whole)) for _ in range(200)]:
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        try:  # what stands between the archive's parts is padding
+            read = read_checkpoint(damaged)
+        except ExperimentError:
+            refused += 1
+        else:
+            torch.testing.assert_close(read["state_dict"], right["state_dict"], rtol=0, atol=0)
+            assert read["hyper_parameters"] == right["hyper_parameters"]
+    assert refused > 100
 
 
 def test_a_file_that_is_no_checkpoint_of_a_language_model_is_refused(run_folder, capsys, tmp_path):
@@ -310,7 +353,21 @@ def test_a_file_that_is_no_checkpoint_of_a_language_model_is_refused(run_folder,
         whole | {"state_dict": {key: value[:1] for key, value in whole["state_dict"].items() if value.ndim}}
     )
     settings = whole["hyper_parameters"] | {"_class_path": "os.system"}
-    assert "os.system" in refused(whole | {"hyper_parameters": settings})
+    assert "--trust os" in refused(whole | {"hyper_parameters": settings})
+    settings["_class_path"] = "multint.Gone"
+    assert "multint.Gone" in refused(whole | {"hyper_parameters": settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"), [({"class_path": "multint.GoneCell"}, "'GoneCell'"), ({"init_args": {"gone": 1}}, "'gone'")]
+)
+def test_a_checkpoint_of_what_is_gone_is_one_line(settings, part, run_folder, capsys, tmp_path):
+    checkpoint = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["network"]["init_args"]["recurrent"]["init_args"]["cell"] |= settings
+    torch.save(checkpoint, tmp_path / "gone.ckpt")
+    shown = message(capsys, "sample", str(tmp_path / "gone.ckpt"))
+    assert part in shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_evaluation_needs_a_checkpoint(capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import select
 import signal
@@ -50,6 +51,9 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
     is one message on the standard error stream, without a traceback. A config may name the classes of the packages
     without their module.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a symbol that its encoding lacks must not end a run
     try:
         trusted, rest = _split_trust(argv)
         if not rest or rest[0] in ("-h", "--help"):

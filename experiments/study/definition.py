@@ -71,7 +71,8 @@ def read_study(path: Path) -> Study:
     Raises: ExperimentError for a file that is none of this.
     """
     if not path.is_file():
-        raise ExperimentError(f"study: '{path}' does not exist, expected a YAML file.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise ExperimentError(f"study: '{path}' {what}, expected a YAML file.")
     given = _mapping(load_yaml(read_text(str(path)), f"study: '{path}'"), f"study: '{path}'")
     _refuse_unknown(
         given, ("base", "settings", "arms", "seeds", "metric", "published", "draw", "search", "cluster"), ""
@@ -199,10 +200,13 @@ def _search(given: Any, seeds: list[int]) -> Search | None:
         )
     refuse_own(setting, f"study: search: {setting}")
     are_values = isinstance(values, list) and all(isinstance(value, str) or _is_number(value) for value in values)
-    if not are_values or len(values) < 2 or any(len(set(of)) < len(values) for of in (values, map(str, values))):
+    if not are_values or len(values) < 2:
         raise ExperimentError(
-            f"study: search: values: got {values!r}, expected a list of numbers or names, all different as text."
+            f"study: search: values: got {values!r}, expected a list of two or more numbers or names. Of one value "
+            "there is nothing to find: put it into the study's settings."
         )
+    if any(len(set(of)) < len(values) for of in (values, map(str, values))):
+        raise ExperimentError(f"study: search: values: got {values!r}, expected all different, as text too.")
     own = _seeds(whole.get("seeds"), "search: seeds")
     if both := sorted(set(own) & set(seeds)):
         raise ExperimentError(f"study: search: seeds: {both[0]} is one of the study's too, expected other seeds.")

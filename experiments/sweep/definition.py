@@ -92,7 +92,8 @@ def is_number(text: str) -> bool:
 def _read(path: Path) -> Settings:
     """The file's keys: all that must be there, and none that is not known."""
     if not path.is_file():
-        raise ExperimentError(f"sweep: '{path}' does not exist, expected a YAML file.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise ExperimentError(f"sweep: '{path}' {what}, expected a YAML file.")
     given = load_yaml(read_text(str(path)), f"sweep: '{path}'")
     if not isinstance(given, dict):
         raise ExperimentError(f"sweep: '{path}' holds no settings, expected lines of NAME: VALUE.")
