@@ -156,6 +156,7 @@ def test_no_bench_overwrites_another(monkeypatch, tmp_path, capsys):
         assert main(["bench", "bilinear"]) == 0
     first = tmp_path / "runs/bench/version_0"
     assert {path.name for path in first.parent.iterdir()} == {"version_0", "version_1"}
+    assert "case 1 of 1: bilinear" in capsys.readouterr().err, "before it is measured"
     before = (first / "cpu.csv").read_bytes()
     assert main(["bench", "bilinear", f"--out={first}"]) == 2
     assert "earlier bench" in capsys.readouterr().err

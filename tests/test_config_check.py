@@ -28,6 +28,7 @@ def one_message(capsys, *options):
         (["--data.batch_size=0"], ["error: --data.batch_size: got 0, expected at least 1."]),
         (["--model.network.initialise.scale=-1"], ["error: Uniform: scale is -1.0"]),
         (["--data.path="], ["--data.path: got an empty text"]),
+        (["--data=Table", "--data.path=null"], ["data: the setting 'path' is missing, which Table requires"]),
         (["--data.root="], ["--data.root: got an empty text"]),
         (["--name="], ["name: '' is empty"]),
         (["--ckpt_path="], ["ckpt_path: '' is empty"]),

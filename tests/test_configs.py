@@ -10,6 +10,8 @@ from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.parsed import Parsed
 from experiments.core.trust import trusting
+from experiments.data.text import Vocabulary
+from experiments.data.text.corpora import pydoc
 from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, StateTracking
 from models import Points, log_likelihood
 
@@ -241,8 +243,11 @@ def test_the_summary_counts_without_data(config, count, capsys):
 
 def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
     quickstart = ["summary", "--config", str(CONFIGS / "characters/quickstart.yaml")]
-    assert main(quickstart) == 2
+    assert main([*quickstart, "--data.path=text.txt"]) == 2
     assert "--vocabulary_size" in capsys.readouterr().err
+    assert main(quickstart) == 0, "pydoc is Python's own"
+    symbols = len(Vocabulary.of(pydoc()))
+    assert f"{character_model(symbols, 64, 256, gates=4):,} parameters" in capsys.readouterr().out
     assert main([*quickstart, "--vocabulary_size=97", "--model.network.embedding_size=null"]) == 0
     # 4·256·(97 + 256) of the recurrent layer and 256·97 of the softmax, and no embedding.
     assert "386,304 multiply-adds" in capsys.readouterr().out

@@ -257,6 +257,12 @@ def test_a_directory_is_joined_by_path_and_not_altered(folder: Path) -> None:
         assert data.vocabulary.decode(ids) == whole[start + 1 : stop]
 
 
+def test_a_byte_order_mark_is_no_symbol(folder: Path) -> None:
+    for name in ("a.txt", "b/a.txt"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert ready(path=str(folder), batch_size=1, length=10).vocabulary == Vocabulary.of("first\r\nzweiß\n")
+
+
 def test_bytes_of_a_file_are_its_own(folder: Path) -> None:
     data = ready(path=str(folder / "b" / "a.txt"), unit="bytes", batch_size=1, length=10)
     assert bytes(data.vocabulary.symbols) == bytes(sorted(set("zweiß\n".encode())))

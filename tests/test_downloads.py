@@ -83,6 +83,15 @@ def test_a_download_is_whole_and_kept(server: Server, tmp_path: Path) -> None:
     assert (server.requests, files_below(tmp_path)) == (1, [path])
 
 
+def test_no_folder_is_made_but_the_users_cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = server.known("file.txt")
+    with pytest.raises(ExperimentError, match=r"--data\.root: there is no folder"):
+        file.fetch(tmp_path / "mistyped")
+    assert (server.requests, list(tmp_path.iterdir())) == (0, [])
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
+    assert file.fetch(tmp_path / "multint").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("place", ["corpus/file.txt", "file.txt"])
 def test_a_file_on_disk_is_taken(server: Server, tmp_path: Path, place: str) -> None:
     path = tmp_path / place
@@ -141,7 +150,7 @@ def test_a_full_disk_is_refused(server: Server, tmp_path: Path, monkeypatch: pyt
 def test_a_root_that_is_no_folder_is_refused(server: Server, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.write_text("")
-    with pytest.raises(ExperimentError, match="cannot write to"):
+    with pytest.raises(ExperimentError, match="there is no folder"):
         server.known("file.txt").fetch(root)
 
 

@@ -324,7 +324,8 @@ def test_a_standardised_table_has_unit_variance(csv_file):
         ({"delimiter": ";"}, "1", ["no column 'who'", "Choices: t,u,who,v", "one cell alone: see --data.delimiter"]),
         ({}, "1,2", ["own.csv, line 3: got 5 cells, expected 4, as the header has"]),
         ({"valid": 0.6, "test": 0.3}, "1", ["got 6 groups by the column 'who', expected at least 7"]),
-        ({"path": "other.csv"}, "1", ["other.csv: no such file"]),
+        ({"path": "other.csv"}, "1", ["other.csv: no such file", "--data.path"]),
+        ({"path": ""}, "1", ["a folder, expected a CSV file", "--data.path"]),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(settings, cell, parts, csv_file):

@@ -7,8 +7,10 @@ from io import StringIO
 import pytest
 
 from experiments.__main__ import main
+from experiments.core import curves, training
 from experiments.core.configs import CONFIGS
 from experiments.core.metrics_file import read_metrics
+from experiments.core.progress import _Bar
 
 SMALL = (
     "--config",
@@ -52,6 +54,29 @@ def test_lines_tell_the_metrics_the_speed_and_the_time_left(runs):
 def test_a_run_has_its_curves(runs):
     folder, _ = runs
     assert (folder / "version_0" / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_the_curves_of_a_run_are_called_by_its_name(text, tmp_path, monkeypatch):
+    drawn, write = [], curves.write_figure
+    monkeypatch.setattr(curves, "write_figure", lambda path, figure, dpi: drawn.append(figure) or write(path, figure))
+    run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--name=_a$b$", "--trainer.max_steps=2")
+    assert main(["fit", *SMALL, *run]) == 0
+    shown = [label.get_text() for label in drawn[0].axes[0].get_legend().get_texts()]
+    assert [label.replace(r"\$", "$").strip("\u200b") for label in shown] == ["_a$b$/version_0 val"]
+
+
+def test_the_parts_of_the_network_and_an_endless_run_are_told(text, tmp_path, capsys, monkeypatch):
+    run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1")
+    shown = (*run, "--trainer.enable_model_summary=true", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0")
+    described, describe = [], _Bar._get_train_description
+    monkeypatch.setattr(_Bar, "_get_train_description", lambda *a: described.append(describe(*a)) or described[-1])
+    monkeypatch.setattr(training, "progress_bar", _Bar)
+    assert main(["fit", *SMALL, *shown]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^recurrent +[\d,]+$", out, re.MULTILINE)
+    assert re.search(r"^in all +[\d,]+ parameters$", out, re.MULTILINE)
+    assert "FLOPs" not in out
+    assert {text.strip() for text in described} == {"Epoch 0"}
 
 
 def test_several_runs_are_drawn_in_one_picture(runs, tmp_path, capsys):

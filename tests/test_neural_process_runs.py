@@ -20,7 +20,7 @@ from experiments.core.run_folder import RunFolder
 from experiments.core.schedule import CosineLearningRate
 from experiments.data import Curves, Images, Table, TextData
 from experiments.tasks import NeuralProcesses
-from experiments.tasks.task_scores import Scores
+from experiments.tasks.task_scores import Scores, table
 from models import (
     AttentiveEncoder,
     LatentEncoder,
@@ -217,6 +217,12 @@ def test_scores_have_the_intervals_of_means_over_independent_batches():
     assert_close(torch.tensor(alike.estimate("a")), torch.tensor(alone.estimate("a")))
     some = alone.where(3, 7)
     assert_close(some.values["a"], values[3:7])
+
+
+def test_one_task_has_no_interval():
+    alone = Scores(torch.tensor([-1]), torch.tensor([3]), {"a": torch.tensor([2.0], dtype=torch.float64)})
+    assert alone.summary() == {"a": 2.0}
+    assert table("set", alone, []).splitlines()[-1].split() == ["3–3", "1", "2.000"]
 
 
 def test_an_evaluation_is_the_mean_over_its_tasks(tmp_path):

@@ -66,8 +66,9 @@ def written(folder, **changes):
         ({"search": {"setting": LR, "values": [1, 2], "seed": [7]}}, ["search", "'seed'", "'seeds'"]),
         ({"search": {"values": [1, 2], "seeds": [7]}}, ["search: setting", "None"]),
         ({"search": {"setting": "seed_everything", "values": [1, 2], "seeds": [7]}}, ["search", "the study itself"]),
+        ({"search": {"setting": LR, "values": [0.1], "seeds": [7]}}, ["search: values", "[0.1]", "two or more"]),
         ({"search": {"setting": LR, "values": [1, 1], "seeds": [7]}}, ["search: values", "different"]),
-        ({"search": {"setting": LR, "values": [0.1, "0.1"], "seeds": [7]}}, ["[0.1, '0.1']", "different as text"]),
+        ({"search": {"setting": LR, "values": [0.1, "0.1"], "seeds": [7]}}, ["[0.1, '0.1']", "different, as text"]),
         ({"search": {"setting": LR, "values": [1, None], "seeds": [7]}}, ["search: values", "numbers or names"]),
         ({"search": {"setting": LR, "values": [1, 2]}}, ["search: seeds", "None"]),
         ({"search": {"setting": LR, "values": [1, 2], "seeds": [7, 1]}}, ["search: seeds: 1", "other seeds"]),
@@ -81,6 +82,11 @@ def test_a_mistake_in_a_study_is_one_message(changes, parts, tmp_path):
         read_study(written(tmp_path, **changes))
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_folder_is_no_study():
+    with pytest.raises(ExperimentError, match="is no file"):
+        read_study(STUDIES)
 
 
 def test_a_mistake_of_any_arm_is_found_before_anything_runs(tmp_path, capsys):

@@ -12,6 +12,7 @@ from experiments.core.errors import ExperimentError
 from experiments.core.parsed import Parsed
 from experiments.core.trust import trusting
 from experiments.sweep import command
+from experiments.sweep import report as sweep_report
 from experiments.sweep.definition import cells, read_sweep
 from experiments.sweep.report import curve, draw, half_width, reached
 
@@ -99,6 +100,17 @@ def test_what_reached_the_goal_is_the_smallest_by_the_mean(tmp_path):
     for drawn in (made, [row | {"value": math.nan} if row["panel"] == "4" else row for row in made]):
         draw(sweep, drawn, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("low", [0.0, 0.1, 1e-14])
+def test_no_point_lies_on_the_frame(low, small, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep_report, "write_figure", lambda path, figure, dpi: drawn.append(figure))
+    made = [*rows("", "MLP", {10: [low, 1.0], 20: [0.5, 0.7]}), *rows("", "MI", {5: [0.2, 0.9]})]
+    draw(read_sweep(small), made, tmp_path / "curves.png")
+    [axes] = drawn[0].axes
+    bottom, top = (axes.transAxes.inverted().transform(axes.transData.transform((10, y)))[1] for y in (low, 1.0))
+    assert (bottom, top) == (pytest.approx(0.05 / 1.1), pytest.approx(1.05 / 1.1))
 
 
 def test_a_run_is_told_by_its_size_and_its_metric(small, tmp_path):
@@ -253,3 +265,5 @@ def test_every_ready_sweep_parses_and_its_networks_build(path):
 def test_no_file_is_no_sweep():
     with pytest.raises(ExperimentError, match="does not exist"):
         read_sweep(Path("nowhere.yaml"))
+    with pytest.raises(ExperimentError, match="is no file"):
+        read_sweep(Path(__file__).parent)

@@ -35,7 +35,7 @@ def first_line(config: Path) -> str:
 def expanded(argv: Sequence[str]) -> list[str]:
     """The arguments, with each `--config FILE` preceded by those that the file builds on, `base: OTHER.yaml`.
 
-    A base is found beside the file that names it. And `--a.b.c=null` becomes `--config={a: {b: {c: null}}}`, since
+    A base is found beside the file that names it. And `--a.b=null` becomes `--config={a: {b: null}}`, since
     jsonargparse would hand the null down as the text 'None'.
     Raises ExperimentError for configs that build on each other in a circle, and for a file that `read_config` cannot
     read.
@@ -51,7 +51,7 @@ def expanded(argv: Sequence[str]) -> list[str]:
             whole += _chain(argument.partition("=")[2])
         elif argument.partition("=")[0] == "--base":
             raise ExperimentError("--base: a config names its own base. Give both: --config BASE --config CONFIG.")
-        elif argument.startswith(("--model.", "--data.")) and argument.endswith("=null") and argument.count(".") > 1:
+        elif argument.startswith(("--model.", "--data.")) and argument.endswith("=null"):
             name = argument.removeprefix("--").removesuffix("=null")
             whole.append(f"--config={{{name.replace('.', ': {')}: null{'}' * (name.count('.') + 1)}")
         else:

@@ -10,6 +10,7 @@ from experiments.core.metrics_file import read_metrics
 from experiments.core.parsing import OptionParser
 
 _STYLES = {"train": {"alpha": 0.4, "linewidth": 1.0}, "val": {"marker": ".", "linewidth": 1.5}}
+_ZERO_WIDTH = "\u200b"  # a space that is not seen
 # Beyond it one sees nothing, and waits a minute for it.
 _MOST_PANELS = 20
 
@@ -52,9 +53,19 @@ def draw(
             for stage, style in _STYLES.items():
                 if (metric, stage) in of_run:
                     steps, values = zip(*of_run[metric, stage], strict=True)
-                    axes.plot(steps, values, color=f"C{color % 10}", label=f"{name} {stage}".lstrip("_"), **style)
+                    axes.plot(steps, values, color=f"C{color % 10}", label=as_label(f"{name} {stage}"), **style)
         axes.legend()
     write_figure(output, figure, dpi=150)
+
+
+def as_label(text: str) -> str:
+    """The text as matplotlib is to get it, to show it as it is.
+
+    Between two `$` it reads mathematics, a line whose label begins with `_` is not in its legend, and a path may hold
+    bytes that are no text.
+    """
+    shown = text.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    return f"{_ZERO_WIDTH if shown.startswith('_') else ''}{shown}"
 
 
 def _curves(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:

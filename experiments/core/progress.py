@@ -123,6 +123,10 @@ class _Bar(RichProgressBar):
         if self._speed is not None:
             self._speed.pause()
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        description = super()._get_train_description(current_epoch)
+        return description.replace("/-2", "")  # of a run without a number of epochs
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return metrics if self._speed is None else metrics | self._speed.shown(trainer)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, building
+from experiments.core.model_table import parameter_rows, table
 from experiments.core.parsed import Parsed
 from experiments.core.parsing import OptionParser
 from experiments.core.task import Task
@@ -36,10 +37,7 @@ def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:
     with torch.device("meta"), building(f"{type(task).__name__}: the network"):
         task.network = task.build(task.imagined(data, sizes)).eval()
         optimizer = task.configure_optimizers()
-    counts = _parts(task.network)
-    total = sum(counts.values())
-    rows = {name: f"{count:,}" for name, count in counts.items()} | {"in all": f"{total:,} parameters"}
-    rows |= _work(task)
+    rows = parameter_rows(task.network) | _work(task)
     size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
     moments, name = _moments(optimizer), type(optimizer).__name__
     kept = f"parameters {_bytes(size)}, gradients {_bytes(size)}, {name}"
@@ -47,20 +45,7 @@ def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:
         rows["in memory"] = f"{kept}'s own not known"
     else:
         rows["in memory"] = f"{_bytes((2 + moments) * size)}: {kept} {_bytes(moments * size)}"
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-def _parts(network: nn.Module) -> dict[str, int]:
-    """The parameters of each part; one that two parts share is counted with the first."""
-    seen: set[int] = set()
-    counts: dict[str, int] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            part = name.partition(".")[0]
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+    return table(rows)
 
 
 def _work(task: Task) -> dict[str, str]:

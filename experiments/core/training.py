@@ -30,6 +30,7 @@ from experiments.core.configs import expanded
 from experiments.core.divergence import Divergence
 from experiments.core.errors import DivergedError, ExperimentError, WritingError, building, write_text
 from experiments.core.metrics_file import MetricsFile, read_metrics
+from experiments.core.model_table import ModelTable
 from experiments.core.progress import progress_bar
 from experiments.core.randomness import RandomState
 from experiments.core.result_file import read_result, write_result
@@ -145,6 +146,7 @@ class TrainingCommands(LightningCLI):
             torch.set_num_threads(threads)
         trainer = self._get(self.config, "trainer")
         callbacks: list[Callback] = [progress_bar()] if trainer.enable_progress_bar in (None, True) else []
+        callbacks += [ModelTable()] if trainer.enable_model_summary in (None, True) else []
         if self.subcommand == "fit":
             loaded = self._get(self.config, "ckpt_path")
             root = Path(trainer.default_root_dir or "runs")
@@ -305,7 +307,8 @@ class TrainingCommands(LightningCLI):
     def _curves(self) -> str:
         """Where the curves lie, or why they do not: by then the report must not fail."""
         try:
-            curves.draw({self._folder.path.name: self._folder.metrics}, self._folder.curves)
+            run = self._folder.path.absolute()
+            curves.draw({f"{run.parent.name}/{run.name}": self._folder.metrics}, self._folder.curves)
         except ExperimentError as error:
             return f"not drawn: {error}"
         return _shown(self._folder.curves)

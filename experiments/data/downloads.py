@@ -34,7 +34,8 @@ class KnownFile:
     def fetch(self, root: Path) -> Path:
         """The file on disk, downloaded to `root/corpus/name` if it is not there yet.
 
-        Raises ExperimentError where the download fails or the file is not the known one; no partial file is left.
+        Raises ExperimentError where there is no folder `root` but the user's cache, where the download fails, and where
+        the file is not the known one; no partial file is left.
         """
         return self.find(root) or self._download(root)
 
@@ -58,6 +59,11 @@ class KnownFile:
         home = self.home(root)
         if self.url is None:
             raise ExperimentError(f"{home}: no such file, and it has no address to download it from.")
+        if not root.is_dir() and root != Path(pooch.os_cache("multint")):  # the default alone is made
+            raise ExperimentError(
+                f"--data.root: there is no folder {root}, into which {self.name} is to be downloaded. Make it "
+                "first, or correct the path."
+            )
         # Not streamed: pooch leaves the connection of a refused request open, and no file here is above 200 MB.
         downloader = pooch.HTTPDownloader(chunk_size=1 << 16, stream=False)
         try:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.core.curves import as_label
 from experiments.core.errors import write_figure
 from experiments.core.metrics_file import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 
 _STAGES = ("train", "val")
-ZERO_WIDTH = "\u200b"  # a space that is not seen
 Curve = dict[int, float]  # values by step
 
 
@@ -97,14 +97,6 @@ def curve(outcome: Outcome, name: str) -> Curve:
     """The finite values that a run logged by this name."""
     values = ((int(row["step"]), float(row[name])) for row in read_metrics(outcome.cell.run.metrics) if name in row)
     return {step: value for step, value in values if math.isfinite(value)}
-
-
-def as_label(text: str) -> str:
-    """The text as matplotlib is to get it, to show it as it is.
-
-    Between two `$` it reads mathematics, and a line whose label begins with `_` is not in its legend.
-    """
-    return f"{ZERO_WIDTH if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
 def new_figure(figsize: tuple[float, float]) -> Any:

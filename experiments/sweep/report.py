@@ -86,8 +86,12 @@ def draw(sweep: Sweep, rows: Sequence[Row], output: Path) -> None:
     # The frame is that of the seeds' values: an interval of few seeds may be far wider, or go below 0 on a logarithm.
     values = [row["value"] for row in rows if math.isfinite(row["value"])] or [math.nan]
     is_wide = min(values) > 0 and max(values) > 10 * min(values)
-    margin = 0.05 * (max(values) - min(values))
-    lowest, highest = (min(values) / 2, max(values) * 2) if is_wide else (min(values) - margin, max(values) + margin)
+    if is_wide:  # then the axis is logarithmic
+        factor = (max(values) / min(values)) ** 0.05
+        lowest, highest = min(values) / factor, max(values) * factor
+    else:
+        margin = 0.05 * (max(values) - min(values))
+        lowest, highest = min(values) - margin, max(values) + margin
     panels = [*sweep.panels, *(["goal"] if sweep.goal is not None else [])]
     figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -28,11 +28,11 @@ class Scores(NamedTuple):
     values: Mapping[str, Tensor]  # (N,) each, float64
 
     def summary(self) -> dict[str, float]:
-        """The means by name, and the half widths as NAME_half_width."""
+        """The means by name, and the half widths as NAME_half_width where there are any."""
         summary = {}
         for name in self.values:
             mean, half_width = self.estimate(name)
-            summary |= {name: mean, f"{name}_half_width": half_width}
+            summary |= {name: mean} | ({} if math.isnan(half_width) else {f"{name}_half_width": half_width})
         return summary
 
     def estimate(self, name: str) -> Estimate:
@@ -95,7 +95,8 @@ def table(name: str, scores: Scores, buckets: Sequence[int]) -> str:
         if not len(of_bucket.context):
             continue
         least, most = int(of_bucket.context.min()), int(of_bucket.context.max())
-        shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in map(of_bucket.estimate, scores.values)]
+        estimates = map(of_bucket.estimate, scores.values)
+        shown = [f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}") for mean, half in estimates]
         rows.append([f"{least}–{most}", str(len(of_bucket.context)), *shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

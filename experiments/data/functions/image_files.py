@@ -22,7 +22,8 @@ def read_idx(path: Path) -> Tensor:  # (N, H, W) uint8
     Raises ExperimentError for a file that is not there, is no such file, is cut off, or has no pixels.
     """
     if not path.is_file():
-        raise ExperimentError(f"{path}: no such file.")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ExperimentError(f"{path}: {what}, expected an IDX file of images.")
     packed = path.read_bytes()
     try:
         content = gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed

@@ -164,7 +164,8 @@ def read_table(path: Path, group: str, x: list[str], y: list[str], delimiter: st
     that is longer or shorter than the header, a row without a group, and a cell that is no finite number.
     """
     if not path.is_file():
-        raise ExperimentError(f"{path}: no such file.")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ExperimentError(f"{path}: {what}, expected a CSV file. Give yours by --data.path.")
     numbers: dict[str, list[list[float]]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

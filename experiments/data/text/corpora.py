@@ -98,7 +98,8 @@ def pydoc() -> str:
 def read(path: Path, unit: Unit) -> Text:
     """The text of a file, or of all `*.txt` below a directory, joined in the order of their paths.
 
-    Nothing is altered: newlines stay as they are on disk, and nothing is put between the files.
+    Newlines stay as they are on disk, and nothing is put between the files. Of characters, a file's byte-order mark is
+    left out.
     Raises ExperimentError where there is no text, or it is not UTF-8 and `unit` is characters.
     """
     if path.is_dir():
@@ -136,7 +137,7 @@ def _read_file(path: Path) -> bytes:
 def _decoded(data: bytes, path: Path) -> str:
     try:
         # Unlike reading in text mode, this leaves \r\n as it is.
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark, which is no symbol of the text
     except UnicodeDecodeError as error:
         raise ExperimentError(
             f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, expected characters. "

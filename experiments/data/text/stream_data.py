@@ -83,7 +83,7 @@ class StreamData(LightningDataModule, ABC):
 
     @property
     def known_vocabulary_size(self) -> int | None:
-        """The published size of a named text's vocabulary, without the text; None where none is known."""
+        """The size of the vocabulary where it is known without a download or a file of the user's; else None."""
         return None if self.path is not None else self.published.get(self.source)
 
     @property

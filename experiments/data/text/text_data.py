@@ -62,6 +62,12 @@ class TextData(StreamData):
         self.corpus: Corpus = corpus
         self.unit = unit
 
+    @property
+    def known_vocabulary_size(self) -> int | None:
+        """See `StreamData`. The text of `pydoc` is Python's own, and always there."""
+        is_there = self.path is None and self.corpus == "pydoc"
+        return len(self._encoded().vocabulary) if is_there else super().known_vocabulary_size
+
     def prepare_data(self) -> None:
         """Downloads the corpus if it is not on disk. Raises ExperimentError where that fails."""
         if self.path is None:
