@@ -50,6 +50,29 @@ def test_it_gives_what_the_loop_gives(name):
     assert str(explain(cell)).count("by native code") == 2
 
 
+@pytest.mark.parametrize("place", ["stream", "state", "weight", "bias", "gradient"])
+def test_numbers_whose_sign_is_a_mark(place):
+    """An imaginary part of a conjugate has its sign in a mark, which memory does not show."""
+
+    def negated(tensor):
+        marked = torch._neg_view(-tensor)
+        assert marked.is_neg()
+        return marked
+
+    cell = Free(lambda cell, x, h: (x @ cell.V + h @ cell.U + cell.b).tanh()).float()
+    cell.V, cell.b = (negated(v) if name == place else v for name, v in (("weight", cell.W), ("bias", cell.a)))
+    xs, state = inputs(cell, dtype=torch.float32)
+    outcomes = []
+    for engine in ("loop", "fused"):
+        h = negated(state.h) if place == "state" else state.h
+        output, final = scan(cell, negated(xs) if place == "stream" else xs, HiddenState(h), engine)
+        given = [normal(*r.shape).float() for r in (output, final.h)]
+        given = [negated(g) for g in given] if place == "gradient" else given
+        leaves = [xs, state.h, cell.W, cell.U, cell.a]
+        outcomes.append([output, *final, *torch.autograd.grad([output, final.h], leaves, given)])
+    close(*outcomes, torch.float32)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_may_go_by_blocks_of_steps(name, monkeypatch):
     """The first of which is shorter. What stands before and after a block is added up."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
 from multint.engines import private
-from multint.engines.failures import StepError
+from multint.engines.failures import InternalError, StepError
 from multint.engines.reads import Walk, contents_of
 from multint.engines.witness import Witness
-from multint.errors import EngineError, in_a_line
+from multint.errors import EngineError
 
 if TYPE_CHECKING:
     from multint.engines.capture import Trace
@@ -71,7 +72,7 @@ class _History:
 
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()  # or why there is none
 _by_graph: WeakValueDictionary[Hashable, Program] = WeakValueDictionary()
-_histories: WeakKeyDictionary[nn.Module, _History] = WeakKeyDictionary()
+_histories: MutableMapping[nn.Module, _History] = private.kept_by_identity()
 
 
 def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked: bool) -> tuple[Program, list[Tensor]]:
@@ -82,7 +83,8 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
         x: them at one step, as the step takes them.
         asked: whether the engine was asked for by name: then every change of an attribute is traced.
 
-    Raises: EngineError where there can be none; StepError where the step itself fails.
+    Raises: EngineError where there can be none; StepError where the step itself fails; InternalError where the engine
+    does.
     """
     history = _histories.setdefault(cell, _History())
     walked = history.walk(cell, type(state))
@@ -114,9 +116,8 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
                     kept = str(error)
                 except StepError:  # of these inputs, perhaps
                     raise
-                except Exception as error:  # ours: it is told once, and not tried again
-                    _programs[key] = f"fused: it failed by {in_a_line(error)}"
-                    raise
+                except Exception as error:
+                    raise InternalError(partial(_programs.__setitem__, key)) from error
                 _programs[key] = kept
     _programs.move_to_end(key)
     while len(_programs) > MOST_PROGRAMS:

@@ -55,8 +55,6 @@ def capture(cell: nn.Module, x: Any, state: Any) -> Trace:
         new = as_state(traced.state_type, [field.to(dtype) for field, dtype in zip(state, dtypes, strict=True)])
         if dtypes == [field.dtype for field in state] and type(new) is type(state):
             break
-        if [field.is_floating_point() for field in state] != [dtype.is_floating_point for dtype in dtypes]:
-            raise EngineError("fused: a whole number of the first state becomes a fraction, or the other way round")
         state = new
         traced = _trace(step, x, state)
     else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from multint.engines import private
-from multint.engines.failures import StepError, report
+from multint.engines.failures import InternalError, StepError, report
 from multint.engines.loop import loop
 from multint.engines.machine import has_compiler
 from multint.engines.traced import traced
@@ -79,6 +80,7 @@ def scan(
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
     cause: BaseException | None = None
+    result = None
     try:
         reason = (_not_worth_it(cell, xs) if engine == "auto" else "") or _refusal(cell, xs, state)
         if not reason:
@@ -95,15 +97,19 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
             if engine == "fused":
                 loop(cell, xs, state)
         else:
-            cause, reason = error, f"fused: it failed by {in_a_line(error)}"
+            cause = error.__cause__ or error if isinstance(error, InternalError) else error
+            reason = f"fused: it failed by {in_a_line(cause)}"
+            result = loop(cell, xs, state)  # where this fails too, the failure is the caller's: it is not kept
+            if isinstance(error, InternalError):
+                error.keep(reason)
             if engine == "auto":
-                report(f"it failed by {in_a_line(error)}")
+                report(f"it failed by {in_a_line(cause)}")
     if engine == "fused":
         raise EngineError(reason) from cause
     if isinstance(cell, nn.Module):
         _last[cell] = _Told(reason)
         _stepped[cell] = _stepped.get(cell, 0) + _size(xs)[0]
-    return loop(cell, xs, state)
+    return result or loop(cell, xs, state)
 
 
 def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
@@ -114,15 +120,18 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
     except EngineError:
         _stepped[cell] = 0  # a small scan is not tried again at every call
         raise
-    if not asked and (reason := _too_small_for_pieces(cell, xs, program)):
+    given = [*_by_name(xs).values(), *state, *tensors]
+    if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in given):
+        raise EngineError("fused: a tensor that was made in inference mode cannot be kept for a backward pass")
+    reason = _first_state_differs(program, state) or ("" if asked else _too_small_for_pieces(cell, xs, program))
+    if reason:
         raise EngineError(reason)
     try:
         result = _run(program, tensors, xs, state, asked)
     except Exception as error:
         if isinstance(error, EngineError) or private.is_control_flow(error):
             raise
-        program.failure = f"fused: it failed by {in_a_line(error)}"
-        raise
+        raise InternalError(partial(setattr, program, "failure")) from error
     _last[cell] = _Told("", weakref.ref(program), _size(xs))
     return result
 
@@ -132,13 +141,33 @@ def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, ask
     from multint.engines.copies import as_state
     from multint.engines.executor import constants
 
-    inputs = list(_by_name(xs).values())
+    inputs, tensors, fields = (
+        [private.in_memory(tensor) for tensor in some] for some in (_by_name(xs).values(), tensors, state)
+    )
     # What follows has the casts of autocast in its graphs already.
     with torch.autocast(inputs[0].device.type, enabled=False):
         buffers = program.forward.buffers
-        fields = [f.to(buffers[name].dtype) for f, name in zip(state, program.forward.states, strict=True)]
+        fields = [f.to(buffers[name].dtype) for f, name in zip(fields, program.forward.states, strict=True)]
         output, fields = run_in_parts(program, constants(program, tensors), inputs, fields, asked)
         return output, as_state(program.plan.state_type, fields)
+
+
+def _first_state_differs(program: Program, state: Any) -> str:
+    """Why the first state cannot be brought into the dtypes that the step gives it, in which all steps are run.
+
+    A step may do other things with the same numbers in another dtype: `n > 1`, where n is 2 or True. Only the roundings
+    of autocast come with the same numbers.
+    """
+    schedule = program.forward
+    for name, shown, field in zip(schedule.states, state._fields, state, strict=True):
+        dtype = schedule.buffers[name].dtype
+        if field.dtype == dtype:
+            continue
+        floats = field.is_floating_point() and dtype.is_floating_point
+        by_autocast = floats and torch.is_autocast_enabled(field.device.type)
+        if not by_autocast or not torch.equal(field.detach().to(dtype).to(field.dtype), field.detach()):
+            return f"fused: the first state's {shown} is {field.dtype}, and the step makes it {dtype}; start from that"
+    return ""
 
 
 def precompile(
@@ -220,9 +249,10 @@ class _Told:
         return Explanation("loop" if reason else "fused", reason, program, self.size)
 
 
-_last: WeakKeyDictionary[nn.Module, _Told] = WeakKeyDictionary()
-_stepped: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many steps a cell has run by the loop
-_in_pieces: WeakSet[nn.Module] = WeakSet()  # cells without native loops
+# By identity: what a user's cell says of equality and of its hash does not make two cells one.
+_last: MutableMapping[nn.Module, _Told] = private.kept_by_identity()
+_stepped: MutableMapping[nn.Module, int] = private.kept_by_identity()  # how many steps a cell has run by the loop
+_in_pieces: MutableMapping[nn.Module, bool] = private.kept_by_identity()  # whether a cell has no native loops
 
 
 def explain(
@@ -254,9 +284,9 @@ def explain(
             return Explanation("loop", reason)
         program, _ = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked=True)
     except Exception as error:
-        failed = error.__cause__ if isinstance(error, StepError) and error.__cause__ else error
+        failed = error.__cause__ if isinstance(error, StepError | InternalError) and error.__cause__ else error
         return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
-    reason = _not_worth_it(cell, xs) if engine == "auto" else ""
+    reason = _first_state_differs(program, state) or (_not_worth_it(cell, xs) if engine == "auto" else "")
     if engine == "auto" and not reason:
         reason = _too_small_for_pieces(cell, xs, program)
     return Explanation("loop" if reason else "fused", reason, program, _size(xs))
@@ -266,6 +296,8 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
     """Why `fused` cannot be tried, apart from what tracing would find; empty where nothing speaks against it."""
     if not isinstance(cell, nn.Module):
         return "fused: the cell is no nn.Module, so its parameters are unknown"
+    if not _is_listed(cell):
+        return "fused: a module of the cell has no hash, so torch cannot list its parameters"
     if private.global_hooks():
         return "fused: there are hooks on all modules, which would not be called at every step"
     if around := private.surroundings():
@@ -275,6 +307,8 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
         return "fused: the streams have different numbers of rows"
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in given):
         return f"fused: it takes plain tensors, and not {', '.join(sorted({type(t).__name__ for t in given}))}"
+    if layouts := {str(tensor.layout) for tensor in given if tensor.layout is not torch.strided}:
+        return f"fused: it takes tensors of the layout torch.strided, and not {', '.join(sorted(layouts))}"
     if any(tensor.is_meta for tensor in given):
         return "fused: tensors on the meta device hold no numbers to check the step by"
     if _size(xs)[1] == 0:
@@ -282,9 +316,17 @@ def _refusal(cell: Any, xs: Streams, state: Any) -> str:
     return ""
 
 
+def _is_listed(cell: nn.Module) -> bool:
+    """Whether torch can list the cell's modules, which takes the hash of each."""
+    try:
+        return bool(list(cell.modules()))
+    except Exception:
+        return False
+
+
 def _not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
-    if not isinstance(cell, nn.Module):
+    if not isinstance(cell, nn.Module) or not _is_listed(cell):
         return ""  # which is a refusal of `fused` itself
     if _size(xs)[0] == 1:
         return "auto: one step is no loop"
@@ -318,7 +360,7 @@ def _too_small_for_pieces(cell: nn.Module, xs: Streams, program: Program) -> str
     """Why it does not pay to compile a program whose pieces are compiled one by one; empty where it does."""
     if _is_native(program):
         return ""
-    _in_pieces.add(cell)  # so that the next call knows it without the program
+    _in_pieces[cell] = True  # so that the next call knows it without the program
     return _too_small(cell, xs, in_pieces=True)
 
 

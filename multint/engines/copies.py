@@ -56,7 +56,7 @@ class Copy:
 
 def _clone(tensor: Tensor) -> Tensor:
     """A tensor of the same numbers and kind, at the root of its own graph."""
-    numbers = tensor.detach().clone()
+    numbers = private.in_memory(tensor.detach()).clone()
     if isinstance(tensor, nn.Parameter):
         numbers = nn.Parameter(numbers, tensor.requires_grad)
     else:

@@ -14,22 +14,12 @@ from torch import Tensor
 
 from multint.engines import private
 from multint.engines.failures import report
-from multint.engines.lowering import OUTPUT_GRADIENT
 from multint.engines.native import loop_of
 from multint.engines.program import Program
-from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Instruction, Product, Schedule, Sum
-from multint.engines.stepwise import Memory, allocate, execute
+from multint.engines.reach import Path
+from multint.engines.schedule import At, Buffer, Contraction, Extent, Instruction, Product, Schedule, Sum
+from multint.engines.stepwise import Memory, allocate, execute, interpret
 from multint.errors import EngineError, in_a_line
-
-
-def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
-    """Run instructions once, operation by operation, so that autograd sees each."""
-    for instruction in instructions:
-        if isinstance(instruction, Call):
-            results = instruction.kernel.module.forward(*(values[at] for at in instruction.reads))
-            values.update(zip(instruction.writes, results, strict=True))
-        elif isinstance(instruction, Product):
-            values[instruction.result] = values[instruction.left] @ values[instruction.matrix]
 
 
 def constants(program: Program, tensors: Sequence[Tensor]) -> dict[At, Tensor]:
@@ -65,12 +55,17 @@ def run(
     count = len(plan.matrices)
     matrices, vectors = same[:count], [value.contiguous() for value in same[count:]]
     arguments = [*changing, *matrices, *vectors, *state]
-    wanted = None
+    wanted = path = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
         named = zip(schedule.arguments, arguments, strict=True)
-        wanted = frozenset(name for name, tensor in named if tensor.requires_grad and name not in schedule.states)
-    output, *final = Scan.apply(program, wanted, asked, steps, *arguments)  # type: ignore[no-untyped-call]
+        learnt = frozenset(name for name, tensor in named if tensor.requires_grad and name not in schedule.states)
+        path = program.reach(learnt).path(tuple(field.requires_grad for field in state), steps)
+        wanted = learnt if any(path.results) else None
+    output, *final = Scan.apply(program, wanted, path, asked, steps, *arguments)  # type: ignore[no-untyped-call]
     return output, final
+
+
+_BESIDE = 5  # what `Scan` takes beside the schedule's arguments
 
 
 class Scan(torch.autograd.Function):
@@ -78,7 +73,13 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, wanted: frozenset[str] | None, asked: bool, steps: int, *arguments: Tensor
+        ctx: Any,
+        program: Program,
+        wanted: frozenset[str] | None,
+        path: Path | None,
+        asked: bool,
+        steps: int,
+        *arguments: Tensor,
     ) -> Any:
         schedule = program.scheduled(wanted)
         buffers, rows = schedule.buffers, len(arguments[-1])
@@ -96,7 +97,8 @@ class Scan(torch.autograd.Function):
             run(block)
         if loop:
             loop.gather(memory)
-        ctx.program, ctx.schedule, ctx.asked = program, schedule, asked
+        ctx.program, ctx.schedule, ctx.path, ctx.asked, ctx.steps = program, schedule, path, asked, steps
+        ctx.set_materialize_grads(False)
         if schedule.reverse:
             kept = [memory[name] if isinstance(memory[name], list) else [memory[name]] for name in schedule.kept]
             ctx.counts = [len(memory[name]) if isinstance(memory[name], list) else None for name in schedule.kept]
@@ -105,13 +107,19 @@ class Scan(torch.autograd.Function):
         final = [memory[name][steps].clone() for name in schedule.states]
         if loop and not schedule.reverse:
             loop.release(memory)
-        ctx.mark_non_differentiable(*(field for field in final if not field.is_floating_point()))
-        return memory[schedule.states[0]][1:], *final
+        results = memory[schedule.states[0]][1:], *final
+        if path is not None:
+            ctx.mark_non_differentiable(*(r for r, learnt in zip(results, path.results, strict=True) if not learnt))
+        return results
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, *d_final: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         schedule: Schedule = ctx.schedule
-        saved = list(ctx.saved_tensors)
+        reached = ctx.path.arguments([cotangent is not None for cotangent in cotangents])
+        if not reached:
+            return (None,) * (_BESIDE + len(schedule.arguments))
+        cotangents = tuple(None if c is None else private.in_memory(c) for c in cotangents)
+        saved = [private.in_memory(tensor) for tensor in ctx.saved_tensors]
         arguments, saved = saved[: len(schedule.arguments)], saved[len(schedule.arguments) :]
         # Hooks on saved tensors may have brought them into another order. That of a matrix is free.
         saved = [tensor.contiguous() for tensor in saved]
@@ -119,39 +127,45 @@ class Scan(torch.autograd.Function):
         arguments = [a if schedule.buffers[n].extent is Extent.ONE else a.contiguous() for n, a in named]
         create_graph = torch.is_grad_enabled()
         # A gradient's gradient, or one of many at once.
-        if create_graph or private.surroundings() or private.are_batched(d_output, *d_final):
-            gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph)
-            return None, None, None, None, *gradients
+        given = [cotangent for cotangent in cotangents if cotangent is not None]
+        if create_graph or private.surroundings() or private.are_batched(*given):
+            gradients = _differentiably(schedule, arguments, cotangents, ctx.steps, create_graph)
+            return *(None,) * _BESIDE, *gradients
         memory: Memory = dict(zip(schedule.arguments, arguments, strict=True))
         for name, count in zip(schedule.kept, ctx.counts, strict=True):
             memory[name], saved = (saved[0], saved[1:]) if count is None else (saved[:count], saved[count:])
         try:
-            with torch.autocast(d_output.device.type, enabled=False):
-                gradients = _backward(ctx.program, schedule, memory, d_output, d_final)
+            with torch.autocast(given[0].device.type, enabled=False):
+                gradients = _backward(ctx.program, schedule, memory, cotangents, ctx.steps, len(arguments[-1]))
         except Exception as error:
-            ctx.program.failure = f"fused: its backward pass failed by {in_a_line(error)}"
+            # Where autograd fails too, the failure is the caller's: it is raised, and not kept.
+            gradients = _differentiably(schedule, arguments, cotangents, ctx.steps, create_graph=False)
+            reason = f"its backward pass failed by {in_a_line(error)}"
+            ctx.program.failure = f"fused: {reason}"
             if ctx.asked:
                 raise EngineError(ctx.program.failure) from error
-            report(f"its backward pass failed by {in_a_line(error)}")
-            gradients = _differentiably(schedule, arguments, (d_output, *d_final), create_graph=False)
-        return None, None, None, None, *gradients
+            report(reason)
+        found = [gradient if n in reached else None for n, gradient in zip(schedule.arguments, gradients, strict=True)]
+        return *(None,) * _BESIDE, *found
 
 
 def _backward(
-    program: Program, schedule: Schedule, memory: Memory, d_output: Tensor, d_final: tuple[Tensor, ...]
+    program: Program, schedule: Schedule, memory: Memory, cotangents: Sequence[Tensor | None], steps: int, rows: int
 ) -> list[Tensor | None]:
     """The reverse loop and the epilogue: the gradients of the schedule's arguments."""
     loop = loop_of(program, schedule, reverse=True)
-    buffers, (steps, rows) = schedule.buffers, d_output.shape[:2]
+    buffers = schedule.buffers
     made = [write.buffer for instruction in schedule.reverse for write in instruction.writes]
     made += [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Product)]
     allocated = loop.allocate if loop else partial(allocate, buffers)
     memory |= allocated(dict.fromkeys([*made, *schedule.cleared]), schedule.gradients, schedule.cleared, steps, rows)
-    memory[OUTPUT_GRADIENT] = d_output.contiguous()
+    d_output, *d_final = cotangents
+    zeros = buffers[schedule.output_gradient].empty(rows, steps).zero_() if d_output is None else d_output
+    memory[schedule.output_gradient] = zeros.contiguous()
     for d_state, given in zip(schedule.gradients[-len(schedule.states) :], d_final, strict=True):
         if d_state is not None:
-            # A copy, since it is written over; in its dtype, for where it has no derivative autograd gives others.
-            memory[d_state][steps] = given.to(buffers[d_state].dtype, copy=True, memory_format=torch.contiguous_format)
+            zeros = buffers[d_state].empty(rows).zero_() if given is None else given
+            memory[d_state][steps] = zeros.clone(memory_format=torch.contiguous_format)  # since it is written over
     if loop:
         # What a forward loop from Python has left for each step by itself.
         memory |= {name: torch.stack(value) for name, value in memory.items() if isinstance(value, list)}
@@ -199,12 +213,12 @@ def _products(instructions: Sequence[Instruction], buffers: dict[str, Buffer], m
 
 
 def _differentiably(
-    schedule: Schedule, arguments: list[Tensor], cotangents: tuple[Tensor, ...], create_graph: bool
+    schedule: Schedule, arguments: list[Tensor], cotangents: Sequence[Tensor | None], steps: int, create_graph: bool
 ) -> list[Tensor | None]:
     """The same by autograd, through the forward section operation by operation; differentiable in its turn."""
     # The saved arguments are still tied to the caller's graph. Views of them: where one depends on another, as a
     # carried state on the weights, each has its own gradient here. A name that stands twice has one view.
-    with torch.enable_grad(), torch.autocast(cotangents[0].device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(arguments[-1].device.type, enabled=False):
         of = {
             name: a.view_as(a) if create_graph else a.detach().requires_grad_(a.requires_grad)
             for name, a in zip(schedule.arguments, arguments, strict=True)
@@ -212,7 +226,7 @@ def _differentiably(
         state = [of[name] for name in schedule.states]
         fixed = {At(n): v for n, v in of.items() if schedule.buffers[n].extent is Extent.ONE}
         streams = {n: v for n, v in of.items() if schedule.buffers[n].extent is Extent.EACH}
-        steps, rows = cotangents[0].shape[:2]
+        rows = len(arguments[-1])
         values = fixed | {At(name, None): stream.flatten(0, 1) for name, stream in streams.items()}
         interpret(schedule.entry, values)
         made = [write for instruction in schedule.entry for write in instruction.writes]
@@ -225,9 +239,8 @@ def _differentiably(
             state = [values[At(name, 1)] for name in schedule.states]
             outputs.append(state[0])
         wanted = {name: value for name, value in of.items() if value.requires_grad}
-        # A field without derivative, such as a counter, has no part in this.
         pairs = zip((torch.stack(outputs), *state), cotangents, strict=True)
-        results, given = zip(*((result, cotangent) for result, cotangent in pairs if result.requires_grad), strict=True)
+        results, given = zip(*((result, given) for result, given in pairs if given is not None), strict=True)
         gradients = torch.autograd.grad(
             results, list(wanted.values()), given, create_graph=create_graph, allow_unused=True
         )

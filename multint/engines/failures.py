@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 _told: set[str] = set()
 
@@ -13,6 +14,18 @@ class RefusedError(Exception):
 
 class StepError(Exception):
     """The step itself has raised the cause of this."""
+
+
+class InternalError(Exception):
+    """The engine has failed by the cause of this, which may be the caller's fault as well as its own.
+
+    Attributes:
+        keep: lets later calls know the reason, for a failure that is the engine's.
+    """
+
+    def __init__(self, keep: Callable[[str], None]) -> None:
+        super().__init__()
+        self.keep = keep
 
 
 def report(reason: str, effect: str = "the compiled scan is not used") -> None:

@@ -16,8 +16,6 @@ from multint.engines.private import StandIns, has_rows
 from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Product, Rows, Schedule, Sum, check
 from multint.errors import EngineError, in_a_line
 
-OUTPUT_GRADIENT = "d_output"
-
 
 class Kernels:
     """The kernels of a plan, each made once and shared by its schedules."""
@@ -57,8 +55,8 @@ class _Lowering:
         self._left: dict[int, str] = {}  # the buffers of the left-hand sides of the products, by the product's identity
 
     def _buffer(self, name: str, like: Tensor, extent: Extent, rows: bool = True, **more: Any) -> str:
-        """A new buffer of that name, or the next free one, for values like the stand-in."""
-        free = name
+        """A new buffer for values like the stand-in, of that name or, where a user has taken it, the next free one."""
+        free = str(name)  # a stream's may be any key of a dictionary
         while free in self.schedule.buffers:
             free += "'"
         shape = tuple(int(n) for n in (like.shape[1:] if rows else like.shape))
@@ -131,7 +129,7 @@ class _Lowering:
         self._gradients(wanted)
         d_new = [At(self._d[node], 1) for node in plan.states.values() if node in self._d]
         if next(iter(plan.states.values())) in self._d:
-            d_new.append(At(OUTPUT_GRADIENT))
+            d_new.append(At(schedule.output_gradient))
         self._vjp(plan.output, d_new)
         for stage in reversed(plan.stages):
             d_result, matrix = At(self._d[stage.result]), At(self.names[stage.matrix])
@@ -162,7 +160,7 @@ class _Lowering:
             for node in nodes:
                 if node.meta["val"].is_floating_point():
                     self._d[node] = self._buffer(f"d_{self.names[node]}", node.meta["val"], extent)
-        self._buffer(OUTPUT_GRADIENT, states[0].meta["val"], Extent.EACH, given=True)
+        schedule.output_gradient = self._buffer("d_output", states[0].meta["val"], Extent.EACH, given=True)
         # Vectors have one gradient for all steps, so every piece adds to it. It is summed in float32 at least, since
         # half precision would round at each step; and by row where that is enough, since a sum over rows in the
         # reverse loop costs more than one at the end.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from multint.engines import private
 from multint.engines.capture import Trace
 from multint.engines.private import StandIns, has_rows
 
@@ -81,8 +83,9 @@ def plan(trace: Trace) -> Plan:
     on_state, on_input = _reached(states.values()), _reached(inputs.values())
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
     rows = next(iter(states.values())).meta["val"].shape[0]
-    hoisted = _products(graph, on_input - on_state, invariant, rows, trace.world)
-    stages = _products(graph, on_state, invariant, rows, trace.world)
+    in_loop = on_state | _reached(_counting(graph, {*inputs.values(), *states.values()}, rows))
+    hoisted = _products(graph, on_input - in_loop, invariant, rows, trace.world)
+    stages = _products(graph, in_loop, invariant, rows, trace.world)
     outputs: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     # What is the same at every step, as far as anything else reads it.
     read = [n for n in graph.nodes if n in invariant and any(user not in invariant for user in n.users)]
@@ -152,12 +155,71 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
+def _counting(graph: fx.Graph, of_rows: set[fx.Node], rows: torch.SymInt) -> list[fx.Node]:
+    """The nodes whose values say how many rows there are: done for the rows of all steps at once, they would be wrong.
+
+    A view of the rows is not among them, nor a constant of one row for each of the batch. What is computed of such
+    constants is, unless it keeps their rows apart: the sum of ones over the rows is their number.
+
+    Args:
+        of_rows: the inputs and the states.
+    """
+    found = []
+    of_rows, constants = _tensors_reached(of_rows), set[fx.Node]()
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor | tuple | list):
+            continue
+        if any(_is_count(other) for other in node.all_input_nodes) and not _is_shape(node, node in of_rows, rows):
+            found.append(node)
+        elif node not in of_rows and any(_is_count(n) or n in constants for n in node.all_input_nodes):
+            constants.add(node)
+            known = not constants.intersection(node.all_input_nodes)
+            if not (known or private.is_pointwise(node.target) or private.is_view(node.target)):
+                found.append(node)
+    return found
+
+
+def _tensors_reached(sources: set[fx.Node]) -> set[fx.Node]:
+    """What depends on the numbers in some tensors, and not on their sizes alone."""
+    reached = set(sources)
+    stack = list(sources)
+    while stack:
+        for user in stack.pop().users:
+            if user not in reached and user.op == "call_function" and not _is_count(user):
+                reached.add(user)
+                stack.append(user)
+    return reached
+
+
+def _is_count(node: fx.Node) -> bool:
+    """Whether a node's value is a number that has to do with the number of rows."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_shape(node: fx.Node, of_rows: bool, rows: torch.SymInt) -> bool:
+    """Whether an operation takes the number of rows as the shape of a view, or of a constant of so many rows, alone."""
+    schema = private.arguments(node.target)
+    taken = {name for name, value in [*zip(schema, node.args, strict=False), *node.kwargs.items()] if _counts_in(value)}
+    if taken != {"size"}:
+        return False
+    return (of_rows and private.is_view(node.target)) or (
+        has_rows(node.meta["val"], rows) and len(private.row_dimensions(node.meta["val"])) == 1
+    )
+
+
+def _counts_in(value: Any) -> bool:
+    """Whether an argument of an operation is, or holds, a number that has to do with the number of rows."""
+    found: list[bool] = []
+    fx.node.map_arg(value, lambda node: found.append(_is_count(node)))
+    return any(found)
+
+
 def _products(
     graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], rows: torch.SymInt, world: StandIns
 ) -> list[Product]:
     """The products of nodes among the given ones with invariant matrices, grouped by their left-hand side.
 
-    A product counts where it has one row for each of the batch: then it may be done for the rows of all steps at once.
+    A product counts where it has one row for each of the batch.
     """
     grouped: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

@@ -13,13 +13,14 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from multint.engines.failures import RefusedError
+from multint.errors import EngineError
 
 # The number of rows is open, but the compiler decides by this one where threads are worth it. It is not the first
 # call's, so that the cached kernel does not depend on the first call's batch size.
@@ -42,7 +43,7 @@ class StandIns:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor whose every size is fixed."""
-        return self._stand_in(tensor.detach(), open_rows=False)
+        return self._stand_in(in_memory(tensor.detach()), open_rows=False)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor (B, ...) of an open number of rows, the same for all such tensors."""
@@ -68,7 +69,7 @@ class StandIns:
         self, function: Callable[..., Any], stand_ins: list[Tensor], decompositions: Any = None
     ) -> fx.GraphModule:
         """The function as a graph of ATen operations that writes to none of its values."""
-        with self.mode, self._dispatcher():
+        with self.mode, self._dispatcher(), _rows_without_text():
             module: fx.GraphModule = self._make_graph(
                 torch.func.functionalize(function),
                 decomposition_table=decompositions,
@@ -77,16 +78,28 @@ class StandIns:
         return module
 
     def fixed_rows(self) -> str:
-        """The condition on the number of rows that the traced code has tested, where not every number meets it."""
-        for guard in self._shapes.guards:
-            symbols = guard.expr.free_symbols
-            # Around the numbers that the condition names, it may change.
-            named = [int(number) for number in guard.expr.atoms() if number.is_Integer]
-            near = [times * number + d for number in named for times in (1, 2, 3) for d in (-1, 0, 1)]
-            numbers = {n for n in (*range(2, 130), 1000, 10**6, *near) if n > 1}
-            if not all(guard.expr.subs(dict.fromkeys(symbols, n)) for n in numbers):
-                return str(guard.expr)
-        return ""
+        """The condition on the number of rows that the traced code has tested; empty where there is none.
+
+        What every number from 2 on meets is not among them.
+        """
+        return str(self._shapes.guards[0].expr) if self._shapes.guards else ""
+
+
+@contextlib.contextmanager
+def _rows_without_text() -> Iterator[None]:
+    """Within it, the user's code that makes a text of an open size is an error: it would be the symbol's name."""
+    original = torch.SymInt.__repr__
+
+    def refuse(size: torch.SymInt) -> str:
+        if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
+            raise EngineError("fused: the step makes a text of the number of rows")
+        return str(original(size))  # type: ignore[no-untyped-call]
+
+    torch.SymInt.__repr__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.SymInt.__repr__ = original  # type: ignore[method-assign]
 
 
 def row_dimensions(stand_in: Any) -> list[int]:
@@ -131,6 +144,11 @@ def given(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -
         if argument.name == name:
             return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
     return None
+
+
+def arguments(target: Any) -> list[str]:
+    """The names of an operation's arguments, in order."""
+    return [argument.name for argument in target._schema.arguments] if is_operation(target) else []
 
 
 def has_argument(target: Any, name: str) -> bool:
@@ -241,6 +259,8 @@ def surroundings() -> str:
         return "a torch.func transform is active"
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "the caller itself is being traced"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection is on, which tells of each operation of a step"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     count = torch._C._len_torch_function_stack()
@@ -291,6 +311,18 @@ def scan_operator(step: Callable[[Any, Any], Any], xs: Any, state: Any) -> tuple
 
     last, output = scan(body, tuple(state), xs)
     return output, type(state)(*last)
+
+
+def kept_by_identity() -> MutableMapping[Any, Any]:
+    """A dictionary that keeps none of its keys alive, and takes two for one only where they are the same object."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its numbers: not one whose sign is a mark, nor zeros that have no memory."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def is_control_flow(error: Exception) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from multint.engines.capture import TRACING, unaware
 from multint.engines.lowering import Kernels, lower
 from multint.engines.plan import Plan
+from multint.engines.reach import Reach
 from multint.engines.schedule import Schedule
 from multint.errors import EngineError
 
@@ -29,6 +30,7 @@ class Program:
         self.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
         self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none
         self._last: Schedule | None = None  # that gave gradients
+        self._reaches: dict[frozenset[str], Reach] = {}
 
     def schedule(self, wanted: frozenset[str] | None) -> Schedule:
         """The schedule that gives gradients to the wanted arguments; forward only where that is None.
@@ -48,6 +50,10 @@ class Program:
         if isinstance(kept, str):
             raise EngineError(kept)
         return kept
+
+    def reach(self, wanted: frozenset[str]) -> Reach:
+        """Which results have a gradient, and what it reaches, where the arguments of these names want one."""
+        return self._reaches.setdefault(wanted, Reach(self.forward, wanted, self.plan.world))
 
     def scheduled(self, wanted: frozenset[str] | None) -> Schedule:
         """The schedule that is about to run."""

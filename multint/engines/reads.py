@@ -127,6 +127,8 @@ class Walk:
         """Take a tensor that can be replaced where it is."""
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
             if id(tensor) not in self._index:
+                while name in self.names:  # paths may show alike: in {1: a, "1": b}
+                    name += "'"
                 self._index[id(tensor)] = len(self.tensors)
                 self.tensors.append(tensor)
                 self.names.append(name)
@@ -140,7 +142,10 @@ class Walk:
         mark = self._mark(value)
         if self.entries is not None:
             version = private.version(value) if issubclass(type(value), Tensor) else None
-            self.entries[".".join(self._path)] = (mark, version)
+            shown = ".".join(self._path)
+            while shown in self.entries:
+                shown += "'"
+            self.entries[shown] = (mark, version)
         self._path.pop()
         return mark
 

@@ -184,6 +184,7 @@ class Schedule:
             vectors and the first state. What is several of these, or the matrix of two products, stands there twice.
         inputs: the streams that the caller gives.
         states: the state's buffers, the output's first.
+        output_gradient: the buffer that the output's gradient is given in.
         cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
         gradients: the buffer of each argument's gradient, or None.
         kept: the buffers that the forward pass makes and the backward pass reads.
@@ -200,6 +201,7 @@ class Schedule:
     arguments: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
+    output_gradient: str = ""
     cleared: list[str] = field(default_factory=list)
     gradients: list[str | None] = field(default_factory=list)
 

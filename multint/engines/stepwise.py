@@ -15,8 +15,9 @@ from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Prod
 
 _BY_STEP = (Extent.EACH, Extent.BLOCK, Extent.STATES, Extent.TURNS)
 
-# What a buffer's name stands for in a run: a value or, where there is one for each step, a sequence of them.
-Memory = dict[str, Any]
+# What a buffer's name stands for in a run: a value or, where there is one for each step, a sequence of them. Names may
+# be any text of the user's, so what an executor keeps beside them has another kind of key.
+Memory = dict[Any, Any]
 
 
 def execute(
@@ -45,6 +46,16 @@ def execute(
             values[slot] = sequence[t + later]
         for call in calls:
             call(values, t)
+
+
+def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
+    """Run instructions once, operation by operation, so that autograd sees each."""
+    for instruction in instructions:
+        if isinstance(instruction, Call):
+            results = instruction.kernel.module.forward(*(values[at] for at in instruction.reads))
+            values.update(zip(instruction.writes, results, strict=True))
+        elif isinstance(instruction, Product):
+            values[instruction.result] = values[instruction.left] @ values[instruction.matrix]
 
 
 def _ready(

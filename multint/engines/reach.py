@@ -1,0 +1,107 @@
+"""Which results of a scan have a gradient, and which arguments it reaches: what autograd would find of the loop.
+
+What a step detaches, or computes of whole numbers, has no gradient, and which fields that concerns may change from step
+to step. So one step is followed by autograd, on tensors without numbers, for each set of fields that have a gradient
+before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multint.engines.capture import unaware
+from multint.engines.private import StandIns
+from multint.engines.schedule import At, Buffer, Schedule
+from multint.engines.stepwise import interpret
+
+
+class Step(NamedTuple):
+    """One step: whether each field of the new state has a gradient, and the arguments that it reaches."""
+
+    learnt: tuple[bool, ...]
+    reached: tuple[frozenset[str], ...]
+
+
+class Reach:
+    """The reach of gradients in a schedule where the arguments of some names want them."""
+
+    def __init__(self, schedule: Schedule, wanted: frozenset[str], world: StandIns) -> None:
+        self._schedule, self._wanted, self._world = schedule, wanted, world
+        self._kept: dict[tuple[bool, ...], Step] = {}
+
+    def path(self, first: tuple[bool, ...], steps: int) -> Path:
+        """That of so many steps, by which fields of the first state want a gradient."""
+        found: list[Step] = []
+        learnt = first
+        for _ in range(steps):
+            if learnt not in self._kept:
+                self._kept[learnt] = unaware(self._step, learnt)
+            found.append(self._kept[learnt])
+            learnt = found[-1].learnt
+        return Path(found, self._schedule.states)
+
+    def _step(self, learnt: tuple[bool, ...]) -> Step:
+        schedule = self._schedule
+        wanted = self._wanted.union(name for name, wants in zip(schedule.states, learnt, strict=True) if wants)
+        with self._world.mode, torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            given = {name: _one_row(schedule.buffers[name], name in wanted) for name in schedule.arguments}
+            values = {At(name, later): value for name, value in given.items() for later in (0, None)}
+            interpret(schedule.entry, values)
+            values |= {At(at.buffer): value for at, value in values.items()}
+            interpret(schedule.forward, values)
+        names = {id(value): name for name, value in given.items()}
+        new = [values[At(name, 1)] for name in schedule.states]
+        return Step(tuple(field.requires_grad for field in new), tuple(_reached(field, names) for field in new))
+
+
+class Path:
+    """The reach of gradients over the steps of one scan."""
+
+    def __init__(self, steps: list[Step], states: list[str]) -> None:
+        self._steps, self._states = steps, states
+
+    @property
+    def results(self) -> list[bool]:
+        """Whether the output, and each field of the final state, have a gradient."""
+        return [any(step.learnt[0] for step in self._steps), *self._steps[-1].learnt]
+
+    def arguments(self, given: Sequence[bool]) -> set[str]:
+        """The arguments that gradients of those results reach which are given one."""
+        found: set[str] = set()
+        after = {i for i, is_given in enumerate(given[1:]) if is_given}  # the fields after a step with a gradient
+        last: tuple[Step, set[int]] | None = None
+        for step in reversed(self._steps):
+            fields = after | {0} if given[0] else after
+            if last is not None and last[0] is step and last[1] == fields:
+                continue  # all is as at the step after it, as at most steps
+            last = step, fields
+            reached = frozenset[str]().union(*(step.reached[i] for i in fields))
+            found |= reached.difference(self._states)
+            after = {i for i, name in enumerate(self._states) if name in reached}
+        return found.union(self._states[i] for i in after)
+
+
+def _one_row(buffer: Buffer, wants: bool) -> Tensor:
+    return buffer.empty(1).requires_grad_(wants and buffer.dtype.is_floating_point)
+
+
+def _reached(result: Tensor, names: dict[int, str]) -> frozenset[str]:
+    """The leaves of a result's graph, by name."""
+    if not result.requires_grad:
+        return frozenset()
+    if result.is_leaf:
+        return frozenset({names[id(result)]})
+    seen, found = set(), set()
+    stack = [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [other for other, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.add(names[id(node.variable)])
+    return frozenset(found)
