@@ -10,14 +10,16 @@ step goes through them:
    graph to its plainest form, and `legality.py` and `trials.py` refuse what a graph cannot hold, or gets wrong.
 3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of
-   state-dependent values with loop-invariant matrices are the *stages*. What is left between them is row-wise
+   state-dependent values with loop-invariant matrices are the *stages*, and so are those of a value that goes by the
+   number of rows, which is another one for the rows of many steps. What is left between them is row-wise
    pointwise code, cut into *pieces*.
 4. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
    and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
    streams and of all products. A vector's gradient is summed on the way. A product over the rows of many steps gives
    each matrix its gradient, and another one what a hoisted product multiplied.
 5. `program.py` holds the schedules of a plan, and `executor.py` runs one: its loops as one operation of autograd, what
-   is before them under autograd itself. A loop is run by one of two executors. `native.py` makes one C++ function of a
+   is before them under autograd itself; `reach.py` says which results have a gradient, and which arguments it reaches.
+   A loop is run by one of two executors. `native.py` makes one C++ function of a
    loop, any number of steps and rows: the `cpp` files write its pieces, `native.h` has its products and its split over
    threads, and `machine.py` compiles it. `stepwise.py` runs all others step by step from Python, by the pieces that
    `kernel.py` has Inductor compile: pieces with other operations, in other dtypes, or without a compiler.
