@@ -63,10 +63,10 @@ def scan(
         engine: "loop", the Python loop, which runs everything; "fused", the compiled scan; or "auto": fused where it
             can take the cell and pays, on CPUs, else the loop. In float32 it is taken to pay from 1e7 multiply-adds on
             (T · B · the cell's parameters), and for a smaller scan when its cell has run 20,000 steps under "auto"; the
-            two differ by rounding, in float32 by 1e-5 at most in the project's tests. A first state of another dtype than the
-            step gives it, and all scans under anomaly detection, are left to the loop. In bfloat16, under autocast and
+            two differ by rounding, in float32 by 1e-5 at most in the project's tests. In bfloat16, under autocast and
             for cells that have no native loop both numbers are ten times as large. Without a C++ compiler it takes 1e9
-            multiply-adds. `explain` tells the choice and why.
+            multiply-adds. The loop runs a first state of another dtype than the step gives it, and all scans under
+            anomaly detection. `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, for a state
     that is no named tuple or of another batch size, and for a step that gives it more rows or dimensions; EngineError
