@@ -35,14 +35,16 @@ class Reach:
 
     def path(self, first: tuple[bool, ...], steps: int) -> Path:
         """That of so many steps, by which fields of the first state want a gradient."""
-        found: list[Step] = []
+        runs: list[tuple[Step, int]] = []
         learnt = first
-        for _ in range(steps):
+        while steps:
             if learnt not in self._kept:
                 self._kept[learnt] = unaware(self._step, learnt)
-            found.append(self._kept[learnt])
-            learnt = found[-1].learnt
-        return Path(found, self._schedule.states)
+            step = self._kept[learnt]
+            times = steps if step.learnt == learnt else 1  # soon all steps are alike
+            runs.append((step, times))
+            steps, learnt = steps - times, step.learnt
+        return Path(runs, self._schedule.states)
 
     def _step(self, learnt: tuple[bool, ...]) -> Step:
         schedule = self._schedule
@@ -59,29 +61,30 @@ class Reach:
 
 
 class Path:
-    """The reach of gradients over the steps of one scan."""
+    """The reach of gradients over the steps of one scan, given as runs of steps that are alike."""
 
-    def __init__(self, steps: list[Step], states: list[str]) -> None:
-        self._steps, self._states = steps, states
+    def __init__(self, runs: list[tuple[Step, int]], states: list[str]) -> None:
+        self._runs, self._states = runs, states
 
     @property
     def results(self) -> list[bool]:
         """Whether the output, and each field of the final state, have a gradient."""
-        return [any(step.learnt[0] for step in self._steps), *self._steps[-1].learnt]
+        return [any(step.learnt[0] for step, _ in self._runs), *self._runs[-1][0].learnt]
 
     def arguments(self, given: Sequence[bool]) -> set[str]:
         """The arguments that gradients of those results reach which are given one."""
         found: set[str] = set()
         after = {i for i, is_given in enumerate(given[1:]) if is_given}  # the fields after a step with a gradient
-        last: tuple[Step, set[int]] | None = None
-        for step in reversed(self._steps):
-            fields = after | {0} if given[0] else after
-            if last is not None and last[0] is step and last[1] == fields:
-                continue  # all is as at the step after it, as at most steps
-            last = step, fields
-            reached = frozenset[str]().union(*(step.reached[i] for i in fields))
-            found |= reached.difference(self._states)
-            after = {i for i, name in enumerate(self._states) if name in reached}
+        for step, times in reversed(self._runs):
+            last: set[int] | None = None
+            for _ in range(times):
+                fields = after | {0} if given[0] else after
+                if fields == last:
+                    break  # all before it in the run is the same
+                last = fields
+                reached = frozenset[str]().union(*(step.reached[i] for i in fields))
+                found |= reached.difference(self._states)
+                after = {i for i, name in enumerate(self._states) if name in reached}
         return found.union(self._states[i] for i in after)
 
 
