@@ -28,7 +28,7 @@ NAMES = ("lstm-mi", "gru-mi", "lstm-norm", "lstm-bilinear")
 
 def loops(cell):
     """The native loops of a cell's last scan with gradients, forward and reverse, or why there are none."""
-    program = choice._last[cell].program()
+    program = choice._records[cell].last.program()
     return [program.loops[id(program.shown()), reverse] for reverse in (False, True)]
 
 

@@ -86,7 +86,9 @@ def program_of(cell: nn.Module, xs: dict[str, Tensor], x: Any, state: Any, asked
     Raises: EngineError where there can be none; StepError where the step itself fails; InternalError where the engine
     does.
     """
-    history = _histories.setdefault(cell, _History())
+    history = _histories.get(cell)
+    if history is None:
+        history = _histories[cell] = _History()
     walked = history.walk(cell, type(state))
     kind = next(iter(xs.values())).device.type
     key = (

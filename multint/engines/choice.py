@@ -108,8 +108,9 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
     if engine == "fused":
         raise EngineError(reason) from cause
     if isinstance(cell, nn.Module):
-        _last[cell] = _Told(reason)
-        _stepped[cell] = _stepped.get(cell, 0) + _size(xs)[0]
+        record = _record(cell)
+        record.last = _Told(reason)
+        record.stepped += _size(xs)[0]
     return result or loop(cell, xs, state)
 
 
@@ -119,7 +120,7 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
     try:
         program, tensors = cache.program_of(cell, _by_name(xs), _at_a_step(xs), state, asked)
     except EngineError:
-        _stepped[cell] = 0  # a small scan is not tried again at every call
+        _record(cell).stepped = 0  # a small scan is not tried again at every call
         raise
     given = [*_by_name(xs).values(), *state, *tensors]
     if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in given):
@@ -133,7 +134,7 @@ def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Ten
         if isinstance(error, EngineError) or private.is_control_flow(error):
             raise
         raise InternalError(partial(setattr, program, "failure")) from error
-    _last[cell] = _Told("", weakref.ref(program), _size(xs))
+    _record(cell).last = _Told("", weakref.ref(program), _size(xs))
     return result
 
 
@@ -250,10 +251,24 @@ class _Told:
         return Explanation("loop" if reason else "fused", reason, program, self.size)
 
 
+@dataclass
+class _Record:
+    """What is kept of a cell: how its last scan ran, its steps by the loop so far, whether it has no native loops."""
+
+    last: _Told | None = None
+    stepped: int = 0
+    in_pieces: bool = False
+
+
 # By identity: what a user's cell says of equality and of its hash does not make two cells one.
-_last: MutableMapping[nn.Module, _Told] = private.kept_by_identity()
-_stepped: MutableMapping[nn.Module, int] = private.kept_by_identity()  # how many steps a cell has run by the loop
-_in_pieces: MutableMapping[nn.Module, bool] = private.kept_by_identity()  # whether a cell has no native loops
+_records: MutableMapping[nn.Module, _Record] = private.kept_by_identity()
+
+
+def _record(cell: nn.Module) -> _Record:
+    record = _records.get(cell)  # most calls find one, and to set one is slow
+    if record is None:
+        record = _records[cell] = _Record()
+    return record
 
 
 def explain(
@@ -269,9 +284,10 @@ def explain(
     Raises: OptionError and ShapeError as `scan` does; OptionError for a cell that has not run.
     """
     if xs is None:
-        if not isinstance(cell, nn.Module) or cell not in _last:
+        last = _record(cell).last if isinstance(cell, nn.Module) else None
+        if last is None:
             raise OptionError("explain: this cell or layer has not run by 'auto' or 'fused'")
-        return _last[cell].explanation()
+        return last.explanation()
     if state is None:
         state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
     _check(xs, state, engine)
@@ -327,10 +343,10 @@ def _is_listed(cell: nn.Module) -> bool:
 
 def _not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
-    if not isinstance(cell, nn.Module) or not _is_listed(cell):
-        return ""  # which is a refusal of `fused` itself
     if _size(xs)[0] == 1:
         return "auto: one step is no loop"
+    if not isinstance(cell, nn.Module) or not _is_listed(cell):
+        return ""  # which is a refusal of `fused` itself
     kinds = {(tensor.device.type, tensor.dtype) for tensor in cell.parameters()}
     if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
@@ -339,13 +355,13 @@ def _not_worth_it(cell: Any, xs: Streams) -> str:
     if _work(cell, xs) < worth and not has_compiler():
         return f"auto: there is no C++ compiler, and without one the loop is faster below {worth:.0e} multiply-adds"
     half = torch.is_autocast_enabled("cpu") or ("cpu", torch.bfloat16) in kinds
-    return _too_small(cell, xs, half or cell in _in_pieces)
+    return _too_small(cell, xs, half or _record(cell).in_pieces)
 
 
 def _too_small(cell: nn.Module, xs: Streams, in_pieces: bool) -> str:
     """Why it does not pay to compile for a scan, or not yet; empty where it does."""
     work, times = _work(cell, xs), _TIMES_MORE_IN_PIECES if in_pieces else 1
-    if work >= times * _WORTH_COMPILING or _stepped.get(cell, 0) >= times * _STEPS_BEFORE:
+    if work >= times * _WORTH_COMPILING or _record(cell).stepped >= times * _STEPS_BEFORE:
         return ""
     what = "its pieces" if in_pieces else "it"
     return f"auto: at {work:.1e} multiply-adds, compiling {what} pays after {times * _STEPS_BEFORE:,} steps by the loop"
@@ -361,7 +377,7 @@ def _too_small_for_pieces(cell: nn.Module, xs: Streams, program: Program) -> str
     """Why it does not pay to compile a program whose pieces are compiled one by one; empty where it does."""
     if _is_native(program):
         return ""
-    _in_pieces[cell] = True  # so that the next call knows it without the program
+    _record(cell).in_pieces = True  # so that the next call knows it without the program
     return _too_small(cell, xs, in_pieces=True)
 
 

@@ -77,9 +77,9 @@ class _DropIn(Recurrent):
 
     def _check_dtypes(self, input: Any, hx: Any) -> None:
         """Raise a ShapeError for another dtype than the weights'; under autocast only for what is no float."""
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)  # None: DataParallel's copies
-        form: Any = self.directions[0].form
-        names = [f"state.{name}" for name in form._fields]
+        first: Any = self.directions[0]  # its cell's parameters are soon found, at every call
+        dtype = next((parameter.dtype for parameter in first.cell.parameters()), None)  # None: DataParallel's copies
+        names = [f"state.{name}" for name in first.form._fields]
         given = [("x", input.data if isinstance(input, PackedSequence) else input)]
         given += zip(names, hx if isinstance(hx, tuple | list) else [hx], strict=False)
         for name, tensor in given:
