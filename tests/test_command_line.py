@@ -355,7 +355,7 @@ def test_a_file_that_is_no_checkpoint_of_a_language_model_is_refused(run_folder,
     settings = whole["hyper_parameters"] | {"_class_path": "os.system"}
     assert "--trust os" in refused(whole | {"hyper_parameters": settings})
     settings["_class_path"] = "multint.Gone"
-    assert "multint.Gone" in refused(whole | {"hyper_parameters": settings})
+    assert "no task multint.Gone" in refused(whole | {"hyper_parameters": settings})
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def load_task(path: Path) -> Task:
     Its classes are built from the settings that it holds; `experiments.core.trust` limits what these may name.
     Raises ExperimentError for a checkpoint of something else, or without settings.
     """
-    read_checkpoint(path)
+    settings = read_checkpoint(path).get("hyper_parameters")
     try:
         task = LightningModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except argparse.ArgumentError as error:
@@ -83,9 +83,11 @@ def load_task(path: Path) -> Task:
             "go back to the version that wrote this one."
         ) from error
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        refused = next(filter(None, map(refusal, str(error).split("'"))), None)  # its task, in Lightning's words
+        reason = next(filter(None, map(refusal, str(error).split("'"))), None)  # its task, in Lightning's words
+        if reason is None and str(error).startswith("The class "):  # Lightning advises to import it
+            reason = f"this version has no task {settings['_class_path']}"
         raise ExperimentError(
-            f"{path}: not a checkpoint of a task that `fit` wrote ({refused or _first_lines(error)})."
+            f"{path}: not a checkpoint of a task that `fit` wrote ({reason or _first_lines(error)})."
         ) from error
     assert isinstance(task, Task)
     return task
