@@ -76,7 +76,8 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
         if (error.name or "experiments").partition(".")[0] in ("experiments", "models", "multint"):
             raise
         print(
-            f"error: the package '{error.name}' is not installed. The commands need: pip install -e '.[experiments]'",
+            f"error: the package '{error.name}' is not installed. The commands themselves need: "
+            "pip install -e '.[experiments]'",
             file=sys.stderr,
         )
         return 2

@@ -2,6 +2,7 @@
 
 import io
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         if path.exists() and not path.is_file():  # a device must not be replaced
             raise WritingError(f"{path}: cannot be written: it is there, and no file.")
-        aside = path.with_name(f"{path.name}.part")
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             yield aside
             os.replace(aside, path)
