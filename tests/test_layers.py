@@ -542,6 +542,11 @@ def test_streams_that_broadcast_make_no_new_rows():
     for engine in ("auto", "fused", "loop"):
         with pytest.raises(MultintError, match=r"makes? .*state.h \(4, 4, 7\) of \(4, 7\)"):
             scan(cell, torch.ones(3, 4, 4, 5), four, engine)
+        wide = type(four)(*(field.unsqueeze(1) for field in four))
+        with pytest.raises(MultintError, match=r"state.h has the shape \(4, 1, 7\), expected \(4, 7\)"):
+            scan(cell, torch.ones(3, 4, 5), wide, engine)
+    with pytest.raises(MultintError, match=r"state.h has the shape \(4, 1, 7\), expected \(4, 7\)"):
+        cell(torch.ones(4, 5), wide)
 
 
 def test_a_cell_without_step_or_initial_state_cannot_be_built():

@@ -53,8 +53,8 @@ class Cell(nn.Module, ABC):
     ) -> Any:
         """One step, from the initial state where none is given.
 
-        Raises: ShapeError for an x without a batch, and where x and the state broadcast: for one of other rows than the
-        other, and for a new state of more dimensions.
+        Raises: ShapeError for an x without a batch, for a state of other dimensions than the cell's own, and where x
+        and the state broadcast: for one of other rows than the other, and for a new state of more dimensions.
         """
         if x.ndim < 2 and x.is_floating_point():  # a cell of its own may read symbols (B,)
             raise ShapeError(
@@ -62,6 +62,13 @@ class Cell(nn.Module, ABC):
             )
         if state is None:
             state = self.initial_state(x.shape[0])
+        elif any(field.ndim != x.ndim for field in state):  # as they are in most cells, which are spared the look
+            for name, field, own in zip(state._fields, state, self.initial_state(1), strict=True):
+                if field.ndim != own.ndim:
+                    raise ShapeError(
+                        f"{type(self).__name__}: state.{name} has the shape {tuple(field.shape)}, expected "
+                        f"({', '.join(map(str, (x.shape[0], *own.shape[1:])))})"
+                    )
         new = self.step(x, state)
         for name, old, value in zip(new._fields, state, new, strict=True):
             if old.shape[:1] != x.shape[:1] or value.ndim != old.ndim:

@@ -73,7 +73,7 @@ def scan(
     where the engine asked for cannot run the cell, or the operator of an exported loop cannot hold its step. Errors of
     the step itself come as the loop raises them. "auto" raises no others.
     """
-    _check(xs, state, engine)
+    _check(cell, xs, state, engine)
     if torch.compiler.is_exporting():
         return traced(cell, xs, state)
     return loop(cell, xs, state) if engine == "loop" else private.uncompiled(_choose, cell, xs, state, engine)
@@ -290,7 +290,7 @@ def explain(
         return last.explanation()
     if state is None:
         state = cell.initial_state(_size(xs)[1])  # type: ignore[attr-defined]
-    _check(xs, state, engine)
+    _check(cell, xs, state, engine)
     if engine == "loop":
         return Explanation("loop", "asked for")
     from multint.engines import cache
@@ -406,10 +406,11 @@ def _at_a_step(xs: Streams) -> Any:
 
 def _size(xs: Streams) -> tuple[int, int]:
     shapes = [stream.shape for stream in _by_name(xs).values()]
-    return shapes[0][0], next(shape[1] for shape in shapes if len(shape) > 1)
+    # A stream of one row may meet the rows of the others, whichever comes first.
+    return shapes[0][0], max(shape[1] for shape in shapes if len(shape) > 1)
 
 
-def _check(xs: Streams, state: Any, engine: str) -> None:
+def _check(cell: Any, xs: Streams, state: Any, engine: str) -> None:
     if engine not in ENGINES:
         raise OptionError(f"scan: engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
     streams = _by_name(xs)
@@ -429,3 +430,9 @@ def _check(xs: Streams, state: Any, engine: str) -> None:
         if field.shape[:1] != (rows,):
             got = tuple(field.shape)
             raise ShapeError(f"scan: state.{name} has the shape {got}, expected ({rows}, ...), the batch size of xs")
+    # The streams could meet a state of more dimensions than the cell's own too, and nothing would be said.
+    if hasattr(cell, "initial_state") and any(field.ndim > 2 for field in state):
+        for name, field, own in zip(state._fields, state, cell.initial_state(1), strict=True):
+            if field.ndim != own.ndim:
+                got, expected = tuple(field.shape), ", ".join(map(str, (rows, *own.shape[1:])))
+                raise ShapeError(f"scan: state.{name} has the shape {got}, expected ({expected}), as the cell's own")
