@@ -69,9 +69,9 @@ def scan(
             anomaly detection. `explain` tells the choice and why.
 
     Raises: OptionError for an unknown engine; ShapeError for streams of no steps or of different lengths, for a state
-    that is no named tuple or of another batch size, and for a step that gives it more rows or dimensions; EngineError
-    where the engine asked for cannot run the cell, or the operator of an exported loop cannot hold its step. Errors of
-    the step itself come as the loop raises them. "auto" raises no others.
+    that is no named tuple, of another batch size, or of other dimensions than the cell's own, and for a step that gives
+    it more rows or dimensions; EngineError where the engine asked for cannot run the cell, or the operator of an
+    exported loop cannot hold its step. Errors of the step itself come as the loop raises them. "auto" raises no others.
     """
     _check(cell, xs, state, engine)
     if torch.compiler.is_exporting():
