@@ -20,6 +20,7 @@ class Uniform:
     Args:
         scale: half the width of the distribution.
         input_scale: the same for the matrices that multiply an integrator's x, the paper's r_W; `scale` if None.
+        integrators_only: fill the integrators' matrices alone; an embedding, a softmax and the like keep their own.
 
     Raises: OptionError for a width that is not positive.
     Source: Wu et al. 2016, section 3.1.
@@ -27,6 +28,7 @@ class Uniform:
 
     scale: float
     input_scale: float | None = None
+    integrators_only: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("scale", self.scale), ("input_scale", self.input_scale)):
@@ -36,11 +38,13 @@ class Uniform:
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> None:
         """Fill the network's matrices in place."""
-        for parameter in network.parameters():
-            if parameter.ndim >= 2:
-                parameter.uniform_(-self.scale, self.scale)
+        integrators = list(outermost_integrators(network).values())
+        for module in integrators if self.integrators_only else [network]:
+            for parameter in module.parameters():
+                if parameter.ndim >= 2:
+                    parameter.uniform_(-self.scale, self.scale)
         if self.input_scale is not None:
-            for integrator in outermost_integrators(network).values():
+            for integrator in integrators:
                 for name in integrator.x_weights:
                     if name not in integrator.z_weights:
                         integrator.get_parameter(name).uniform_(-self.input_scale, self.input_scale)

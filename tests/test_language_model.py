@@ -81,6 +81,15 @@ def test_uniform_fills_matrices_by_stream_and_leaves_vectors():
     assert_close(gates.alpha, torch.full_like(gates.alpha, 2.0))
 
 
+def test_uniform_fills_integrators_alone_when_told():
+    net = network(initialise=Uniform(0.02, integrators_only=True))
+    gates = net.recurrent.directions[0].cell.gates
+    for matrix in (gates.x_projection.weight, gates.z_projection.weight):
+        assert 0.015 < matrix.abs().max() <= 0.02
+    for matrix in (net.embedding.weight, net.decoder.weight):
+        assert matrix.abs().max() > 0.1
+
+
 def test_uniform_asks_the_outermost_integrator_which_matrices_are_the_inputs():
     def swapped(x_features, z_features, out_features):
         return Swapped(LowRank(z_features, x_features, out_features, rank=2, z_term=False, x_term=False))

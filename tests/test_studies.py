@@ -72,6 +72,11 @@ def written(folder, **changes):
         ({"search": {"setting": LR, "values": [1, None], "seeds": [7]}}, ["search: values", "numbers or names"]),
         ({"search": {"setting": LR, "values": [1, 2]}}, ["search: seeds", "None"]),
         ({"search": {"setting": LR, "values": [1, 2], "seeds": [7, 1]}}, ["search: seeds: 1", "other seeds"]),
+        ({"search": {"setting": LR, "values": [1, 2], "seeds": [7], "max_steps": 0}}, ["search: max_steps", "got 0"]),
+        (
+            {"search": {"setting": "trainer.max_steps", "values": [1, 2], "seeds": [7], "max_steps": 9}},
+            ["search: it searches for trainer.max_steps", "no max_steps of its own"],
+        ),
         ({"cluster": {"cpu": 1}}, ["cluster", "'cpu'", "'cpus'"]),
         ({"cluster": {"cpus": 0}}, ["cpus", "got 0", "at least 1"]),
         ({"cluster": {"retries": 1.5}}, ["retries", "1.5"]),
@@ -283,6 +288,20 @@ def test_values_that_are_nearly_equal_are_searched_each(tmp_path, made_up):
     of_trials = experiments.study.search.trials(read_study(written(tmp_path, search=search)), [], [], tmp_path)
     assert [trial.cells[0].label for trial in of_trials] == ["MI, 0.12345671, seed 7", "MI, 0.12345672, seed 7"]
     assert len({trial.arm.key for trial in of_trials}) == 2
+
+
+def test_a_search_may_have_shorter_runs_than_the_study(tmp_path, capsys, made_up):
+    arms = {"MI": {"trainer": {"max_steps": 500, "max_time": None}}}
+    path = written(tmp_path, arms=arms, search={"setting": LR, "values": [0.001, 0.02], "seeds": [7], "max_steps": 50})
+    study = read_study(path)
+    for trial in experiments.study.search.trials(study, [], [], tmp_path):
+        assert list(trial.arm.settings)[-2:] == ["trainer.max_steps", LR], "after the arm's own, over which they are"
+        assert trial.arm.settings["trainer.max_steps"] == 50
+    made_up.scores[0.02] = 2.0
+    assert main(["study", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert "with seed 7 in 50 steps: MI 0.02" in capsys.readouterr().out
+    written_out = [yaml.safe_load(file.read_text()) for file in (tmp_path / "out/cells").glob("*/config.yaml")]
+    assert sorted(config.get("trainer.max_steps", 500) for config in written_out) == [50, 50, 500]
 
 
 def test_arms_whose_search_gives_no_value_are_left_out_and_no_others(tmp_path, capsys, made_up):

@@ -10,6 +10,7 @@ from experiments.core.errors import ExperimentError, choices_message
 
 Mode = Literal["min", "max"]
 _STAGES = ("test/", "val/")
+MAX_STEPS = "trainer.max_steps"
 # The study says these itself, for each run.
 _OWN = ("seed_everything", "name", "ckpt_path", "config", "base", "trainer.default_root_dir", "trainer.fast_dev_run")
 
@@ -42,6 +43,7 @@ class Search(NamedTuple):
     setting: str
     values: list[float | str]
     seeds: list[int]  # none of the study's
+    max_steps: int | None = None  # of its runs; None: as many as the study's
 
 
 class Study(NamedTuple):
@@ -65,8 +67,8 @@ def read_study(path: Path) -> Study:
     Its keys: `base`, a config, found beside the file; `arms`, names with the settings of each over the base, nested or
     dotted, none for the base itself; `seeds`, a list. And optionally `settings`, of all arms; `metric`, a logged
     name or `{name, mode}`; `published`, `{value, source}` by arm; `draw`, a list of logged names, as val/loss, and of
-    files of histograms, as activations; `search`, `{setting, values, seeds}`: each arm gets the value that is best in
-    validation with these seeds; `cluster`, `{cpus, gpus, retries}` of one run.
+    files of histograms, as activations; `search`, `{setting, values, seeds, max_steps}`: each arm gets the value that
+    is best in validation with these seeds, after so many steps; `cluster`, `{cpus, gpus, retries}` of one run.
 
     Raises: ExperimentError for a file that is none of this.
     """
@@ -210,7 +212,12 @@ def _search(given: Any, seeds: list[int]) -> Search | None:
     own = _seeds(whole.get("seeds"), "search: seeds")
     if both := sorted(set(own) & set(seeds)):
         raise ExperimentError(f"study: search: seeds: {both[0]} is one of the study's too, expected other seeds.")
-    return Search(setting, values, own)
+    steps = whole.get("max_steps")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ExperimentError(f"study: search: max_steps: got {steps!r}, expected a whole number of at least 1.")
+    if steps is not None and setting == MAX_STEPS:
+        raise ExperimentError(f"study: search: it searches for {MAX_STEPS}, expected no max_steps of its own.")
+    return Search(setting, values, own, steps)
 
 
 def _cluster(given: Any) -> Cluster:

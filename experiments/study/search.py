@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from experiments.core.errors import ExperimentError
 from experiments.study.cells import Arm, Cell, resolved
-from experiments.study.definition import Search, Study
+from experiments.study.definition import MAX_STEPS, Search, Study
 from experiments.study.outcomes import last_words
 
 
@@ -55,7 +55,8 @@ def trials(
         raise ExperimentError(f"study: --set {search.setting}: the study searches for it. Take one of them out.")
     tried = [(name, value) for name in study.arms for value in search.values]
     arms = {f"{name}, {value}": (name, value) for name, value in tried}
-    settings = {label: {**study.arms[name], search.setting: value} for label, (name, value) in arms.items()}
+    steps = {} if search.max_steps is None else {MAX_STEPS: search.max_steps}
+    settings = {label: study.arms[name] | steps | {search.setting: value} for label, (name, value) in arms.items()}
     return [
         Trial(*of, arm, [Cell(arm, seed, folder) for seed in search.seeds])
         for of, arm in zip(tried, resolved(study._replace(arms=settings), changes, trusted), strict=True)

@@ -88,11 +88,12 @@ def search_notes(result: Searched) -> list[str]:
     """Which value each arm has, and from what; and which arms have none."""
     search = result.search
     seeds = ("seed " if len(search.seeds) == 1 else "seeds ") + ", ".join(map(str, search.seeds))
+    steps = "" if search.max_steps is None else f" in {search.max_steps} steps"
     edges = [v for v in (min, max) if all(not isinstance(value, str) for value in search.values)]
     ends = {of(search.values): f" (the {of.__name__}imum tried)" for of in edges}
     given = ", ".join(f"{of.arm} {of.value}{ends.get(of.value, '')}" for of in result.found)
     tried = ", ".join(map(str, search.values))
-    said = [f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}: {given}."]
+    said = [f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}{steps}: {given}."]
     said += [
         f"Left out of the study, for its search gave no value: {arm}: {why}." for arm, why in result.left_out.items()
     ]
