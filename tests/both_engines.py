@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from multint import Cell, Recurrent, explain, scan
 from multint.cells import HiddenState
-from multint.engines import choice
+from multint.engines import worth
 from multint.errors import EngineError
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal, randomise
 
-# Asked for by name, `fused` takes float64, where a law is exact; `auto` takes float32 and bfloat16 alone.
+# Asked for by name, `fused` takes float64, where a law is exact; `auto` takes it by native loops alone.
 DTYPES = {"fused": torch.float64, "auto": torch.float32}
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 # What turns a step into a program: called once for every structure that is new.
-BUILD = ("multint.engines.cache", "build")
+BUILD = ("multint.engines.program", "build")
 
 
 def built(name: str, dtype: torch.dtype = torch.float64) -> Cell:
@@ -158,11 +158,12 @@ def agree(rnn: Recurrent, xs: Tensor) -> None:
 @pytest.fixture
 def worth_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under `auto` no scan is too small."""
-    monkeypatch.setattr(choice, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(worth, "_WORTH_COMPILING", 0)
 
 
 def replace_everywhere(monkeypatch: pytest.MonkeyPatch, module: str, name: str, make: Callable[[Any], Any]) -> None:
     """Put `make(original)` in the original's place in its module, and wherever in multint it was imported by name."""
+    importlib.import_module("multint.engines.run")  # and all that is only imported where it is used
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from multint.engines.native import Loop
-from tests.both_engines import programs, worth_compiling
+from multint.engines.native import machine
+from multint.engines.native.loop import Loop
+from tests.both_engines import programs, replace_everywhere, worth_compiling
 
-__all__ = ["eager", "one_thread", "poisoned", "programs", "worth_compiling"]
+__all__ = ["eager", "no_inductor", "one_thread", "optimised", "poisoned", "programs", "worth_compiling"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +23,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_to_compile():
+    """Native loops are not optimised: most tests ask for numbers alone, and compiling takes a third of the time."""
+    before, machine._OPTIMISED = machine._OPTIMISED, "-O0"
+    yield
+    machine._OPTIMISED = before
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Native loops are compiled as users get them."""
+    monkeypatch.setattr(machine, "_OPTIMISED", "-O3")
 
 
 CHECKOUT = Path(__file__).parent.parent
@@ -84,6 +99,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(Loop, "_piece", poison(Loop._piece))  # which may have been used before
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Native loops run where there are some, and all else op by op: Inductor takes seconds for each piece."""
+    from multint.engines import kernel  # the tracer beneath it is slow to import
+
+    replace_everywhere(monkeypatch, kernel.__name__, "Kernel._compile", lambda original: lambda self: self.eagerly)
 
 
 @pytest.fixture

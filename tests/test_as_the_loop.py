@@ -164,7 +164,7 @@ class FirstRows(nn.Module):
         return x * (torch.arange(x.shape[0]) < x.size(0) // 2)[:, None]
 
 
-REFUSALS = "the number of rows|rows of a batch|unhashable"
+REFUSALS = "the number of rows|rows may interact|cannot be traced|fails when it is traced"
 
 
 @every_engine
@@ -589,7 +589,7 @@ def test_what_a_step_changes_is_seen_where_paths_show_alike(engine):
         cell.tables[1] = cell.tables[1] + 1
         return mixed(cell, x, h) * cell.tables[1].to(x)
 
-    with pytest.raises(EngineError, match="changes the cell's") if engine == "fused" else contextlib.nullcontext():
+    with pytest.raises(EngineError, match="changes the cell") if engine == "fused" else contextlib.nullcontext():
         cell = fresh(Keyed)(line).to(DTYPES[engine])
         expected = scan(fresh(Keyed)(line).to(DTYPES[engine]), stream(engine, 3), first_state(engine, 3), "loop")
         close(scan(cell, stream(engine, 3), first_state(engine, 3), engine), expected, DTYPES[engine])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multint import Recurrent, explain
-from multint.engines import budget, kernel
+from multint.engines import kernel, run
 from tests.both_engines import built, compare, inputs, results
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
@@ -31,9 +31,9 @@ def needed(monkeypatch):
         low, high = 0, 2**30  # too little, enough
         while high - low > 1:
             middle = (low + high) // 2
-            monkeypatch.setattr(budget, "MEMORY_BUDGET", middle)
+            monkeypatch.setattr(run, "MEMORY_BUDGET", middle)
             low, high = (low, middle) if parts(cell, xs)[0] == 1 else (middle, high)
-        monkeypatch.setattr(budget, "MEMORY_BUDGET", high)
+        monkeypatch.setattr(run, "MEMORY_BUDGET", high)
         return high
 
     return find
@@ -44,11 +44,11 @@ def test_a_memory_budget_cuts_a_scan_in_time(name, monkeypatch, needed):
     cell = built(name)
     xs = normal(T, B, INPUT_SIZE, requires_grad=True)
     whole = needed(cell, xs)
-    monkeypatch.setattr(budget, "MEMORY_BUDGET", 3 * whole // T)
+    monkeypatch.setattr(run, "MEMORY_BUDGET", 3 * whole // T)
     assert parts(cell, xs) == (3, 3)
     compare(cell, T, B)
     # Less than one step takes one step at a time.
-    monkeypatch.setattr(budget, "MEMORY_BUDGET", 1)
+    monkeypatch.setattr(run, "MEMORY_BUDGET", 1)
     assert parts(cell, xs) == (T, 1)
     compare(cell, T, B)
 
@@ -56,7 +56,7 @@ def test_a_memory_budget_cuts_a_scan_in_time(name, monkeypatch, needed):
 @pytest.mark.parametrize("name", ["lstm-bilinear", "gru-mi"])
 def test_a_part_is_computed_again_with_the_weights_of_its_call(name, monkeypatch):
     """And not with those of the module at the time of the backward pass."""
-    monkeypatch.setattr(budget, "MEMORY_BUDGET", 1)
+    monkeypatch.setattr(run, "MEMORY_BUDGET", 1)
     cell, xs = built(name), normal(T, B, INPUT_SIZE, requires_grad=True)
     layer = Recurrent(INPUT_SIZE, HIDDEN_SIZE, lambda *_: cell, weight_drop=0.5)
     outcomes = []
@@ -72,11 +72,11 @@ def test_what_fits_exactly_is_computed_once_and_a_byte_less_is_cut(name, monkeyp
     """By the number of pieces that are run in both passes."""
     cell = built(name)
     xs, state = inputs(cell, T, B)
-    calls, original = [], kernel.Kernel.__call__
-    monkeypatch.setattr(kernel.Kernel, "__call__", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], kernel.Kernel.eagerly
+    monkeypatch.setattr(kernel.Kernel, "eagerly", lambda *args: calls.append(1) or original(*args))
 
     def pieces(allowed):
-        monkeypatch.setattr(budget, "MEMORY_BUDGET", allowed)
+        monkeypatch.setattr(run, "MEMORY_BUDGET", allowed)
         calls.clear()
         results(cell, xs, state, "fused")
         return len(calls)

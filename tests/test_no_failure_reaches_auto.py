@@ -12,8 +12,8 @@ from torch import nn
 
 from multint import Cell, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState
-from multint.engines import machine
 from multint.engines.failures import RefusedError
+from multint.engines.native import machine
 from multint.errors import EngineError
 from tests.both_engines import DTYPES, Free, close, inputs, replace_everywhere, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
@@ -25,12 +25,8 @@ STAGES = {
     "tracing": ("multint.engines.capture", "capture"),
     "planning": ("multint.engines.plan", "plan"),
     "lowering": ("multint.engines.lowering", "lower"),
-    "compiling": ("multint.engines.kernel", "Kernel._compile"),
-    "running": ("multint.engines.stepwise", "execute"),
+    "running": ("multint.engines.pieces", "Pieces.over"),
 }
-# A backward pass may be the first to compile a piece, and runs by itself.
-IN_BACKWARD = ("compiling", "running")
-
 ERRORS = (RuntimeError, KeyError, ImportError, AssertionError, RecursionError, MemoryError, NotImplementedError)
 
 
@@ -80,7 +76,7 @@ def run(cell, xs, state, engine, failure, in_backward):
 
 
 CASES = [(stage, error, False) for stage in STAGES for error in ERRORS[: 7 if stage in ("tracing", "running") else 2]]
-CASES += [(stage, error, True) for stage in IN_BACKWARD for error in ERRORS[:2]]
+CASES += [("running", error, True) for error in ERRORS[:2]]
 
 
 @pytest.fixture
@@ -100,24 +96,8 @@ each_failure = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def without_native_loops(monkeypatch):
-    """Pieces are compiled each by itself."""
-
-    def refuse():
-        raise RefusedError("a test of the pieces")
-
-    monkeypatch.setattr(machine, "compiler", refuse)
-
-
-@pytest.fixture
-def eager_unless_compiling(request):
-    """Pieces run op by op, but where their compilation is what fails; then no native loop takes their place."""
-    request.getfixturevalue("without_native_loops" if "compiling" in request.node.name else "eager")
-
-
 @each_failure
-@pytest.mark.usefixtures("eager_unless_compiling")
+@pytest.mark.usefixtures("eager")
 def test_a_failure_within_the_engine_loops_under_auto_with_one_warning(failing):
     """Twice, so that the second call neither fails nor warns again; what was wrong can be read."""
     failure, in_backward = failing
@@ -138,7 +118,7 @@ def test_a_failure_within_the_engine_loops_under_auto_with_one_warning(failing):
 
 
 @each_failure
-@pytest.mark.usefixtures("eager_unless_compiling")
+@pytest.mark.usefixtures("eager")
 def test_a_failure_within_the_engine_is_an_engine_error_by_name(failing):
     failure, in_backward = failing
     cell = own_cell(torch.float64)
@@ -146,6 +126,30 @@ def test_a_failure_within_the_engine_is_an_engine_error_by_name(failing):
     with pytest.raises(EngineError, match="injected while") as raised:
         run(cell, xs, state, "fused", failure, in_backward)
     assert raised.value.__cause__ is failure.error
+
+
+@pytest.mark.parametrize("engine", ["fused", "auto"])
+def test_what_cannot_be_compiled_runs_op_by_op_and_is_told_once(engine, monkeypatch):
+    """Neither as a native loop nor by pieces, in either pass."""
+
+    def refuse():
+        raise RefusedError("a test of the pieces")
+
+    monkeypatch.setattr(machine, "compiler", refuse)
+    failure = Failure(RuntimeError(f"injected while compiling, {engine}"))
+    replace_everywhere(monkeypatch, "multint.engines.kernel", "Kernel._compile", failure.within)
+    failure.on = True
+    # Of no other test's sizes: equal graphs share what was compiled.
+    cell = Free(lambda cell, x, h: (x @ cell.W + (h * h) @ cell.U).tanh(), hidden_size=21 + len(engine)).float()
+    xs, state = inputs(cell, dtype=torch.float32)
+    expected = results(cell, xs, state, "loop")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            close(results(cell, xs, state, engine), expected, torch.float32)
+    (message,) = [str(warning.message) for warning in caught if "multint" in str(warning.message)]
+    assert "injected while" in message
+    assert "op by op" in message
 
 
 @pytest.mark.usefixtures("eager")
@@ -165,8 +169,8 @@ def test_what_is_no_failure_passes(monkeypatch):
 
 WITHOUT = """
 import os, sys, warnings, torch, multint
-from multint.engines import choice
-choice._WORTH_COMPILING = 0
+from multint.engines import worth
+worth._WORTH_COMPILING = 0
 sys.modules[{module!r}] = None
 os.environ["PATH"] = ""  # no compiler, and so no native loop, which needs no Inductor
 cell = multint.LSTMCell(5, 7)
@@ -207,6 +211,11 @@ def without_end(cell, x, h):
     return without_end(cell, x, h)
 
 
+def asserting(cell, x, h):
+    assert cell.input_size < 0, "features"
+    return h
+
+
 STEP_ERRORS = {
     "shapes": lambda cell, x, h: x @ cell.U + h,
     "index": lambda cell, x, h: h * x[:, 100:101][0, 0],
@@ -221,6 +230,7 @@ STEP_ERRORS = {
     "recursion": without_end,
     "not-implemented": raising(NotImplementedError("later")),
     "assertion": raising(AssertionError()),
+    "assert": asserting,
 }
 
 
@@ -395,17 +405,3 @@ def test_attributes_that_nobody_can_walk_or_compare(name, engine):
     cell.extra = AWKWARD[name](cell)
     for _ in range(2):
         right_or_refused(cell, *inputs(cell, dtype=dtype), engine)
-
-
-@pytest.mark.usefixtures("without_native_loops")
-@pytest.mark.parametrize("engine", ["auto", "fused"])
-def test_compiled_code_that_gives_wrong_numbers_is_not_used(engine, monkeypatch):
-    """A compiler that leaves every result as it finds it: the pieces run op by op, with one warning."""
-    monkeypatch.setattr("multint.engines.private.compiled", lambda *_: lambda arguments: None)
-    monkeypatch.setattr("multint.engines.kernel._warned", [])
-    cell = own_cell(DTYPES[engine])
-    xs, state = inputs(cell, dtype=DTYPES[engine])
-    with pytest.warns(UserWarning, match="could not be compiled"):
-        actual = results(cell, xs, state, engine)
-    close(actual, results(cell, xs, state, "loop"), DTYPES[engine])
-    assert explain(cell).engine == "fused"

@@ -1,4 +1,4 @@
-"""Every cell: what its schedule gives is the loop's; it is checked, it prints, and its checker finds what is wrong."""
+"""Every cell: its schedule is checked, it prints, and its checker finds what is wrong."""
 
 import re
 from dataclasses import replace
@@ -8,12 +8,12 @@ import torch
 
 from multint import explain
 from multint.engines import schedule as schedules
-from multint.engines.schedule import At, Call, Contraction, Extent, Product, Sum, check
+from multint.engines.schedule import At, Call, Contraction, Extent, Product, RowSum, check
 from multint.integrators import outermost_integrators
-from tests.both_engines import built, compare
+from tests.both_engines import built
 from tests.catalogue import CELLS, INPUT_SIZE, TYPICAL, normal
 
-SECTIONS = ("prelude", "prologue", "entry", "forward", "reverse", "exit", "epilogue")
+SECTIONS = ("prelude", "beside", "prologue", "entry", "forward", "reverse", "exit", "epilogue")
 
 
 def whole(name):
@@ -21,19 +21,11 @@ def whole(name):
     return explain(built(name), normal(4, 3, INPUT_SIZE), engine="fused")._program.whole()
 
 
-@pytest.mark.usefixtures("eager", "poisoned")
-@pytest.mark.parametrize("name", CELLS)
-def test_every_cell(name):
-    cell = built(name)
-    for steps, rows in ((4, 3), (1, 1), (1, 5)):
-        compare(cell, steps, rows)
-
-
 @pytest.mark.parametrize("name", CELLS)
 def test_every_schedule_is_whole(name):
     schedule = whole(name)
     check(schedule)
-    assert len(schedule.gradients) == len(schedule.arguments)
+    assert schedule.gradients.keys() == set(schedule.arguments)
     instructions = [instruction for section in SECTIONS for instruction in getattr(schedule, section)]
     named = {at.buffer for instruction in instructions for at in (*instruction.reads, *instruction.writes)}
     assert named <= schedule.buffers.keys()
@@ -45,9 +37,9 @@ def test_every_schedule_is_whole(name):
     # No weight's gradient is accumulated in the loop: each matrix has one contraction after it.
     products = [i for i in [*schedule.entry, *schedule.forward] if isinstance(i, Product)]
     contracted = [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Contraction)]
-    first = schedule.arguments.index(products[0].matrix.buffer) if products else 0
-    gradients = schedule.gradients[first : first + len(products)]
-    assert contracted == [gradient for gradient in gradients if gradient is not None]
+    gradients = {gradient for product in products for gradient in schedule.gradients[product.matrix.buffer]}
+    assert len(contracted) == len(set(contracted))
+    assert gradients.issuperset(contracted)
     assert contracted or not any(parameter.requires_grad and parameter.ndim == 2 for parameter in recurrent(name))
 
 
@@ -100,7 +92,7 @@ def written_over(schedule):
 
 
 def sum_of_nothing(schedule):
-    place = next(i for i, instruction in enumerate(schedule.epilogue) if isinstance(instruction, Sum))
+    place = next(i for i, instruction in enumerate(schedule.epilogue) if isinstance(instruction, RowSum))
     schedule.epilogue[place] = replace(schedule.epilogue[place], source=At("nothing"))
 
 
@@ -123,8 +115,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_checker_finds_what_is_wrong(name):
     schedule = whole("lstm-mi")
-    lists = (*SECTIONS, "arguments", "inputs", "states", "cleared", "gradients")
-    copy = schedules.Schedule(dict(schedule.buffers), **{field: list(getattr(schedule, field)) for field in lists})
+    lists = (*SECTIONS, "arguments", "states", "cleared")
+    copied = {field: list(getattr(schedule, field)) for field in lists}
+    copy = schedules.Schedule(dict(schedule.buffers), **copied, gradients=schedule.gradients)
     check(schedule)
     WRONG[name](copy)
     with pytest.raises(AssertionError):

@@ -24,7 +24,8 @@ class Cell(nn.Module, ABC):
 
     A subclass gives `step` and `initial_state`. A state is a named tuple of tensors (B, ...); its first field is the
     output. A step works on each row of the batch by itself, changes nothing in place, and draws no random numbers:
-    masks, lengths, zoneout and dropout are the business of `Recurrent`.
+    masks, lengths, zoneout and dropout are the business of `Recurrent`. What it only reads, as an encoder's outputs to
+    attend to, may be a field that it gives back as it came: that is never copied.
 
     Raises: OptionError for a size below 1.
     """

@@ -4,27 +4,34 @@
 traced once to a graph, in the way that makes the vendors' recurrent layers fast. Its rooms, in the order in which a
 step goes through them:
 
-1. `reads.py` walks all that the step can read: that gives the key under which `cache.py` keeps programs, and the
-   copy of the cell (`copies.py`) on which the step is tried.
-2. `capture.py` turns the step into a graph of ATen operations with the number of rows left open, `passes.py` brings the
-   graph to its plainest form, and `legality.py` and `trials.py` refuse what a graph cannot hold, or gets wrong.
-3. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
+1. `dispatch.py` is what callers see: it checks what it is given (`checks.py`), asks whether compiling pays
+   (`worth.py`), and falls back or raises. `explanation.py` says how a scan runs.
+2. `step.py` has torch's own tracer read the step. Its guards say at each call whether the graph still holds, and which
+   tensors of the cell the graph takes now. The step is never run to look at it.
+3. `capture.py` turns that graph into one of ATen operations with the number of rows left open, and refuses what a graph
+   cannot hold: random numbers, branches on values, gradients of the step's own. `passes.py` and `decompositions.py`
+   bring it to its plainest form.
+4. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of
    state-dependent values with loop-invariant matrices are the *stages*, and so are those of a value that goes by the
    number of rows, which is another one for the rows of many steps. What is left between them is row-wise
-   pointwise code, cut into *pieces*.
-4. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
+   pointwise code, cut into *pieces*. A field of the state that the step gives back as it came is one value for all
+   steps; what depends on such fields alone is computed once.
+5. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward
    and one step backward. The reverse step carries the cotangents of the states and leaves, for all steps, those of the
    streams and of all products. A vector's gradient is summed on the way. A product over the rows of many steps gives
    each matrix its gradient, and another one what a hoisted product multiplied.
-5. `program.py` holds the schedules of a plan, and `executor.py` runs one: its loops as one operation of autograd, what
-   is before them under autograd itself; `reach.py` says which results have a gradient, and which arguments it reaches.
-   A loop is run by one of two executors. `native.py` makes one C++ function of a
-   loop, any number of steps and rows: the `cpp` files write its pieces, `native.h` has its products and its split over
-   threads, and `machine.py` compiles it. `stepwise.py` runs all others step by step from Python, by the pieces that
-   `kernel.py` has Inductor compile: pieces with other operations, in other dtypes, or without a compiler.
-6. `choice.py` is what callers see: it chooses, falls back and explains. `budget.py` cuts a scan in time where it would
-   keep too much. `private.py` is all that this package uses of torch without torch's promise.
+6. `program.py` keeps the schedules of a plan. It takes a step only where each piece can be written as a function of one
+   row: what has one cannot mix the rows of a batch.
+7. `run.py` runs a program: what is before its loops by autograd, and the loops as one operation of autograd, whose two
+   passes are in `sections.py`. `reach.py` says which results have a gradient, and which arguments it reaches.
+8. `executors.py` chooses what runs a loop. `native/` makes one C++ function of it, for float32 and float64 on CPUs and
+   any number of steps and rows. `pieces.py` runs all others step by step from Python, by kernels that Inductor compiles
+   (`kernel.py`): on accelerators, in half precision, or without a C++ compiler, where they run op by op. At its first
+   use, `proof.py` compares either with autograd.
+
+`tables.py` has all that is kept from call to call. `private.py` is all that this package uses of torch without torch's
+promise.
 
 The schedule of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, without sizes and with short names:
 
@@ -44,6 +51,7 @@ Activations are not kept: the backward kernel computes them again from Wx, Uh an
 storing four gates. Nor are d_Wx and d_Uh there for more steps than a native loop takes at a time.
 """
 
-from multint.engines.choice import Explanation, explain, precompile, scan
+from multint.engines.dispatch import scan
+from multint.engines.explanation import Explanation, explain, precompile
 
 __all__ = ["Explanation", "explain", "precompile", "scan"]

@@ -1,23 +1,19 @@
-"""From a cell's step to a graph of ATen operations, with the number of rows left open."""
+"""From a traced step to a graph of ATen operations, and what no graph of a step may hold."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from multint.engines import legality, passes, private, trials
-from multint.engines.copies import Copy, as_state
+from multint.engines import passes, private
+from multint.engines.decompositions import products
+from multint.engines.failures import RefusedError
+from multint.engines.step import Mark, Met, field_names
 from multint.errors import EngineError, in_a_line
-
-# Tracing and compiling go by states of the whole process: one thread at a time.
-TRACING = threading.RLock()
 
 
 @dataclass
@@ -25,7 +21,7 @@ class Trace:
     """A step as a graph: placeholders for the invariants, then the inputs, then the state; the new state as output."""
 
     graph: fx.Graph
-    invariants: dict[str, fx.Node]  # the cell's tensors by name, in the order in which a walk meets them
+    invariants: dict[str, fx.Node]  # the cell's tensors by name
     learnt: frozenset[str]  # those of them that want gradients
     inputs: dict[str, fx.Node]  # the streams by name
     states: dict[str, fx.Node]  # the state's fields by name
@@ -35,127 +31,175 @@ class Trace:
     world: private.StandIns  # of the stand-ins in every node's meta["val"]
 
 
-def capture(cell: nn.Module, x: Any, state: Any) -> Trace:
-    """Trace `cell.step(x, state)` for any number of rows, with the state in the dtypes that the step gives it.
+def capture(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Trace, list[int]]:
+    """The step of a call as ATen operations for any number of rows; and which of the call's arguments it takes.
 
-    The cell is copied first, so that whatever the step does is done to the copy.
-
-    Raises: StepError where the step fails; EngineError where the step draws random numbers, branches on values or on
-    the number of rows, writes to its inputs or to the cell, has gradients of its own, or lets the rows of a batch see
-    each other.
+    Raises: EngineError where the step draws random numbers, branches on values or on the number of rows, writes to its
+    inputs, or has gradients that its operations do not show.
     """
-    step = Copy(cell)
-    private.StandIns()  # where torch lacks what tracing needs, that is no fault of the step's
-    legality.rehearse(step, x, state)
-    traced = _trace(step, x, state)
-    for _ in range(2):
-        # Under autocast a float32 initial state is followed by states of the products' dtype; and a step may give its
-        # state another type than the first one has.
-        dtypes = [node.meta["val"].dtype for node in traced.outputs]
-        new = as_state(traced.state_type, [field.to(dtype) for field, dtype in zip(state, dtypes, strict=True)])
-        if dtypes == [field.dtype for field in state] and type(new) is type(state):
-            break
-        state = new
-        traced = _trace(step, x, state)
-    else:
-        raise EngineError("fused: the types or dtypes of the state change from step to step")
-    for name, old, node in zip(traced.states, traced.states.values(), traced.outputs, strict=True):
-        before, after = (tuple(some.meta["val"].shape[1:]) for some in (old, node))
-        if before != after:
-            raise EngineError(f"fused: the shape of the state's {name} changes from step to step, {before} to {after}")
-        if not private.has_rows(node.meta["val"], old.meta["val"].shape[0]):
-            raise EngineError(f"fused: the step fixes the number of rows: the new state's {name} has not the batch's")
-    legality.check_graph(traced)
-    trials.check_by_trial(step, traced, _exact(step, traced, x, state), x, state)
-    return traced
+    module = met.graph.module
+    _check_calls(module.graph)
+    inputs = x if isinstance(x, dict) else {"x": x}
+    fields = dict(zip(field_names(state), state, strict=True))
+    given = {id(tensor): i for i, tensor in enumerate([*inputs.values(), *fields.values()])}
+    names = _names(cell)
+    invariants: dict[str, Tensor] = {}
+    places: list[int] = []  # of the invariants among the arguments
+    order: list[int | None] = []  # of each argument among the values below; None for the number of rows
+    for place, argument in enumerate(met.arguments):
+        if not isinstance(argument, Tensor):
+            order.append(None)
+        elif id(argument) in given:
+            order.append(given[id(argument)] - len(given))
+        else:
+            order.append(len(invariants))
+            name = names.get(id(argument), f"tensor{place}")
+            while name in invariants:
+                name += "'"
+            invariants[name] = argument
+            places.append(place)
 
+    def step(*values: Tensor) -> list[Tensor]:
+        rows = values[-1].shape[0]
+        results = module.forward(*(rows if place is None else values[place] for place in order))
+        return [
+            results[some.place] if isinstance(some, Mark) else values[given[id(some)] - len(given)] for some in met.new
+        ]
 
-def _exact(step: Copy, traced: Trace, x: Any, state: Any) -> Trace | None:
-    """The same step traced in float64 where it computes in half precision, whose rounding would hide a wrong gradient.
-
-    None where it computes in more, or where it insists on its dtypes.
-    """
-    values = [node.meta.get("val") for node in traced.graph.nodes]
-    if not any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in values):
-        return None
-    x = {name: _double(leaf) for name, leaf in x.items()} if isinstance(x, dict) else _double(x)
+    if any(not isinstance(some, Mark) and id(some) not in given for some in met.new):
+        raise EngineError("fused: the step fixes the number of rows: the new state has not the batch's")
+    world = private.StandIns()
+    stand_ins = [world.whole(tensor) for tensor in invariants.values()]
+    stand_ins += [world.rows(tensor) for tensor in (*inputs.values(), *fields.values())]
     try:
-        with torch.autocast(traced.outputs[0].meta["val"].device.type, enabled=False):
-            exact = _trace(step, x, as_state(type(state), list(map(_double, state))), list(map(_double, step.tensors)))
-    except EngineError:
-        return None
-    values = [node.meta.get("val") for node in exact.graph.nodes]
-    low = any(isinstance(v, Tensor) and v.is_floating_point() and v.dtype != torch.float64 for v in values)
-    return None if low else exact
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def unaware(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a thread of its own, which knows nothing of the caller's modes but autocast and the device.
-
-    Inference mode and the hooks of saved tensors, which checkpointing sets, would show in what it does.
-    """
-    modes: list[Any] = [
-        torch.autocast(kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-        if torch.is_autocast_enabled(kind)
-    ]
-    if torch.get_default_device().type != "cpu":
-        modes.append(torch.device(torch.get_default_device()))
-
-    def call() -> Any:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            return function(*arguments)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(call).result()
-
-
-def leaves(x: Any) -> dict[str, Tensor]:
-    """The streams at one step, by name."""
-    return x if isinstance(x, dict) else {"x": x}
-
-
-def _trace(step: Copy, x: Any, state: Any, tensors: list[Tensor] | None = None) -> Trace:
-    world, inputs, kinds = private.StandIns(), leaves(x), []
-    names, fields = list(inputs), getattr(state, "_fields", None) or [f"state{i}" for i in range(len(state))]
-
-    def flat(*values: Tensor) -> list[Tensor]:
-        weights, rest = values[: len(step.tensors)], values[len(step.tensors) :]
-        one_x: Any = dict(zip(names, rest, strict=False)) if isinstance(x, dict) else rest[0]
-        new = step(weights, one_x, as_state(type(state), list(rest[len(names) :])))
-        kinds.append(type(new))
-        if len(new) != len(state):
-            raise EngineError(f"fused: the step gives {len(new)} tensors for a state of {len(state)}")
-        return list(new)
-
-    stand_ins = [world.whole(tensor) for tensor in tensors or step.tensors]
-    stand_ins += [world.rows(tensor) for tensor in (*inputs.values(), *state)]
-    try:
-        with torch.no_grad(), private.linear_apart():
-            module = world.trace(flat, stand_ins)
-            if passes.mutates(module.graph):  # what composite operations do to their own temporaries
-                module = world.trace(module, [world.like(stand_in) for stand_in in stand_ins])
+        with torch.no_grad(), private.free_of_rows(), private.linear_as_products():
+            traced = world.trace(step, stand_ins, products())
+            if passes.mutates(traced.graph):  # what composite operations do to their own temporaries
+                traced = world.trace(traced, [world.like(stand_in) for stand_in in stand_ins])
     except EngineError:
         raise
+    except RefusedError as error:
+        raise EngineError(f"fused: rows may interact: {str(error).replace('it ', 'the step ', 1)}") from None
     except Exception as error:
+        if drawn := _RANDOM.intersection(map(_name, module.graph.nodes)):
+            raise EngineError(f"fused: {_draws(min(drawn))}") from error
         raise EngineError(f"fused: the step cannot be traced: {in_a_line(error)}") from error
-    graph, literals = passes.tidied(module)
+    graph, literals = passes.tidied(traced)
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    first, last = len(stand_ins) - len(names) - len(fields), len(stand_ins) - len(fields)
-    return Trace(
+    first, last = len(invariants), len(invariants) + len(inputs)
+    trace = Trace(
         graph=graph,
-        invariants=dict(zip(step.names, nodes[:first], strict=True)),
-        learnt=frozenset(n for n, tensor in zip(step.names, step.tensors, strict=True) if tensor.requires_grad),
-        inputs=dict(zip(names, nodes[first:last], strict=True)),
+        invariants=dict(zip(invariants, nodes, strict=False)),
+        learnt=frozenset(name for name, tensor in invariants.items() if tensor.requires_grad),
+        inputs=dict(zip(inputs, nodes[first:last], strict=True)),
         states=dict(zip(fields, nodes[last : len(stand_ins)], strict=True)),
         literals={node: literals[node.name] for node in nodes[len(stand_ins) :]},
         outputs=list(graph.output_node().args[0]),  # type: ignore[arg-type]
-        state_type=kinds[-1],
+        state_type=type(met.new),
         world=world,
     )
+    _check_operations(trace)
+    return trace, places
+
+
+def _names(cell: nn.Module) -> dict[int, str]:
+    """The cell's tensors by identity, each with the first of its names."""
+    named = [*cell.named_parameters(remove_duplicate=False), *cell.named_buffers(remove_duplicate=False)]
+    return {id(tensor): name for name, tensor in reversed(named)}
+
+
+# What stands in a traced step for more than an operation, and what to tell of it.
+_CALLS = {
+    "_set_grad_enabled": "the step turns gradients on or off; use detach",
+    "_enter_inference_mode": "the step turns gradients on or off; use detach",
+    "_get_data_attr": "the step takes .data, whose gradient a graph does not show; use detach()",
+    "autograd_function_apply": "the step has an autograd.Function, whose backward pass a graph does not show",
+    "getattr": "the step reads an attribute of a tensor that a graph does not show",
+    "register_hook": "the step registers a hook on a tensor",
+    "tag_activation_checkpoint": "the step uses checkpointing; a scan computes again by itself",
+}
+
+
+# What a trace of open rows cannot always draw.
+_RANDOM = {
+    "dropout",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "rrelu",
+}
+
+
+def _draws(name: Any) -> str:
+    return f"the step draws random numbers ({name}); draw them outside, as streams"
+
+
+def _name(node: fx.Node) -> str:
+    """What a node of a traced step calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+# Whose functions may stand in a traced step as they are.
+_READ = {"torch", "einops"}
+
+
+def _check_calls(graph: fx.Graph) -> None:
+    """Raise for what a traced step calls that is no operation, and for what it has asked of the number of rows."""
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    tensors = [value for node in given if isinstance(value := node.meta.get("example_value"), Tensor)]
+    if fixed := private.fixed_rows(tensors):
+        raise EngineError(f"fused: the step branches on the number of rows, or fixes it ({fixed})")
+    for node in graph.nodes:
+        name = _name(node)
+        value = node.meta.get("example_value")
+        is_tensor = name == "getattr" and isinstance(value, Tensor)
+        if node.op in ("call_function", "call_method") and name in _CALLS and not is_tensor:
+            raise EngineError(f"fused: {_CALLS[name]}")
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise EngineError(f"fused: the step has the operator {name}, whose gradient a graph does not show")
+        if isinstance(node.target, FunctionType) and node.target.__module__.partition(".")[0] not in _READ:
+            raise EngineError(f"fused: the step calls {name}, into which the tracer does not look")
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            raise EngineError(f"fused: the step uses a transform of torch.func ({name})")
+        if node.op == "placeholder":
+            if not isinstance(value, Tensor | torch.SymInt):
+                raise EngineError(f"fused: the step takes a {type(value).__name__} from outside")
+            if isinstance(value, torch.SymInt) and node.users and private.is_stride(value):
+                raise EngineError("fused: the step reads a stride of a tensor that is not contiguous")
+        elif node.users and (isinstance(value, bool | int | float | str) or private.is_unknown(value)):
+            raise EngineError(f"fused: the step reads what a graph does not show ({name})")
+
+
+def _is_random(node: fx.Node) -> bool:
+    # Attention has a probability of dropout, and draws nothing where that is 0.
+    return torch.Tag.nondeterministic_seeded in node.target.tags and (  # type: ignore[union-attr]
+        private.given(node.target, node.args, node.kwargs, "dropout_p") != 0
+    )
+
+
+def _check_operations(trace: Trace) -> None:
+    """Raise for an operation that a graph cannot hold."""
+    for node in trace.graph.nodes:
+        value, target = node.meta.get("val"), node.target
+        if isinstance(value, Tensor) and value.is_complex():
+            raise EngineError(f"fused: the step computes with complex numbers ({target})")
+        if not private.is_operation(target):
+            continue
+        if private.writes(target):
+            raise EngineError(f"fused: the step writes to one of its inputs ({target}); return a new tensor instead")
+        if _is_random(node):
+            raise EngineError(f"fused: {_draws(target)}")
+        if target is torch.ops.aten._local_scalar_dense.default:
+            raise EngineError(f"fused: the step branches on a value ({target}); use torch.where")
+    fixed = trace.world.fixed_rows()
+    if fixed:
+        raise EngineError(f"fused: the step branches on the number of rows, or fixes it ({fixed})")
+    rows = next(iter(trace.states.values())).meta["val"].shape[0]
+    for name, node in zip(trace.states, trace.outputs, strict=True):
+        if not private.has_rows(node.meta["val"], rows):
+            raise EngineError(f"fused: the step fixes the number of rows: the new state's {name} has not the batch's")

@@ -13,7 +13,7 @@ from multint.engines import private
 from multint.engines.kernel import Kernel
 from multint.engines.plan import Piece, Plan
 from multint.engines.private import StandIns, has_rows
-from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Product, Rows, Schedule, Sum, check
+from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Product, Rows, RowSum, Schedule, check
 from multint.errors import EngineError, in_a_line
 
 
@@ -23,6 +23,7 @@ class Kernels:
     def __init__(self, world: StandIns) -> None:
         self._world = world
         self._kept: dict[Any, Kernel] = {}
+        self._vjps: dict[Any, tuple[Kernel, list[int]]] = {}
 
     def of(self, piece: Piece) -> Kernel:
         """The kernel that runs a piece."""
@@ -31,6 +32,27 @@ class Kernels:
             inputs = [node.meta["val"] for node in piece.roots]
             self._kept[id(piece)] = Kernel(piece.module, inputs, results, [False] * len(results), self._world)
         return self._kept[id(piece)]
+
+    def vjp_of(
+        self, piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], results: list[Tensor], adds: list[bool]
+    ) -> tuple[Kernel, list[int]]:
+        """The kernel that runs a piece's `vjp`, and which of its arguments it uses.
+
+        Args:
+            results: stand-ins for what it gives, which it adds to what is there where `adds` says so.
+
+        Raises: EngineError for a piece without a derivative.
+        """
+        key = id(piece), tuple(wanted), frozenset(apart).intersection(wanted), tuple(adds)
+        if key not in self._vjps:
+            try:
+                module, used = vjp(piece, wanted, apart, self._world)
+            except Exception as error:
+                raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
+            arguments = [*piece.roots, *(n for n in piece.outputs if n.meta["val"].is_floating_point())]
+            inputs = [arguments[i].meta["val"] for i in used]
+            self._vjps[key] = Kernel(module, inputs, results, adds, self._world), used
+        return self._vjps[key]
 
 
 def lower(plan: Plan, kernels: Kernels, wanted: frozenset[str] | None) -> Schedule:
@@ -67,9 +89,14 @@ class _Lowering:
     def _name(self, node: fx.Node, name: str, extent: Extent, **more: Any) -> str:
         """The buffer of a node's value."""
         if node not in self.names:
-            value, rows = node.meta["val"], extent is not Extent.ONE
+            value = node.meta["val"]
+            rows = extent is not Extent.ONE or self._lasts(node)
             self.names[node] = self._buffer(name, value, extent, rows, **more)
         return self.names[node]
+
+    def _lasts(self, node: fx.Node) -> bool:
+        """Whether a value has rows and is the same at every step."""
+        return node in self.plan.unchanged.values() or node in self.plan.lasting
 
     def _at(self, nodes: Iterable[fx.Node], later: int | None = 0) -> tuple[At, ...]:
         """Where the values of some roots are: those that change with t at this step, or at all of them."""
@@ -79,12 +106,14 @@ class _Lowering:
     def forward(self) -> None:
         """What is given; what is before the loop; one step."""
         plan, schedule = self.plan, self.schedule
-        schedule.inputs = [self._name(node, name, Extent.EACH, given=True) for name, node in plan.inputs.items()]
+        schedule.inputs = {name: self._name(n, name, Extent.EACH, given=True) for name, n in plan.inputs.items()}
         schedule.states = [self._name(node, name, Extent.STATES) for name, node in plan.states.items()]
-        for name, node in plan.invariants.items():
+        schedule.invariants = [self._name(n, name, Extent.ONE, given=True) for name, n in plan.invariants.items()]
+        for i, (node, value) in enumerate(plan.literals.items()):
+            schedule.literals[self._name(node, f"literal{i}", Extent.ONE, given=True)] = value
+        for name, node in plan.unchanged.items():
             self._name(node, name, Extent.ONE, given=True)
-        for i, node in enumerate(plan.literals):
-            self._name(node, f"literal{i}", Extent.ONE, given=True)
+        schedule.fields = [self.names[node] for node in plan.fields]
         self._constants()
         for i, product in enumerate(plan.early + plan.hoisted):
             left = self._left[id(product)] = self._left_of(product, f"x{i}", schedule.prologue, None)
@@ -93,14 +122,14 @@ class _Lowering:
             section.append(Product(At(result, None), At(left, None), At(self.names[product.matrix])))
         for i, stage in enumerate(plan.stages):
             left_name = self._left[id(stage)] = self._left_of(stage, f"z{i}", schedule.forward, 0)
-            result = self._name(stage.result, f"{self.names[stage.matrix]}{left_name}", Extent.EACH, by_product=True)
+            result = self._name(stage.result, f"{self.names[stage.matrix]}{left_name}", Extent.EACH)
             schedule.forward.append(Product(At(result), At(left_name), At(self.names[stage.matrix])))
         results = {At(name, 1): False for name in schedule.states}
         schedule.forward.append(Call(self.kernels.of(plan.final), self._at(plan.final.roots), results))
-        matrices = [self.names[node] for node in plan.matrices]
-        streams, vectors = ([self.names[node] for node in nodes] for nodes in (plan.streams, plan.vectors))
-        lefts = [self._left[id(product)] for product in plan.hoisted]
-        schedule.arguments = [*streams, *lefts, *matrices, *vectors, *schedule.states]
+        named = [(node, self.names[node]) for node in [*plan.streams, *plan.matrices, *plan.vectors]]
+        named += [(product.left, self._left[id(product)]) for product in plan.hoisted]
+        schedule.arguments = list(dict.fromkeys([*(name for _, name in named), *schedule.states]))
+        schedule.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
 
     def _constants(self) -> None:
         """What is computed of the parameters: matrices are called W where the input meets them, and U in the loop."""
@@ -113,6 +142,9 @@ class _Lowering:
         writes = {At(self._name(node, f"const{i}", Extent.ONE)): False for i, node in enumerate(made)}
         if made:
             self.schedule.prelude.append(Call(self.kernels.of(plan.prelude), self._at(plan.prelude.roots), writes))
+        writes = {At(self._name(node, f"once{i}", Extent.ONE)): False for i, node in enumerate(plan.lasting)}
+        if plan.lasting:
+            self.schedule.beside.append(Call(self.kernels.of(plan.beside), self._at(plan.beside.roots), writes))
 
     def _left_of(self, product: Any, name: str, section: list[Any], later: int | None) -> str:
         """The buffer of a product's left-hand side, which a piece fills where it is no root itself."""
@@ -138,9 +170,7 @@ class _Lowering:
                 schedule.reverse.append(Product(target, d_result, matrix, True, adds=target in self._written))
                 self._written.add(target)
             else:
-                d_left = At(
-                    self._buffer(f"d_{self._left[id(stage)]}", stage.left.meta["val"], Extent.NOW, by_product=True)
-                )
+                d_left = At(self._buffer(f"d_{self._left[id(stage)]}", stage.left.meta["val"], Extent.NOW))
                 schedule.reverse.append(Product(d_left, d_result, matrix, True))
                 self._vjp(stage.piece, [d_left])
         schedule.cleared += [n for n in self._d.values() if At(n) not in self._written]
@@ -166,11 +196,13 @@ class _Lowering:
         # reverse loop costs more than one at the end.
         rows = states[0].meta["val"].shape[0]
         vectors = [n for n in plan.vectors if self.names[n] in wanted and n.meta["val"].is_floating_point()]
-        self._apart = [n for n in vectors if n.meta["val"].ndim == 1 and all(_is_broadcast(u, rows) for u in n.users)]
+        plain = [node for node in vectors if node.meta["val"].ndim == 1 and not self._lasts(node)]
+        self._apart = [node for node in plain if all(_is_broadcast(user, rows) for user in node.users)]
         self._vectors = set(vectors)
         for node in vectors:
             name = f"rows(d_{self.names[node]})" if node in self._apart else f"d_{self.names[node]}"
-            buffer = self._buffer(name, self._accumulator(node), Extent.ONE, rows=node in self._apart)
+            by_row = node in self._apart or self._lasts(node)
+            buffer = self._buffer(name, self._accumulator(node), Extent.ONE, rows=by_row)
             self._d[node] = buffer
             schedule.cleared.append(buffer)
         self._written = {At(name) for name in schedule.cleared}
@@ -187,18 +219,11 @@ class _Lowering:
         roots = [n for n in piece.roots if n in self._d]
         if not roots or not cotangents:
             return
-        try:
-            module, used = vjp(piece, roots, self._apart, self.plan.world)
-        except Exception as error:
-            raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
         writes = {At(self._d[node]): At(self._d[node]) in self._written for node in roots}
         self._written.update(writes)
         reads = [*self._at(piece.roots), *cotangents]
         results = [self._accumulator(n) if n in self._vectors else n.meta["val"] for n in roots]
-        stand_ins = [*piece.roots, *(n for n in piece.outputs if n.meta["val"].is_floating_point())]
-        kernel = Kernel(
-            module, [stand_ins[i].meta["val"] for i in used], results, list(writes.values()), self.plan.world
-        )
+        kernel, used = self.kernels.vjp_of(piece, roots, self._apart, results, list(writes.values()))
         self.schedule.reverse.append(Call(kernel, tuple(reads[i] for i in used), writes))
 
     def _epilogue(self, wanted: frozenset[str]) -> None:
@@ -207,26 +232,25 @@ class _Lowering:
         for node in self._apart:
             total = self._buffer(f"d_{self.names[node]}", self._accumulator(node), Extent.ONE, rows=True)
             schedule.buffers[total] = replace(schedule.buffers[total], rows=Rows.NO)
-            schedule.epilogue.append(Sum(At(total), At(self._d[node])))
+            schedule.epilogue.append(RowSum(At(total), At(self._d[node])))
             self._d[node] = total
-        lefts, matrices = [], []
+        gradients: dict[str, list[str]] = {name: [] for name in schedule.arguments}
+        for node in dict.fromkeys([*plan.streams, *plan.vectors, *plan.states.values()]):
+            if node in self._d:
+                gradients[self.names[node]].append(self._d[node])
         for product in plan.hoisted + plan.stages:
             left, matrix = self._left[id(product)], self.names[product.matrix]
-            d_left = d_matrix = None
             if product in plan.hoisted and left in wanted:
                 d_left = self._buffer(f"d_{left}", product.left.meta["val"], Extent.EACH)
                 d_result = At(self._d[product.result], None)
                 schedule.exit.append(Product(At(d_left, None), d_result, At(matrix), True))
+                gradients[left].append(d_left)
             if matrix in wanted:
                 d_matrix = self._buffer(f"d_{matrix}", product.matrix.meta["val"], Extent.ONE, rows=False)
                 d_result = At(self._d[product.result], None)
                 schedule.exit.append(Contraction(At(d_matrix), At(left, None), d_result))
-            lefts.append(d_left)
-            matrices.append(d_matrix)
-        streams, vectors, states = (
-            map(self._d.get, some) for some in (plan.streams, plan.vectors, plan.states.values())
-        )
-        schedule.gradients = [*streams, *lefts[: len(plan.hoisted)], *matrices, *vectors, *states]
+                gradients[matrix].append(d_matrix)
+        schedule.gradients = gradients
 
     def shorten(self) -> None:
         """Let what no later section reads be there for one step only, for two, or for a block of them."""

@@ -35,8 +35,8 @@ def tidied(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:
     _free_constants(graph)
     _plain_copies(graph)
     _plain_masks(graph)
-    _split_addmm(graph)
     _merge_duplicates(graph)
+    _drop_choices(graph)
     graph.eliminate_dead_code()
     return graph, literals
 
@@ -44,7 +44,7 @@ def tidied(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:
 def _take_literals(module: fx.GraphModule) -> dict[str, Tensor]:
     """Give what the step makes of numbers in its code, as `torch.tensor(0.5)`, a placeholder; refuse other tensors.
 
-    Those are held by something that no walk of the cell has reached, and would be frozen with today's numbers.
+    Those are no arguments of the graph, and would be frozen with today's numbers.
     """
     graph, found = module.graph, dict[str, Tensor]()
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
@@ -117,17 +117,14 @@ def _plain_masks(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _split_addmm(graph: fx.Graph) -> None:
-    """A product and its bias apart, so that the bias joins the pointwise code."""
+def _drop_choices(graph: fx.Graph) -> None:
+    """Leave out a mask's choice of two values that are one: a layer's masks make it of a field that its cell keeps."""
     for node in list(graph.nodes):
-        if node.target is aten.addmm.default and not node.kwargs:
-            bias, left, right = node.args
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mm.default, (left, right))
-                total = graph.call_function(aten.add.Tensor, (product, bias))
-            product.meta["val"] = total.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
+        if node.target is aten.where.self and node.args[1] is node.args[2]:
+            chosen, value = node.args[1], node.meta["val"]
+            if chosen.meta["val"].dtype == value.dtype and tuple(chosen.meta["val"].shape) == tuple(value.shape):
+                node.replace_all_uses_with(chosen)
+                graph.erase_node(node)
 
 
 def _merge_duplicates(graph: fx.Graph) -> None:

@@ -30,7 +30,7 @@ class Piece:
 
 
 @dataclass
-class Product:
+class Multiplication:
     """The products of one left-hand side with loop-invariant matrices, done as one."""
 
     left: fx.Node  # (N, I)
@@ -46,24 +46,23 @@ class Plan:
     invariants: dict[str, fx.Node]  # the cell's tensors by name
     literals: dict[fx.Node, Tensor]
     inputs: dict[str, fx.Node]
-    states: dict[str, fx.Node]
+    fields: list[fx.Node]  # of the state, in order
+    states: dict[str, fx.Node]  # the first field, and those that a step changes
+    unchanged: dict[str, fx.Node]  # the others, which it gives back as they came
     state_type: type
     world: StandIns
     prelude: Piece  # invariants → the constants that are not invariants themselves, once a call
     constants: list[fx.Node]
-    hoisted: list[Product]  # of the inputs, which nothing but the loop reads
-    early: list[Product]  # of the inputs, which something before the loop reads
-    stages: list[Product]  # in the order in which they can be computed
+    beside: Piece  # unchanged fields and constants → the lasting values, once a call
+    lasting: list[fx.Node]  # what is computed of unchanged fields and of constants alone, (B, ...)
+    hoisted: list[Multiplication]  # of the inputs, which nothing but the loop reads
+    early: list[Multiplication]  # of the inputs, which something before the loop reads
+    stages: list[Multiplication]  # in the order in which they can be computed
     final: Piece  # roots → the new state
     output: Piece  # roots → the new state and, once more, its first field, which is the scan's output
     streams: list[fx.Node]  # roots that change with t, and are there before the loop: inputs and early products
-    vectors: list[fx.Node]  # the constants that pieces read
+    vectors: list[fx.Node]  # the constants, unchanged fields and lasting values that pieces read
     may_learn: set[fx.Node]  # what depends on the inputs or on tensors that want gradients
-
-    @property
-    def lefts(self) -> list[fx.Node]:
-        """What the hoisted products multiply."""
-        return [product.left for product in self.hoisted]
 
     @property
     def matrices(self) -> list[fx.Node]:
@@ -80,17 +79,24 @@ def plan(trace: Trace) -> Plan:
         {name: copies[node] for name, node in group.items()} for group in (trace.invariants, trace.inputs, trace.states)
     )
     literals = {copies[node]: value for node, value in trace.literals.items()}
+    rows = next(iter(states.values())).meta["val"].shape[0]
+    new: Any = graph.output_node().args[0]
+    # The first field is the output, which has a value for each step in any case.
+    unchanged = {name: node for i, (name, node) in enumerate(states.items()) if i and new[i] is node}
+    lasts = _lasting(graph, list(unchanged.values()), {*inputs.values(), *states.values()}, rows)
     on_state, on_input = _reached(states.values()), _reached(inputs.values())
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
-    rows = next(iter(states.values())).meta["val"].shape[0]
-    in_loop = on_state | _reached(_counting(graph, {*inputs.values(), *states.values()}, rows))
+    in_loop = (on_state | _reached(_counting(graph, {*inputs.values(), *states.values()}, rows))) - lasts
     hoisted = _products(graph, on_input - in_loop, invariant, rows, trace.world)
     stages = _products(graph, in_loop, invariant, rows, trace.world)
-    outputs: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    new = graph.output_node().args[0]
+    outputs = [value for name, value in zip(states, new, strict=True) if name not in unchanged]
     # What is the same at every step, as far as anything else reads it.
     read = [n for n in graph.nodes if n in invariant and any(user not in invariant for user in n.users)]
     constants = list(dict.fromkeys([*(product.matrix for product in hoisted + stages), *read]))
+    lasting = _read_of(graph, lasts, rows)
     roots = {*states.values(), *inputs.values(), *constants, *(product.result for product in hoisted + stages)}
+    roots.update(lasting)
     for product in hoisted + stages:
         if product.left not in roots:
             product.piece = _extract(graph, roots, [product.left])
@@ -103,20 +109,29 @@ def plan(trace: Trace) -> Plan:
         invariants=invariants,
         literals=literals,
         inputs=inputs,
-        states=states,
+        fields=list(states.values()),
+        states={name: node for name, node in states.items() if name not in unchanged},
+        unchanged=unchanged,
         state_type=trace.state_type,
         world=trace.world,
         prelude=_extract(graph, {*invariants.values(), *literals}, [n for n in constants if n.op != "placeholder"]),
         constants=constants,
+        beside=_extract(graph, {*constants, *unchanged.values()}, lasting),
+        lasting=lasting,
         hoisted=hoisted,
         early=early,
         stages=stages,
         final=final,
         output=_extract(graph, roots, [*outputs, outputs[0]]),
         streams=[n for n in [*inputs.values(), *(p.result for p in early)] if n in used],
-        vectors=[n for n in constants if n in used],
+        vectors=[n for n in [*constants, *unchanged.values(), *lasting] if n in used],
         may_learn=_reached(
-            [*inputs.values(), *(invariants[name] for name in trace.learnt), *(p.result for p in early)]
+            [
+                *inputs.values(),
+                *unchanged.values(),
+                *(invariants[name] for name in trace.learnt),
+                *(p.result for p in early),
+            ]
         ),
     )
 
@@ -153,6 +168,44 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
             reached.add(node)
             stack.extend(node.users)
     return reached
+
+
+def _lasting(graph: fx.Graph, unchanged: list[fx.Node], given: set[fx.Node], rows: torch.SymInt) -> set[fx.Node]:
+    """The unchanged fields, and what depends on them and on what is the same at every step, alone.
+
+    Args:
+        given: the inputs and the states.
+    """
+    changing, found = _reached(given.difference(unchanged)), set(unchanged)
+    on_given = _reached(given)
+    for node in list(graph.nodes) if unchanged else []:
+        counts = [n for n in node.all_input_nodes if n in changing and n.target is aten.sym_size.int]
+        counts = [n for n in counts if n.meta["val"].node.expr == rows.node.expr]
+        rest = [n for n in node.all_input_nodes if n in on_given and n not in found and n not in counts]
+        if node.op != "call_function" or rest or found.isdisjoint(node.all_input_nodes):
+            continue
+        found.add(node)
+        for count in counts:  # the number of rows, which the tracer may have asked any of the tensors
+            with graph.inserting_before(node):
+                own = graph.call_function(aten.sym_size.int, (unchanged[0], 0))
+            own.meta["val"] = rows
+            found.add(own)
+            node.replace_input_with(count, own)
+    return found
+
+
+def _read_of(graph: fx.Graph, lasts: set[fx.Node], rows: torch.SymInt) -> list[fx.Node]:
+    """Those of the lasting nodes that are computed before the loop: what others read of them, but for views."""
+    found, stack = set[fx.Node](), [n for n in lasts if any(user not in lasts for user in n.users)]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" or node in found:
+            continue
+        if private.is_operation(node.target) and not private.is_view(node.target) and has_rows(node.meta["val"], rows):
+            found.add(node)
+        else:
+            stack.extend(lasts.intersection(node.all_input_nodes))
+    return [node for node in graph.nodes if node in found]
 
 
 def _counting(graph: fx.Graph, of_rows: set[fx.Node], rows: torch.SymInt) -> list[fx.Node]:
@@ -216,7 +269,7 @@ def _counts_in(value: Any) -> bool:
 
 def _products(
     graph: fx.Graph, among: set[fx.Node], invariant: set[fx.Node], rows: torch.SymInt, world: StandIns
-) -> list[Product]:
+) -> list[Multiplication]:
     """The products of nodes among the given ones with invariant matrices, grouped by their left-hand side.
 
     A product counts where it has one row for each of the batch.
@@ -230,7 +283,7 @@ def _products(
     return [_packed(graph, nodes, invariant, world) for nodes in grouped.values()]
 
 
-def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node], world: StandIns) -> Product:
+def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node], world: StandIns) -> Multiplication:
     """The products as one, of which slices stand in their places from now on."""
     first = products[0]
     with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
@@ -254,4 +307,4 @@ def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node], w
         start += width
         node.replace_all_uses_with(part)
         graph.erase_node(node)
-    return Product(left, matrix, result)  # type: ignore[arg-type]
+    return Multiplication(left, matrix, result)  # type: ignore[arg-type]

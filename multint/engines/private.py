@@ -1,18 +1,19 @@
 """The parts of torch without a promise that the engines use: to trace a step, to compile a graph, to see who calls.
 
-Everything else in this package but `onednn.py` keeps to torch's public names. A version of torch that lacks one of
-these parts raises an ImportError or an AttributeError when it is used: then pieces run op by op (`compiled`), or `auto`
-loops (the rest).
+Everything else in this package keeps to torch's public names. A version of torch that lacks one of these parts raises
+an ImportError or an AttributeError when it is used: then pieces run op by op (`compiled`), or `auto` loops (the rest).
 
 What is slow to import is imported where it is used: most programs never trace.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import functools
-import math
+import os
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from multint.engines.failures import RefusedError
-from multint.errors import EngineError
 
 # The number of rows is open, but the compiler decides by this one where threads are worth it. It is not the first
 # call's, so that the cached kernel does not depend on the first call's batch size.
@@ -69,7 +69,7 @@ class StandIns:
         self, function: Callable[..., Any], stand_ins: list[Tensor], decompositions: Any = None
     ) -> fx.GraphModule:
         """The function as a graph of ATen operations that writes to none of its values."""
-        with self.mode, self._dispatcher(), _rows_without_text():
+        with self.mode, self._dispatcher():
             module: fx.GraphModule = self._make_graph(
                 torch.func.functionalize(function),
                 decomposition_table=decompositions,
@@ -82,29 +82,80 @@ class StandIns:
 
         What every number from 2 on meets is not among them.
         """
-        return str(self._shapes.guards[0].expr) if self._shapes.guards else ""
+        return _first_guard(self._shapes)
 
 
-@contextlib.contextmanager
-def _rows_without_text() -> Iterator[None]:
-    """Within it, the user's code that makes a text of an open size is an error: it would be the symbol's name."""
-    original = torch.SymInt.__repr__
+def fixed_rows(values: Sequence[Tensor]) -> str:
+    """The same for what a traced step was given."""
+    sizes: list[Any] = [size for value in values for size in value.shape if isinstance(size, torch.SymInt)]
+    return _first_guard(sizes[0].node.shape_env) if sizes else ""
 
-    def refuse(size: torch.SymInt) -> str:
-        if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
-            raise EngineError("fused: the step makes a text of the number of rows")
-        return str(original(size))  # type: ignore[no-untyped-call]
 
-    torch.SymInt.__repr__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.SymInt.__repr__ = original  # type: ignore[method-assign]
+def of_one_row(number: Any) -> Any:
+    """A size, or several, where there is one row."""
+    if isinstance(number, torch.Size):
+        return tuple(map(of_one_row, number))
+    is_open = isinstance(number, torch.SymInt | torch.SymBool)
+    return number.node.expr.subs(dict.fromkeys(number.node.expr.free_symbols, 1)) if is_open else number
+
+
+def is_stride(number: Any) -> bool:
+    """Whether an open number that a traced step was given is a stride of a tensor that is not contiguous."""
+    return bool(_strides(number.node.shape_env, number.node.expr))
+
+
+def is_unknown(number: Any) -> bool:
+    """Whether an open number is of no size: it is a tensor's version, or comes of its numbers."""
+    if not isinstance(number, torch.SymInt | torch.SymFloat):
+        return False
+    return any(not number.node.shape_env.var_to_sources.get(symbol) for symbol in number.node.expr.free_symbols)
+
+
+def _first_guard(shapes: Any) -> str:
+    for guard in shapes.guards:
+        if _strides(shapes, guard.expr):
+            # Torch's own code asks for the order of a tensor in memory, which changes no number. What else a step asks
+            # of a stride may be different for another tensor of the same kind.
+            asked_in = guard.sloc.framework_loc if guard.sloc else None
+            if asked_in is None or not asked_in.filename.endswith(_ORDERS):
+                return f"a stride: {guard.expr}"
+            continue
+        first, *others = sorted(guard.expr.free_symbols, key=str) or [None]
+        # All open sizes are the number of rows: that two of them are equal is no condition.
+        if guard.expr.subs(dict.fromkeys(others, first)) != True:  # noqa: E712  # of sympy's
+            return str(guard.expr)
+    return ""
+
+
+_ORDERS = os.path.join("torch", "_prims_common", "__init__.py")
+
+
+def _strides(shapes: Any, expression: Any) -> list[Any]:
+    """The symbols in an expression that stand for strides, and not for sizes."""
+    sources = shapes.var_to_sources
+    kinds = {
+        symbol: [getattr(source, "prop", None) for source in sources.get(symbol, ())]
+        for symbol in expression.free_symbols
+    }
+    return [
+        symbol for symbol, found in kinds.items() if found and all(getattr(k, "name", "") == "STRIDE" for k in found)
+    ]
 
 
 def row_dimensions(stand_in: Any) -> list[int]:
     """The dimensions of a stand-in whose size has to do with the number of rows."""
     return [i for i, size in enumerate(stand_in.shape) if isinstance(size, torch.SymInt)]
+
+
+def rows_in(size: Any) -> int:
+    """How many numbers each row has in a dimension: 1, or k where the dimension's size is k times the number of rows.
+
+    Raises: RefusedError where it is neither.
+    """
+    factor, symbol = size.node.expr.as_coeff_Mul()
+    if not (symbol.is_Symbol and factor.is_Integer):
+        raise RefusedError("it arranges the rows anew")
+    return int(factor)
 
 
 def has_rows(stand_in: Any, rows: Any) -> bool:
@@ -133,11 +184,6 @@ def writes(target: Any) -> bool:
     return is_operation(target) and bool(target._schema.is_mutable)
 
 
-def short_name(target: Any) -> str:
-    """An operation's name without that of its overload: `sum`, for `aten.sum.dim_IntList`."""
-    return str(target._schema.name).removeprefix("aten::")
-
-
 def given(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
     """What an operation is given for the argument of that name, or its default; None where it has none."""
     for place, argument in enumerate(target._schema.arguments):
@@ -151,106 +197,35 @@ def arguments(target: Any) -> list[str]:
     return [argument.name for argument in target._schema.arguments] if is_operation(target) else []
 
 
-def has_argument(target: Any, name: str) -> bool:
-    """Whether an operation has an argument of that name."""
-    return any(argument.name == name for argument in target._schema.arguments)
+# What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1 would be accurate near 0 in absolute terms only. The asserts on
+# addresses would run at every step. A graph of CUDA's for each piece would copy what it reads: it is another view at
+# every step.
+_OPTIONS = {"cpp.use_decompose_tanh": False, "alignment_asserts": False, "triton.cudagraphs": False}
 
 
-def version(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is replaced or written to."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+def compiled(function: Callable[..., Any], stand_ins: list[Tensor], world: StandIns) -> Callable[..., Any]:
+    """The function as one that Inductor has compiled for any number of rows.
 
-
-# What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1 would be accurate near 0 in absolute terms only. The asserts
-# would run at every step, and the engine gives contiguous tensors of the right sizes.
-_OPTIONS = {"cpp.use_decompose_tanh": False, "alignment_asserts": False}
-
-
-def compiled(
-    function: Callable[..., Any], stand_ins: list[Tensor], world: StandIns, size_asserts: bool
-) -> Callable[[list[Tensor]], Any]:
-    """The function as one that Inductor has compiled for any number of rows; it takes its arguments in a list.
-
-    This is Inductor's inner entry: torch.compile would check guards at every call, which costs as much as a small
-    piece. `size_asserts` is for versions whose generated code lacks a size without them (torch 2.15).
+    By Inductor's own door for graphs, and not by torch.compile, whose guards would be checked at every step: that takes
+    longer than a small piece, and whoever changes their settings or resets them would change our scan.
     """
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor import compile
 
     with torch.no_grad():
-        fakes = [world.like(stand_in) for stand_in in stand_ins]
-        graph = world.trace(function, fakes, select_decomp_table())
-        with tracing(TracingContext(world.mode)), world.mode, config.patch(_OPTIONS | {"size_asserts": size_asserts}):
-            made: Any = compile_fx_inner(graph, fakes)
-    # Beneath `made` itself, which looks for a profiler at every call.
-    run: Callable[[list[Tensor]], Any] = getattr(made, "current_callable", None) or made
+        fakes: list[Any] = [world.like(stand_in) for stand_in in stand_ins]
+        run: Callable[..., Any] = compile(world.trace(function, fakes), fakes, _OPTIONS)
     return run
 
 
-def plain(module: fx.GraphModule, stand_ins: list[Tensor], world: StandIns) -> fx.Graph:
-    """The module's graph with composite operations, such as norms and derivatives, in terms of plainer ones."""
-    with torch.no_grad():
-        graph: fx.Graph = world.trace(module, [world.like(s) for s in stand_ins], _decompositions()).graph
-    for node in graph.nodes:  # what only writes passes for dead code
-        if is_operation(node.target) and node.target._schema.is_mutable:
-            raise RefusedError(f"it has the operation {node.target}, which writes into a tensor")
-    graph.eliminate_dead_code()
-    return graph
-
-
-# By those that torch has for them.
-_COMPOSITE = """
-    addcdiv addcmul elu elu_backward fill gelu gelu_backward hardsigmoid hardsigmoid_backward hardswish
-    hardswish_backward hardtanh hardtanh_backward leaky_relu leaky_relu_backward lerp log_sigmoid_backward
-    log_sigmoid_forward _log_softmax _log_softmax_backward_data logsumexp masked_fill mish native_layer_norm
-    native_layer_norm_backward new_full new_ones new_zeros ones_like rsub select_backward sigmoid_backward silu
-    silu_backward slice_backward _softmax _softmax_backward_data softplus softplus_backward square stack tanh_backward
-    threshold_backward unsafe_split zeros_like
-"""
-
-
-@functools.cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+def decompositions(names: Sequence[str]) -> dict[Any, Callable[..., Any]]:
+    """Torch's own decompositions of the operations of these names; what its version lacks is left out."""
     from torch._decomp import get_decompositions
 
     aten: Any = torch.ops.aten
     found: dict[Any, Callable[..., Any]] = get_decompositions(
-        [getattr(aten, name) for name in _COMPOSITE.split() if hasattr(aten, name)]
+        [getattr(aten, name) for name in names if hasattr(aten, name)]
     )
-    found[aten.mean.dim], found[aten.var_mean.correction] = _mean, _var_mean
-    for name, value in _AT_NAN.items():
-        derivative = getattr(aten, name).default
-        found[derivative] = _with_nan(found[derivative], value)
     return found
-
-
-# Torch's own operations give these where whole vectors are computed. Its decompositions give what it gives for the few
-# numbers at the end of a tensor, where an exploded activation gets the gradient of a large one.
-_AT_NAN = {"elu_backward": math.nan, "hardswish_backward": math.nan, "hardtanh_backward": 0.0}
-
-
-def _with_nan(derivative: Callable[..., Tensor], value: float) -> Callable[..., Tensor]:
-    """The derivative with this value where the activation's argument is NaN."""
-
-    def decomposition(*args: Any) -> Tensor:
-        _, x = (arg for arg in args if isinstance(arg, Tensor))
-        return torch.where(x == x, derivative(*args), value)
-
-    return decomposition
-
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    dims = list(range(x.ndim) if dim is None else dim)
-    return x.sum(dims, keepdim, dtype=dtype) / math.prod(x.shape[d] for d in dims)
-
-
-def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    dims = list(range(x.ndim) if dim is None else dim)
-    mean = _mean(x, dims, keepdim=True)
-    count = math.prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
-    return (x - mean).square().sum(dims, keepdim) / count, mean if keepdim else mean.squeeze(dims)
 
 
 def surroundings() -> str:
@@ -330,15 +305,7 @@ def is_control_flow(error: Exception) -> bool:
     return type(error).__module__ == "torch.utils.checkpoint"
 
 
-# What a module keeps of its hooks that run in a forward or backward pass, its own and those of all modules.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip  # noqa: E501
-_ALWAYS_THERE = frozenset(vars(nn.Module()))
-
-
-def hooks(module: nn.Module) -> list[Any]:
-    """The hooks that a call of the module runs, other than those of all modules."""
-    return [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
 
 
 def global_hooks() -> bool:
@@ -346,87 +313,117 @@ def global_hooks() -> bool:
     return any(getattr(nn.modules.module, kind) for kind in _GLOBAL_HOOKS)
 
 
-def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    """A module's parts by name, one that has two names twice."""
-    return iter(module._modules.items())
+class _Reads(threading.local):
+    step = False
 
 
-def dictionaries(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Where a module keeps all of its own: the attributes, and what is held for it beside them."""
-    yield vars(module)
-    yield from (getattr(module, name) for name in ("_parameters", "_buffers", "_modules", *_HOOKS))
+_reads = _Reads()
 
 
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether functions are called with a tensor's gradient."""
-    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+def is_read_in_a_step() -> bool:
+    """Whether the tracer reads the caller's code as a part of a cell's step, and not as a program of torch.compile's.
+
+    The tracer calls this and keeps what it gives.
+    """
+    return _reads.step
 
 
-def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's attributes beside what every module has: its parameters, buffers, parts and hooks."""
-    return ((name, value) for name, value in vars(module).items() if name not in _ALWAYS_THERE)
-
-
-# Where a module holds its tensors. Assigning to its attributes would check and register them.
-PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "parameter": lambda module: module._parameters,
-    "buffer": lambda module: module._buffers,
-}
-
-
-def held(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
-    """A module's parameters and buffers: in which of the `PLACES`, the name there, and what it is."""
-    for how, place in PLACES.items():
-        yield from ((how, name, value) for name, value in place(module).items())
+# As `torch.compiler.assume_constant_result` marks it, which imports Dynamo.
+is_read_in_a_step._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def python_function_calls(seen: Callable[[Any], None]) -> Iterator[None]:
-    """Within it, every function of torch that Python code calls on tensors is shown to `seen` first."""
+def free_of_rows() -> Iterator[None]:
+    """Within it, torch chooses no algorithm by the number of rows: an order of einsum's, a library for convolutions."""
+    from torch.backends import nnpack, opt_einsum
+
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with opt_einsum.flags(enabled=False), nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
+def tracing_settings(side_effects: bool) -> Iterator[None]:
+    """What the tracer is told while it traces a step.
+
+    `side_effects` lets the step change Python objects, which it is then seen to do at each call of its graph.
+    """
+    from torch._dynamo import config
+
+    settings: Any = config.patch(
+        side_effect_replay_policy="silent" if side_effects else "error",
+        skip_nnmodule_hook_guards=False,  # hooks may come later
+        recompile_limit=10**6,  # we count ourselves
+        accumulated_recompile_limit=10**6,
+        error_on_recompile=False,
+    )
+    with settings, free_of_rows(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer looks at the .grad of what a step takes, leaf or not
+        _reads.step = True
+        try:
+            yield
+        finally:
+            _reads.step = False
+
+
+def forget_code(function: Any) -> None:
+    """Drop what the tracer keeps for a function's code."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    reset_code(function.__code__)
+
+
+def changed_objects(error: Exception) -> list[str]:
+    """Where the Python objects are that a step was seen to change, where that is the error: as `L['cell'].count`."""
+    _, told, sources = str(error).partition("you can double check: ")
+    try:
+        return [str(source) for source in ast.literal_eval(sources.splitlines()[0])] if told else []
+    except (SyntaxError, ValueError):
+        return [sources]
+
+
+def _as_written(source: str) -> str:
+    """A place of the tracer's, such as `L['cell'].count`, in the words of a message."""
+    inside = source.removeprefix("L['cell']")
+    return source if inside == source else "the cell" + (f"'s {inside.lstrip('.')}" if inside else "")
+
+
+def is_steps_own(error: Exception) -> bool:
+    """Whether the step itself raises an error, or an operation of it does: it may be, where the tracer does not say."""
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.TorchRuntimeError) or not isinstance(error, exc.TorchDynamoException):
+        return True
+    told = str(error).partition("\n")[0]
+    return any(name in told for name in ("Observed exception", "RecursionError", "assertion failed"))
+
+
+def why_untraced(error: Exception) -> str:
+    """What the tracer says, in one line."""
+    if changed := changed_objects(error):
+        return f"the step changes {', '.join(map(_as_written, changed))}; keep it in the state"
+    if "ata-dependent" in str(error):
+        return "the step branches on a value; use torch.where"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    return f"the step cannot be traced: {lines[0].rstrip('.')}" + (f": {explained[0]}" if explained else "")
+
+
+@contextlib.contextmanager
+def linear_as_products() -> Iterator[None]:
+    """Within it, `linear` of sets of vectors is a product and a sum: torch's own code would fix the number of rows."""
     from torch.overrides import TorchFunctionMode
-
-    class Calls(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen(func)
-            return func(*args, **(kwargs or {}))
-
-    with Calls():
-        yield
-
-
-@contextlib.contextmanager
-def operations(seen: Callable[[Any, Any, Any], None]) -> Iterator[None]:
-    """Within it, every ATen operation is shown to `seen` with its arguments first."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen(func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
-
-    with Operations():  # type: ignore[no-untyped-call]
-        yield
-
-
-@contextlib.contextmanager
-def linear_apart() -> Iterator[None]:
-    """Within it, `linear` of a 3-D value adds its bias apart: torch's own code would fix the number of rows."""
-    from torch.overrides import TorchFunctionMode
-
-    def apart(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = nn.functional.linear(x, weight)
-        return y if bias is None else y + bias.to(y.dtype)  # under autocast y has the products' dtype
 
     class Linear(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is nn.functional.linear and args and args[0].ndim > 2:
-                with torch._C.DisableTorchFunction():
-                    return apart(*args, **(kwargs or {}))
+            if func is nn.functional.linear and args[0].ndim > 2 and not kwargs:
+                y = args[0] @ args[1].t()
+                return y if len(args) < 3 or args[2] is None else y + args[2].to(y.dtype)  # which autocast may choose
             return func(*args, **(kwargs or {}))
 
     with Linear():
         yield
-
-
-# What `no_grad` and its like call.
-SETS_GRADIENTS = getattr(torch._C, "_set_grad_enabled", None)

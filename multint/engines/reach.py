@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multint.engines.capture import unaware
+from multint.engines.pieces import interpret
 from multint.engines.private import StandIns
 from multint.engines.schedule import At, Buffer, Schedule
-from multint.engines.stepwise import interpret
+from multint.engines.step import unaware
+from multint.engines.tables import TRACING
 
 
 class Step(NamedTuple):
@@ -38,9 +39,10 @@ class Reach:
         runs: list[tuple[Step, int]] = []
         learnt = first
         while steps:
-            if learnt not in self._kept:
-                self._kept[learnt] = unaware(self._step, learnt)
-            step = self._kept[learnt]
+            step = self._kept.get(learnt)
+            if step is None:
+                with TRACING:  # the stand-ins' world is all threads'
+                    step = self._kept[learnt] = unaware(self._step, learnt)
             times = steps if step.learnt == learnt else 1  # soon all steps are alike
             runs.append((step, times))
             steps, learnt = steps - times, step.learnt
@@ -49,7 +51,8 @@ class Reach:
     def _step(self, learnt: tuple[bool, ...]) -> Step:
         schedule = self._schedule
         wanted = self._wanted.union(name for name, wants in zip(schedule.states, learnt, strict=True) if wants)
-        with self._world.mode, torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        device = schedule.buffers[schedule.states[0]].device.type
+        with self._world.mode, torch.enable_grad(), torch.autocast(device, enabled=False):
             given = {name: _one_row(schedule.buffers[name], name in wanted) for name in schedule.arguments}
             values = {At(name, later): value for name, value in given.items() for later in (0, None)}
             interpret(schedule.entry, values)

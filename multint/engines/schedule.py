@@ -1,7 +1,8 @@
 """What is run of a step, as named buffers and a few kinds of instructions: to be printed, checked, and executed.
 
-A schedule has seven sections. The *prelude* computes what depends on the parameters alone, and the *prologue* what the
-inputs of all steps give at once; both run by autograd. The *forward* section is one step, run for t = 0 … T−1, and the
+A schedule has eight sections. The *prelude* computes what depends on the parameters alone, *beside* it what depends on
+the fields of the state that no step changes, and the *prologue* what the inputs of all steps give at once; these run by
+autograd. The *forward* section is one step, run for t = 0 … T−1, and the
 *reverse* section is one step of the backward pass, run for t = T−1 … 0. An executor may run these in blocks of
 some steps: the *entry* runs before each block forward, and the *exit* after each block backward. The *epilogue* runs
 once after that.
@@ -14,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,7 +52,6 @@ class Buffer:
     extent: Extent
     rows: Rows = Rows.YES
     given: bool = False  # before the section that first reads it; else an instruction of the schedule makes it
-    by_product: bool = False  # a product returns it, so no memory is taken for it beforehand
 
     def numel(self, batch_size: int) -> int:
         """The numbers of one step."""
@@ -71,6 +71,24 @@ class Buffer:
         size = math.prod(shape) * self.dtype.itemsize
         told = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
         return f"{shape} {str(self.dtype).removeprefix('torch.')}, {told}"
+
+
+class Turns:
+    """A value for each step of which two are there, this step's and the next one's, in memory that stays in place."""
+
+    def __init__(self, both: Tensor) -> None:
+        self.both = both  # (2, ...): of the even steps and of the odd ones
+
+    def __getitem__(self, t: int) -> Tensor:
+        return self.both[t % 2]
+
+    def __setitem__(self, t: int, value: Any) -> None:
+        self.both[t % 2] = value
+
+
+# What a buffer's name stands for in a run: a tensor or, where there is one for each step, a tensor or `Turns` of them.
+# Names may be any text of the user's, so what an executor keeps beside them has another kind of key.
+Memory = dict[Any, Any]
 
 
 class At(NamedTuple):
@@ -154,7 +172,7 @@ class Contraction:
 
 
 @dataclass(frozen=True)
-class Sum:
+class RowSum:
     """result = the sum of a buffer's rows."""
 
     result: At
@@ -172,7 +190,7 @@ class Sum:
         return f"{self.result.show(buffers)} = Σ {self.source.show(buffers)}"
 
 
-Instruction: TypeAlias = Product | Call | Contraction | Sum
+Instruction: TypeAlias = Product | Call | Contraction | RowSum
 
 
 @dataclass
@@ -180,36 +198,58 @@ class Schedule:
     """A step's instructions and their buffers.
 
     Attributes:
+        inputs: the buffers of the streams that the caller gives, by the streams' names.
+        invariants: the buffers of the cell's tensors, in the order of the plan.
+        literals: what the step makes of numbers in its code.
         arguments: what autograd differentiates the loop by: streams, what the hoisted products multiply, matrices,
-            vectors and the first state. What is several of these, or the matrix of two products, stands there twice.
-        inputs: the streams that the caller gives.
-        states: the state's buffers, the output's first.
+            vectors and the first state.
+        may_learn: those that may have a gradient, but for the state.
+        fields: the buffers of the state's fields: `states`, and those that no step changes, which have one value.
+        states: the buffers of the fields that a step changes, the output's first.
         output_gradient: the buffer that the output's gradient is given in.
         cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
-        gradients: the buffer of each argument's gradient, or None.
+        gradients: the buffers whose sum is an argument's gradient. What is several of these, or the matrix of two
+            products, has several.
         kept: the buffers that the forward pass makes and the backward pass reads.
     """
 
     buffers: dict[str, Buffer] = field(default_factory=dict)
     prelude: list[Instruction] = field(default_factory=list)
+    beside: list[Instruction] = field(default_factory=list)
     prologue: list[Instruction] = field(default_factory=list)
     entry: list[Instruction] = field(default_factory=list)
     forward: list[Instruction] = field(default_factory=list)
     reverse: list[Instruction] = field(default_factory=list)
     exit: list[Instruction] = field(default_factory=list)
     epilogue: list[Instruction] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
+    invariants: list[str] = field(default_factory=list)
+    literals: dict[str, Tensor] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
+    may_learn: frozenset[str] = frozenset()
+    fields: list[str] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
     output_gradient: str = ""
     cleared: list[str] = field(default_factory=list)
-    gradients: list[str | None] = field(default_factory=list)
+    gradients: dict[str, list[str]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> list[str]:
         made = {write.buffer for instruction in [*self.entry, *self.forward] for write in instruction.writes}
         read = [at.buffer for instruction in [*self.reverse, *self.exit, *self.epilogue] for at in instruction.reads]
         return [name for name in dict.fromkeys(read) if name in made]
+
+    @cached_property
+    def summands(self) -> set[str]:
+        """The buffers of all gradients."""
+        return {name for names in self.gradients.values() for name in names}
+
+    @cached_property
+    def matrices(self) -> set[str]:
+        """The arguments that only products read, each in the order that it wants: the numbers may lie in any."""
+        some = [*self.entry, *self.forward, *self.reverse]
+        matrices = {i.matrix.buffer for i in some if isinstance(i, Product)}
+        return matrices - {at.buffer for i in some for at in i.reads if not (isinstance(i, Product) and at == i.matrix)}
 
     @cached_property
     def bytes_per_row(self) -> int:
@@ -223,6 +263,7 @@ class Schedule:
         lines = []
         titles = {
             "once, of the parameters": self.prelude,
+            "once, of what no step changes": self.beside,
             "once, for all steps": self.prologue,
             "for many steps at once": self.entry,
             "each step t": self.forward,
@@ -251,7 +292,7 @@ def check(schedule: Schedule) -> None:
     once = {At(name, None) for name, b in buffers.items() if b.given} | {
         At(name, 0) for name, b in buffers.items() if b.given and b.extent is Extent.ONE
     }
-    before = [*schedule.prelude, *schedule.prologue]
+    before = [*schedule.prelude, *schedule.beside, *schedule.prologue]
     _check_section(before, once, set())
     made = {write.buffer for instruction in before for write in instruction.writes}
     made |= {name for name, b in buffers.items() if b.given}
@@ -264,14 +305,14 @@ def check(schedule: Schedule) -> None:
     if not schedule.reverse:
         return
     there = fixed | first | {at for at in after if at.buffer in schedule.kept}
-    carried = {name for name in schedule.gradients if name and buffers[name].extent is Extent.TURNS}
+    carried = {name for name in schedule.summands if buffers[name].extent is Extent.TURNS}
     cleared = {At(name) for name in schedule.cleared}
     after = _check_section(schedule.reverse, there | {At(name, 1) for name in carried} | cleared, cleared)
     assert {At(name) for name in carried} <= after, "a state's gradient is not written"
     over_all = {At(at.buffer, None) for at in after if buffers[at.buffer].extent is not Extent.NOW} | after
     after = _check_section(schedule.exit, over_all, set())
     after = _check_section(schedule.epilogue, after, set())
-    assert {name for name in schedule.gradients if name} <= {at.buffer for at in after}, "a gradient is not written"
+    assert schedule.summands <= {at.buffer for at in after}, "a gradient is not written"
 
 
 def _check_section(instructions: list[Instruction], there: set[At], cleared: set[At]) -> set[At]:

@@ -34,6 +34,9 @@ class Direction(nn.Module):
     Raises: OptionError where the cell has no integrator or no recurrent matrix to drop.
     """
 
+    # What a step writes to, and has put back at its end.
+    _restored_by_step = ("hooks",)
+
     def __init__(
         self,
         cell: Cell,

@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from multint.cells import Cell, LSTMCell, build_cell
-from multint.engines.choice import ENGINES, Explanation, explain
+from multint.engines import Explanation, explain
+from multint.engines.checks import ENGINES
 from multint.errors import OptionError, ShapeError
 from multint.integrators.checks import flag, positive, probability
 from multint.recurrent.direction import Direction
 from multint.recurrent.masks import locked_mask
-from multint.recurrent.sequences import Sequences, restore, reversed_reset, unify
+from multint.recurrent.sequences import Sequences, blanked, restore, reversed_reset, unify
 
 
 class Recurrent(nn.Module):
     """A stack of recurrent layers: `(output, state) = rnn(x, state)`, as `nn.LSTM` has it, for any cell.
+
+    Where the cell's output has more axes than (B, H), as the images (B, H, rows, columns) of a convolutional LSTM, the
+    input has as many, (T, B, X, rows, columns): features are the first axis after the batch everywhere.
 
     Args:
         input_size: features X of the input.
@@ -31,7 +35,7 @@ class Recurrent(nn.Module):
         num_layers: number of layers L.
         batch_first: the input is (B, T, X) and the output (B, T, ·); states are not affected.
         dropout: probability of dropping each value of a layer's output, except the last layer's.
-        bidirectional: run every layer in both directions, D = 2, and concatenate their outputs.
+        bidirectional: run every layer in both directions, D = 2, and concatenate their outputs' features.
         zoneout: probability that a state keeps its old value at a step (Krueger et al. 2017): a number for every field
             of the state, or a dict such as {"h": 0.05, "c": 0.5}. In evaluation the mean is taken.
         input_dropout: probability of dropping a feature of every layer's input, with one mask for all steps.
@@ -89,11 +93,18 @@ class Recurrent(nn.Module):
     def output_size(self) -> int:
         """Features of the output: the width of a cell's output times the number of directions."""
         first: Any = self.directions[0]
-        return int(first.cell.initial_state(1)[0].shape[-1]) * (2 if self.bidirectional else 1)
+        width = first.form[0][0] if first.form[0] else 1
+        return int(width) * (2 if self.bidirectional else 1)
+
+    @property
+    def _axes(self) -> int:
+        """Of a step's input, as of the cell's output: 2 for (B, H)."""
+        first: Any = self.directions[0]
+        return max(2, 1 + len(first.form[0]))
 
     def forward(
         self,
-        input: Tensor | PackedSequence,  # (T, B, X); (B, T, X) if batch_first; (T, X) unbatched
+        input: Tensor | PackedSequence,  # (T, B, X, ...); (B, T, X, ...) if batch_first; (T, X, ...) unbatched
         hx: Any = None,  # a named tuple of tensors (L·D, B, ·), or one bare tensor for a cell with one field
         *,
         lengths: Tensor | list[int] | None = None,  # (B,)
@@ -110,7 +121,7 @@ class Recurrent(nn.Module):
 
         Raises: ShapeError or OptionError for what does not fit.
         """
-        sequences = unify(input, lengths, reset, self.input_size, self.batch_first)
+        sequences = unify(input, lengths, reset, self.input_size, self.batch_first, self._axes)
         pairs: Any = zip(self.directions, self._states(hx, sequences), strict=True)
         xs = sequences.xs
         finals: list[Any] = []
@@ -125,7 +136,7 @@ class Recurrent(nn.Module):
                 output, final = self._run(direction, xs, sequences, state, bool(backward))
                 outputs.append(output)
                 finals.append(final)
-            xs = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+            xs = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]
         fields = [torch.stack(field) for field in zip(*finals, strict=True)]
         if sequences.unbatched:
             fields = [field.squeeze(1) for field in fields]
@@ -145,7 +156,7 @@ class Recurrent(nn.Module):
             streams["reset"] = reversed_reset(sequences.reset) if backward else sequences.reset
         output, final = direction.run(streams, state, self.engine)
         if "valid" in streams:
-            output = torch.where(streams["valid"].unsqueeze(-1), output, 0)
+            output = blanked(output, streams["valid"])
         return (output.flip(0) if backward else output), final
 
     def _states(self, state: Any, sequences: Sequences) -> list[Any]:
@@ -208,7 +219,7 @@ class Recurrent(nn.Module):
 
         Raises: as a call does by "fused".
         """
-        one = input.narrow(1 if self.batch_first and input.ndim == 3 else 0, 0, 1)
+        one = input.narrow(1 if self.batch_first and input.ndim > self._axes else 0, 0, 1)
         engine, self.engine = self.engine, "fused"
         try:
             with torch.no_grad():

@@ -16,7 +16,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class Sequences(NamedTuple):
     """A batch in the inner form: time-major, padded, batched."""
 
-    xs: Tensor  # (T, B, X)
+    xs: Tensor  # (T, B, X), or (T, B, X, ...)
     valid: Tensor | None  # (T, B) bool, False past a sequence's end; None where all have the full length
     reset: Tensor | None  # (T, B) bool, True where an episode starts
     packed: PackedSequence | None  # what came in, where that was packed
@@ -29,8 +29,12 @@ def unify(
     reset: Tensor | None,
     input_size: int,
     batch_first: bool,
+    axes: int,
 ) -> Sequences:
     """Bring an input to the inner form.
+
+    Args:
+        axes: of a step's input, 2 for (B, X).
 
     Raises: ShapeError for shapes that do not fit; OptionError for lengths out of range or given twice.
     """
@@ -45,12 +49,17 @@ def unify(
     else:
         if not isinstance(x, Tensor):
             raise ShapeError(f"x is a {type(x).__name__}, expected a tensor or a PackedSequence")
-        unbatched = x.ndim == 2
-        if x.ndim not in (2, 3):
-            raise ShapeError(f"x has {x.ndim} dimensions, expected 3, or 2 where it is unbatched: (T, X)")
+        unbatched = x.ndim == axes
+        if x.ndim not in (axes, axes + 1):
+            shape = "(T, X)" if axes == 2 else "(T, X, ...), as many in a row as the cell's output has"
+            raise ShapeError(
+                f"x has {x.ndim} dimensions, expected {axes + 1}, or {axes} where it is unbatched: {shape}"
+            )
         xs = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
-    if xs.shape[-1] != input_size:
-        raise ShapeError(f"x has {xs.shape[-1]} features, expected {input_size} (input_size)")
+    if xs.ndim != axes + 1:
+        raise ShapeError(f"x has {xs.ndim} dimensions where it is padded, expected {axes + 1}")
+    if xs.shape[2] != input_size:
+        raise ShapeError(f"x has {xs.shape[2]} features, expected {input_size} (input_size)")
     if xs.shape[0] == 0:
         raise ShapeError("x has 0 steps, expected at least 1")
     if reset is not None:
@@ -67,7 +76,7 @@ def unify(
     valid = _valid(xs, lengths)
     if valid is not None:
         # Whatever stands in the padding, a NaN too, must not reach a gradient by way of 0 · NaN.
-        xs = torch.where(valid.unsqueeze(-1), xs, 0)
+        xs = blanked(xs, valid)
     return Sequences(xs, valid, reset, packed, unbatched)
 
 
@@ -82,6 +91,11 @@ def restore(output: Tensor, sequences: Sequences, batch_first: bool) -> Tensor |
     lengths = (torch.arange(1, output.shape[1] + 1)[:, None] <= packed.batch_sizes).sum(1)
     data = pack_padded_sequence(output, lengths).data
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def blanked(values: Tensor, valid: Tensor) -> Tensor:
+    """Values (T, B, ...) with zeros past each sequence's end."""
+    return torch.where(valid.view(*valid.shape, *[1] * (values.ndim - 2)), values, 0)
 
 
 def reversed_reset(reset: Tensor) -> Tensor:

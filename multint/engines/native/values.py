@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from multint.engines.failures import RefusedError
-from multint.engines.private import row_dimensions
-
-if TYPE_CHECKING:
-    from multint.engines.cpp import Nest
+from multint.engines.private import row_dimensions, rows_in
 
 aten = torch.ops.aten
 
@@ -46,8 +43,32 @@ class Index(NamedTuple):
 
 
 ROW, ZERO = Index((("row", 1),)), Index()
-At = tuple[Index, ...]
+Place = tuple[Index, ...]
 Node = Any  # an fx.Node, whose arguments have no types of use
+
+
+class Nest(Protocol):
+    """Loops over one shape, in which each element is computed once."""
+
+    @property
+    def stored(self) -> dict[fx.Node, str]:
+        """Where nodes' elements are in memory, by their name in C++."""
+
+    def element(self, node: Any, at: Place) -> str:
+        """The C++ name of an element of a node's value."""
+
+
+class Writer(Protocol):
+    """A function of one row in the making.
+
+    Attributes:
+        stores: what its loops write.
+    """
+
+    stores: list[Store]
+
+    def level_after(self, nodes: Sequence[Node]) -> int:
+        """The first level of loops that can read what others write of some nodes."""
 
 
 class Store(NamedTuple):
@@ -59,18 +80,18 @@ class Store(NamedTuple):
     shape: tuple[int, ...]  # of the loops, without the row
     reduced: tuple[int, ...]  # the loops that a sum or a maximum goes over
     level: int
-    value: Callable[[Nest, At], str]  # the element at the loops' variables
-    place: Callable[[At], Index]
-    join: str  # "=", "+=" or, for reductions, "sum" and "max"
+    value: Callable[[Nest, Place], str]  # the element at the loops' variables
+    place: Callable[[Place], Index]
+    join: str  # "=", "+=", "in order" for "=" of what was written before, or a reduction's "sum", "max", …
 
 
 def check_rows(graph: fx.Graph) -> None:
-    """Raise unless every size that has to do with the number of rows is that number."""
+    """Raise unless every size that has to do with the number of rows is a multiple of it."""
     values = [node.meta.get("val") for node in graph.nodes]
     tensors = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
-    sizes: list[Any] = [size for value in tensors if isinstance(value, Tensor) for size in value.shape]
-    if len({size.node.expr for size in sizes if isinstance(size, torch.SymInt)}) > 1:
-        raise RefusedError("it arranges the rows anew")
+    for size in (size for value in tensors if isinstance(value, Tensor) for size in value.shape):
+        if isinstance(size, torch.SymInt):
+            rows_in(size)
 
 
 def literal(number: Any) -> str:
@@ -82,17 +103,17 @@ def literal(number: Any) -> str:
     value = float(number)
     if math.isnan(value):
         return "NAN"
-    if abs(value) > torch.finfo(torch.float32).max:
+    if math.isinf(value):
         return "INFINITY" if value > 0 else "-INFINITY"
-    return f"{value!r}f"
+    return f"(real){value!r}"
 
 
 def c_type(node: Node) -> str:
-    """The type of a node's numbers in C++."""
+    """The type of a node's numbers in C++, where that of floating-point numbers is the loop's own."""
     dtype = node.meta["val"].dtype
-    if dtype not in (torch.float32, torch.bool):
-        raise RefusedError(f"it computes in {str(dtype).removeprefix('torch.')}, and not in float32")
-    return "float" if dtype == torch.float32 else "bool"
+    if dtype.is_floating_point:
+        return "real"
+    return "bool" if dtype == torch.bool else "int64_t"
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
@@ -105,18 +126,24 @@ def has_row(node: Node) -> bool:
     return bool(row_dimensions(node.meta["val"]))
 
 
+def is_row(size: Any) -> bool:
+    """Whether a dimension of that size has one number for each row."""
+    return isinstance(size, torch.SymInt) and rows_in(size) == 1
+
+
 def inner(node: Node) -> tuple[int, ...]:
-    """A value's shape in one row."""
-    return tuple(size for size in shape_of(node) if not isinstance(size, torch.SymInt))
+    """A value's shape in one row. A dimension of k numbers for each row has the size k there."""
+    sizes = (rows_in(size) if isinstance(size, torch.SymInt) else size for size in shape_of(node))
+    return tuple(size for size, whole in zip(sizes, shape_of(node), strict=True) if not is_row(whole))
 
 
-def with_row(node: Node, at: At) -> At:
+def with_row(node: Node, at: Place) -> Place:
     """An element's place in the whole value, from its place in one row."""
     rest = iter(at)
-    return tuple(ROW if isinstance(size, torch.SymInt) else next(rest) for size in shape_of(node))
+    return tuple(ROW if is_row(size) else next(rest) for size in shape_of(node))
 
 
-def contiguous(shape: Sequence[int], at: At) -> Index:
+def contiguous(shape: Sequence[int], at: Place) -> Index:
     """Where an element of a contiguous array stands."""
     place = ZERO
     for size, index in zip(shape, at, strict=True):
@@ -124,13 +151,17 @@ def contiguous(shape: Sequence[int], at: At) -> Index:
     return place
 
 
-def linear(node: Node, at: At) -> Index:
-    """Where an element stands in the memory of its row."""
-    pairs = list(zip(shape_of(node), at, strict=True))
-    if any(isinstance(size, torch.SymInt) and index != ROW for size, index in pairs):
+def without_row(node: Node, at: Place) -> Place:
+    """An element's place in one row, from its place in the whole value."""
+    places = [(is_row(size), index) for size, index in zip(shape_of(node), at, strict=True)]
+    if any(of_rows and index != ROW for of_rows, index in places):
         raise RefusedError("a row reads another one")
-    rest = [(size, index) for size, index in pairs if not isinstance(size, torch.SymInt)]
-    return contiguous([size for size, _ in rest], tuple(index for _, index in rest))
+    return tuple(index for of_rows, index in places if not of_rows)
+
+
+def linear(node: Node, at: Place) -> Index:
+    """Where an element stands in the memory of its row."""
+    return contiguous(inner(node), without_row(node, at))
 
 
 def sums_rows(node: Node) -> bool:
@@ -138,5 +169,4 @@ def sums_rows(node: Node) -> bool:
     if node.target is not aten.sum.dim_IntList:
         return False
     source: Node = node.args[0]
-    dims = [d % len(shape_of(source)) for d in node.args[1]]
-    return dims == row_dimensions(source.meta["val"])
+    return [d % len(shape_of(source)) for d in node.args[1]] == row_dimensions(source.meta["val"])

@@ -13,18 +13,28 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from multint.engines.cpp_parts import PARTS, is_made_of_parts, whole
-from multint.engines.cpp_rules import COSTLY, VIEWS, is_in_memory, is_rearranged, rule_of, viewed
-from multint.engines.cpp_values import (
+from multint.engines.native.elements import (
+    COSTLY,
+    VIEWS,
+    check_sums,
+    is_in_memory,
+    is_rearranged,
+    rule_of,
+    squeezed,
+    unsqueezed,
+    viewed,
+)
+from multint.engines.native.parts import PARTS, is_made_of_parts, whole
+from multint.engines.native.values import (
     ZERO,
-    At,
     Index,
     Node,
+    Place,
     Store,
     c_type,
     check_rows,
@@ -34,78 +44,100 @@ from multint.engines.cpp_values import (
     linear,
     literal,
     shape_of,
-    sums_rows,
     with_row,
 )
-from multint.engines.failures import RefusedError
 
 aten = torch.ops.aten
 
-_MOST_SCRATCH = 2**15  # numbers of one row's intermediate values, which lie on a thread's stack
 NAME = "NAME_OF_THE_PIECE"  # to be replaced: equal pieces have equal texts
 
 
-def function_of(graph: fx.Graph, adds: Sequence[bool]) -> str:
+class RowFunction(NamedTuple):
+    """C++ of a function of one row, and how many numbers it puts on the stack."""
+
+    text: str
+    scratch: int
+
+
+def function_of(graph: fx.Graph, adds: Sequence[bool]) -> RowFunction:
     """A piece as a C++ function of one row: pointers to the row of each argument, then to that of each result.
 
     Args:
-        graph: of operations on float32 and bool that `decompositions` has made plain, every node with its "val".
+        graph: of operations on one type of numbers and bool that `private.plain` has made, every node with its "val".
         adds: for each result, whether it is added to what is there. A sum over the rows adds this row's part.
 
     Raises: RefusedError for what has no C++ here.
     """
-    return Piece(graph, list(adds)).function(NAME)
+    writer = _Writer(graph, list(adds))
+    return RowFunction(writer.function(NAME), writer.scratch)
 
 
-class Nest:
+class _Nest:
     """Loops over one shape, and what is computed in them: each element once."""
 
-    def __init__(self, piece: Piece, shape: tuple[int, ...]) -> None:
-        self.piece, self.shape = piece, shape
-        self.known: dict[tuple[fx.Node, At], str] = {}
+    def __init__(self, writer: _Writer, shape: tuple[int, ...]) -> None:
+        self.writer, self.shape = writer, shape
+        self.known: dict[tuple[fx.Node, Place], str] = {}
         self.before: list[str] = []  # what is the same for all of the innermost loop
         self.inside: list[str] = []
 
-    def element(self, node: Any, at: At) -> str:
+    @property
+    def stored(self) -> dict[fx.Node, str]:
+        """Where nodes' elements are in memory."""
+        return self.writer.stored
+
+    def element(self, node: Any, at: Place) -> str:
         """The C++ name of an element of a node's value."""
         if not isinstance(node, fx.Node):
             return literal(node)
         at = tuple(ZERO if size == 1 else i for i, size in zip(at, shape_of(node), strict=True))
         if (node, at) not in self.known:
-            stored = self.piece.stored.get(node)
+            stored = self.writer.stored.get(node)
             made = f"{stored}[{linear(node, at)}]" if stored else rule_of(node)(self, node, at)
             self.known[node, at] = self._named(made, node, at)
         return self.known[node, at]
 
-    def _named(self, made: str, node: Node, at: At) -> str:
+    def _named(self, made: str, node: Node, at: Place) -> str:
         if made.isidentifier():
             return made
-        name = f"v{self.piece.count}"
-        self.piece.count += 1
+        name = f"v{self.writer.count}"
+        self.writer.count += 1
         innermost = f"i{len(self.shape) - 1}"
         varies = any(innermost == variable for index in at for variable, _ in index.terms)
         (self.inside if varies else self.before).append(f"const {c_type(node)} {name} = {made};")
         return name
 
 
-class Piece:
+def _in_order(node: Node) -> Node:
+    """What a result views, where its numbers are in the same order."""
+    while VIEWS.get(node.target) in (viewed, unsqueezed, squeezed):
+        node = node.args[0]
+    return node
+
+
+class _Writer:
     """A piece on its way to C++: what is in memory, and the loops that bring it there.
 
     Attributes:
         stored: where a node's elements are in memory, by their name in C++.
         stores: what the loops write.
         count: of the names given so far.
+        scratch: numbers of one row's intermediate values.
     """
 
     def __init__(self, graph: fx.Graph, adds: list[bool]) -> None:
         self.graph, self.adds = graph, adds
         check_rows(graph)
+        check_sums(graph, adds)
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+        output: Any = graph.output_node()
+        output.args = ([_in_order(node) for node in output.args[0]],)
+        graph.eliminate_dead_code()
+        self.outputs: list[Node] = list(output.args[0])
         self.count = 0  # of names
         self.stored: dict[fx.Node, str] = {node: f"in{i}" for i, node in enumerate(self.inputs)}
         self.stores: list[Store] = []
-        self._scratch = 0
+        self.scratch = 0
         self._ready: dict[fx.Node, int] = {}
         self._memory: list[str] = []
 
@@ -117,8 +149,6 @@ class Piece:
         again = {node for node in costly if len({loop for loop, nodes in inlined if node in nodes}) > 1}
         if again:
             self._plan(again)
-        if self._scratch > _MOST_SCRATCH:
-            raise RefusedError(f"a row's intermediate values are {self._scratch} numbers")
         arguments = [f"const {c_type(node)} *__restrict in{i}" for i, node in enumerate(self.inputs)]
         arguments += [f"{c_type(node)} *__restrict out{i}" for i, node in enumerate(self.outputs)]
         lines = [f"static inline void {name}({', '.join(arguments)}) {{", *self._memory]
@@ -135,18 +165,18 @@ class Piece:
     def _plan(self, kept: set[fx.Node]) -> None:
         """Decide what is in memory, and by which loops it comes there."""
         self.stored = {node: f"in{i}" for i, node in enumerate(self.inputs)}
-        self.stores, self._memory, self._scratch, self._ready = [], [], 0, {}
+        self.stores, self._memory, self.scratch, self._ready = [], [], 0, {}
         for node in self.graph.nodes:
             if node.target is aten.bmm.default:
                 kept |= {side for side in node.all_input_nodes if not is_in_memory(side)}
-            elif VIEWS.get(node.target) is viewed and not sums_rows(node.args[0]) and is_rearranged(node):
+            elif VIEWS.get(node.target) is viewed and is_rearranged(node):
                 kept.add(node.args[0])
         final: dict[fx.Node, int] = {}
         for i, node in enumerate(self.outputs):
             if not self.adds[i] and has_row(node):
                 final.setdefault(node, i)
         for node in self.graph.nodes:
-            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or sums_rows(node):
+            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
                 continue
             if is_made_of_parts(node) or node in kept:
                 target = f"out{final[node]}" if node in final else self._take(node)
@@ -159,7 +189,7 @@ class Piece:
     def _take(self, node: Node) -> str:
         """Memory for a value of one row."""
         name, count = f"kept{len(self._memory)}", math.prod(inner(node))
-        self._scratch += count
+        self.scratch += count
         self._memory.append(f"  {c_type(node)} {name}[{max(count, 1)}];")
         return name
 
@@ -189,9 +219,6 @@ class Piece:
 
     def _give(self, i: int, node: Node) -> None:
         """Write a result, or add it to what is there."""
-        over_rows = not has_row(node)
-        if over_rows:
-            node = self._summed_over_rows(i, node)
         shape = inner(node)
         self.stores.append(
             Store(
@@ -207,18 +234,9 @@ class Piece:
             )
         )
 
-    def _summed_over_rows(self, i: int, node: Node) -> fx.Node:
-        """What a result without rows is the sum over the rows of."""
-        size = math.prod(node.meta["val"].shape)
-        while node.target in (aten.view.default, aten.squeeze.dim, aten.squeeze.dims):
-            node = node.args[0]
-        if not self.adds[i] or not sums_rows(node) or math.prod(inner(node.args[0])) != size:
-            raise RefusedError("a result without rows is no plain sum over the rows")
-        return node.args[0]
-
     def _loops(self, shape: tuple[int, ...], reduced: tuple[int, ...], stores: list[Store]) -> Iterator[str]:
         """The C++ of loops over a shape that make some stores."""
-        nest = Nest(self, shape)
+        nest = _Nest(self, shape)
         at = tuple(Index(((f"i{d}", 1),)) for d in range(len(shape)))
         innermost = len(shape) - 1
         # A sum over the innermost loop stays in a register; one over an outer loop is added up in memory.
@@ -226,15 +244,15 @@ class Piece:
         sums, after, starts = [], [], []
         for store in stores:
             value, place = store.value(nest, at), f"{store.target}[{store.place(at)}]"
-            if store.join in ("=", "+="):
-                nest.inside.append(f"{place} {store.join} {value};")
+            if store.join in ("=", "+=", "in order"):
+                nest.inside.append(f"{place} {store.join.replace('in order', '=')} {value};")
                 continue
             start, joined = _JOINED[store.join]
             if in_registers:
                 name = f"s{self.count}"
                 self.count += 1
                 sums.append((store.join, name))
-                starts.append(f"float {name} = {start};")
+                starts.append(f"{c_type(store.node)} {name} = {start};")
                 nest.inside.append(f"{name} = {joined.format(name, value)};")
                 # Loops outside of the innermost may belong to the same sum.
                 outer = [d for d in reduced if d != innermost]
@@ -256,7 +274,8 @@ class Piece:
             yield "  {"
         yield from (f"{indent}  {line}" for line in [*nest.before, *starts])
         clauses = "".join(f" reduction(+:{name})" for _, name in sums)
-        if all(join == "sum" for join, _ in sums):  # the order of a maximum matters where there are NaNs
+        in_order = any(store.join == "in order" for store in stores)
+        if not in_order and all(join == "sum" for join, _ in sums):  # the order of a maximum matters with NaNs
             yield "#pragma omp simd" + clauses
         yield f"{indent}  for (int64_t i{innermost} = 0; i{innermost} < {shape[-1]}; ++i{innermost}) {{"
         yield from (f"{indent}    {line}" for line in nest.inside)
@@ -265,4 +284,9 @@ class Piece:
         yield "  " + "} " * max(1, len(shape) - 1)
 
 
-_JOINED = {"sum": ("0.0f", "{0} + {1}"), "max": ("-INFINITY", "maximum({0}, {1})")}
+_JOINED = {
+    "sum": ("0.0f", "{0} + {1}"),
+    "product": ("1.0f", "{0} * {1}"),
+    "max": ("-INFINITY", "maximum({0}, {1})"),
+    "min": ("INFINITY", "minimum({0}, {1})"),
+}

@@ -10,99 +10,51 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from multint.engines import cpp, machine
-from multint.engines.capture import TRACING
-from multint.engines.failures import RefusedError, report
-from multint.engines.kernel import compiles
-from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Product, Rows, Schedule, Sum
-from multint.engines.stepwise import Memory, Turns, execute
-from multint.errors import in_a_line
-
-if TYPE_CHECKING:
-    from multint.engines.program import Program
+from multint.engines.failures import RefusedError
+from multint.engines.native import loops, machine
+from multint.engines.schedule import (
+    At,
+    Buffer,
+    Call,
+    Extent,
+    Instruction,
+    Memory,
+    Product,
+    Rows,
+    RowSum,
+    Schedule,
+    Turns,
+)
 
 # The bytes of a product's matrix from which threads share its columns: what a core's cache holds. Two threads with
 # AVX-512 took 15 % longer by columns at 1 MiB, and 4 % less at 4 MiB.
 _BY_COLUMNS = 2**21
 
-# What is kept of one pass for the next one: its memory under this key, of at most so many bytes.
+# What is kept of one pass for the next one: its memory under this key, of at most so many bytes. What is larger takes
+# long enough to fill that new pages cost little beside it.
 _PIECE = object()
 _MOST_RELEASED = 2**23
 
-_ALIGNED = 16  # numbers, of 64 bytes: a line of a cache
+# Numbers of one row's intermediate values, which lie on a thread's stack.
+_MOST_SCRATCH = 2**15
 
-# What a block of steps leaves for the products after it is to be in a cache still; but with fewer rows than these
-# a product is slow.
+_ALIGNED = 64  # bytes: a line of a cache
+
+# The bytes that a block of steps leaves for the products after it, which are to be in a core's cache still: most have
+# 1 to 2 MiB. But with fewer rows than these a product is slow, since it reads its matrix for too few.
 _CACHED = 2**20
 _LEAST_ROWS = 512
-
-
-def loop_of(program: Program, schedule: Schedule, reverse: bool) -> Loop | None:
-    """The native loop of a program's schedule, forward or reverse; None where there is none, which the program tells.
-
-    It is proved at its first use: it gives what the pieces and products give one by one, on random numbers.
-    """
-    if not compiles():
-        return None
-    key = id(schedule), reverse
-    if key not in program.loops:
-        with TRACING:
-            if key not in program.loops:
-                program.loops[key] = _made(schedule, reverse)
-    made = program.loops[key]
-    return None if isinstance(made, str) else made
-
-
-def _made(schedule: Schedule, reverse: bool) -> Loop | str:
-    try:
-        loop = Loop(schedule, reverse)
-        loop.build()
-        loop.prove()
-    except RefusedError as error:
-        return str(error)
-    except Exception as error:
-        report(f"its native loop failed by {in_a_line(error)}", "its steps are run from Python")
-        return f"it failed by {in_a_line(error)}"
-    return loop
-
-
-def why_not(program: Program, schedule: Schedule, reverse: bool) -> str:
-    """Why a schedule's loop is run step by step from Python; empty where it is native. Nothing is compiled for that."""
-    if not compiles():
-        return "nothing is to be compiled"
-    made = program.loops.get((id(schedule), reverse))
-    if made is not None:
-        return made if isinstance(made, str) else ""
-    try:
-        Loop(schedule, reverse)
-        machine.compiler()
-    except RefusedError as error:
-        return str(error)
-    return ""
 
 
 class _Slot(ctypes.Structure):
     """The `Slot` of native.h: a value's address, and the distances in bytes between steps, rows and parts."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("base", "step", "row", "part", "turns", "later")]
-
-
-class _Turns:
-    """A value for each step of which two are there, in memory that stays in its place."""
-
-    def __init__(self, both: Tensor) -> None:
-        self.both = both  # (2, ...): of the even steps and of the odd ones
-
-    def __getitem__(self, t: int) -> Tensor:
-        return self.both[t % 2]
-
-    def __setitem__(self, t: int, value: Tensor) -> None:
-        self.both[t % 2] = value
 
 
 class Loop:
@@ -118,13 +70,11 @@ class Loop:
         self._section = section = schedule.reverse if reverse else schedule.forward
         self._buffers = buffers = schedule.buffers
         # Of whose rows the epilogue takes the sum.
-        self._summed = frozenset(i.source.buffer for i in schedule.epilogue if isinstance(i, Sum))
+        self._summed = frozenset(i.source.buffer for i in schedule.epilogue if isinstance(i, RowSum))
         self._slots = list(dict.fromkeys(at for i in section for at in (*i.reads, *i.writes)))
         self._products = [i for i in section if isinstance(i, Product)]
         self._sides = [_sides(product, buffers) for product in self._products]
-        for name in {at.buffer for at in self._slots}:
-            if buffers[name].device.type != "cpu":
-                raise RefusedError(f"its tensors are on {buffers[name].device}")
+        self._dtype = _number_type(section, buffers)
         adds = {write.buffer for i in section for write, adding in i.writes.items() if adding}
         self.own = frozenset(name for name in adds if name in self._summed or buffers[name].rows is Rows.NO)
         self._text = self._source(section)
@@ -138,7 +88,7 @@ class Loop:
 
         Raises: RefusedError where that cannot be done.
         """
-        library = machine.library(self._text)
+        library = machine.library(self._text, self._dtype)
         self._run, self._pack = library.run, library.pack
         self._panel = int(library.panel_columns())
 
@@ -148,7 +98,9 @@ class Loop:
         lines = []
         for instruction in section:
             if isinstance(instruction, Call):
-                text = instruction.kernel.cpp()
+                text, scratch = instruction.kernel.cpp()
+                if scratch > _MOST_SCRATCH:
+                    raise RefusedError(f"a row's intermediate values are {scratch} numbers")
                 name = functions.setdefault(text, f"piece{len(functions)}")
                 arguments = ", ".join(self._at(at, "row") for at in (*instruction.reads, *instruction.writes))
                 lines.append(f"for (int64_t row = part.first; row < part.last; ++row) {name}({arguments});")
@@ -161,13 +113,11 @@ class Loop:
             at = next(at for at in self._slots if at.buffer == name)
             lines.append(f"if (total) add_to_total({self._at(at, '0')}, {self._buffers[name].numel(1)});")
         body = "\n".join(f"      {line}" for line in lines)
-        pieces = "\n\n".join(text.replace(cpp.NAME, name) for text, name in functions.items())
+        pieces = "\n\n".join(text.replace(loops.NAME, name) for text, name in functions.items())
         return f"{pieces}\n{_RUN.replace('BODY', body)}"
 
     def _at(self, at: At, row: str) -> str:
-        kind = {torch.float32: "float", torch.bool: "bool"}.get(self._buffers[at.buffer].dtype)
-        if kind is None:
-            raise RefusedError(f"it computes in {str(self._buffers[at.buffer].dtype).removeprefix('torch.')}")
+        kind = "bool" if self._buffers[at.buffer].dtype == torch.bool else "real"
         return f"at<{kind}>(slots[{self._slots.index(at)}], part, t, {row})"
 
     def _place(self, at: At) -> tuple[str, int, int, int, int]:
@@ -188,7 +138,7 @@ class Loop:
     def over(self, memory: Memory, rows: int) -> Callable[[range], None]:
         """A function that runs the section for some steps, in the order given, on what the memory holds."""
         threads = max(1, min(torch.get_num_threads(), rows))
-        by_columns = any(4 * inner * columns >= _BY_COLUMNS for inner, columns in self._sides)
+        by_columns = any(self._dtype.itemsize * inner * columns >= _BY_COLUMNS for inner, columns in self._sides)
         if by_columns:
             threads = torch.get_num_threads()
         packed = []
@@ -196,14 +146,14 @@ class Loop:
             matrix: Tensor = memory[product.matrix.buffer]
             matrix = matrix.t() if product.transposed else matrix
             size = inner * -(-columns // self._panel) * self._panel
-            place = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever the defaults are
+            place = torch.empty(size, dtype=self._dtype, device="cpu")  # whatever the defaults are
             numbers = (*matrix.stride(), inner, columns, place.data_ptr(), threads)
             self._pack(*map(ctypes.c_int64, (matrix.data_ptr(), *numbers)))
             packed.append(place)
         slots = (_Slot * len(self._slots))()
         for i, (name, by_step, by_row, part, later) in enumerate(self._places):
             held = memory[name]
-            turns = type(held) is _Turns
+            turns = type(held) is Turns
             address = (held.both if turns else held).data_ptr()
             slots[i] = _Slot(address, rows * by_step, by_row, part, turns, later)
 
@@ -225,7 +175,7 @@ class Loop:
     def allocate(
         self,
         names: Iterable[str],
-        apart: Collection[str | None],
+        apart: Collection[str],
         cleared: Collection[str],
         steps: int,
         rows: int,
@@ -251,18 +201,18 @@ class Loop:
             elif name in cleared:
                 # Nothing writes a state's gradient then but what the last one is: the others are to stay 0.
                 found[name] = torch.zeros((steps + 1, *shape[1:]) if buffer.extent is Extent.TURNS else shape, **kind)
-            elif name in apart or buffer.dtype != torch.float32:
+            elif name in apart or buffer.dtype != self._dtype:
                 found[name] = torch.empty(shape, **kind)
             else:
                 size = math.prod(shape)
                 together.append((name, shape))
-                sizes += [size, -size % _ALIGNED]
+                sizes += [size, -size % (_ALIGNED // self._dtype.itemsize)]
         piece = self._piece(sum(sizes))
         parts = piece[: sum(sizes)].split(sizes)[::2]
         found |= {name: part.view(shape) for (name, shape), part in zip(together, parts, strict=True)}
         for name in found.keys() - cleared:
             if self._buffers[name].extent is Extent.TURNS:
-                found[name] = _Turns(found[name])
+                found[name] = Turns(found[name])
         found[_PIECE] = piece
         return found
 
@@ -274,7 +224,7 @@ class Loop:
             piece = None
         if piece is None or not size <= len(piece) <= 2 * size:
             with torch.inference_mode(False):  # the next pass may be one with gradients
-                piece = torch.empty(size, dtype=torch.float32, device="cpu")
+                piece = torch.empty(size, dtype=self._dtype, device="cpu")
         return piece
 
     def release(self, memory: Memory) -> None:
@@ -283,43 +233,21 @@ class Loop:
         if piece.nbytes <= _MOST_RELEASED and not self._released:
             self._released.append(piece)
 
-    def prove(self) -> None:
-        """Raise unless it gives what the instructions give one by one, on random numbers."""
-        steps, rows, buffers = 3, 5, self._buffers
-        generator = torch.Generator().manual_seed(0)
-        ours: Memory = {}
-        theirs: Memory = {}
-        names = list(dict.fromkeys(at.buffer for at in self._slots))
-        given = self.allocate(names, (), (), steps, rows)
-        for name in names:
-            drawn, buffer = given[name], buffers[name]
-            tensor = drawn.both if isinstance(drawn, _Turns) else drawn
-            if name in self.own:
-                theirs[name] = buffer.empty(rows).zero_()
-            else:
-                # A matrix as a layer has it, so that the states keep their size.
-                scale = buffer.shape[0] ** -0.5 if buffer.rows is Rows.NO and len(buffer.shape) == 2 else 1.0
-                numbers = scale * torch.randn(tensor.shape, generator=generator, device="cpu")
-                tensor.copy_(numbers > 0 if tensor.dtype == torch.bool else numbers)
-                theirs[name] = Turns(list(tensor.clone())) if isinstance(drawn, _Turns) else tensor.clone()
-            ours[name] = drawn
-        order = range(steps - 1, -1, -1) if any(at.later for i in self._section for at in i.reads) else range(steps)
-        with torch.no_grad():
-            self.over(ours, rows)(order)
-            self.gather(ours)
-            execute(self._section, buffers, theirs, order, rows, eager=True)
-        for name in {write.buffer for i in self._section for write in i.writes}:
-            if buffers[name].extent is not Extent.NOW:
-                self._compare(name, ours[name], theirs[name])
 
-    def _compare(self, name: str, ours: Any, theirs: Any) -> None:
-        if isinstance(ours, _Turns):
-            ours, theirs = ours.both, torch.stack(theirs.pair)
-        elif name in self._summed:
-            ours, theirs = ours.sum(0), theirs.sum(0)
-        # By the largest number there is, however small; what cancels out is rounding of numbers around 1.
-        scale = float(theirs.float().nan_to_num(0.0, 0.0, 0.0).abs().max()) if theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)
+def _number_type(section: Sequence[Instruction], buffers: dict[str, Buffer]) -> torch.dtype:
+    """The one dtype that a section computes in, beside bool.
+
+    Raises: RefusedError where it is none that native code has, or where there are several.
+    """
+    some = [buffers[at.buffer] for i in section for at in (*i.reads, *i.writes)]
+    for buffer in some:
+        if buffer.device.type != "cpu":
+            raise RefusedError(f"its tensors are on {buffer.device}")
+    found = {buffer.dtype for buffer in some}.union(*(i.kernel.dtypes() for i in section if isinstance(i, Call)))
+    found -= {torch.bool}
+    if len(found) > 1 or not found <= {torch.float32, torch.float64}:
+        raise RefusedError(f"it computes in {' and '.join(sorted(str(d).removeprefix('torch.') for d in found))}")
+    return next(iter(found), torch.float32)
 
 
 def _sides(product: Product, buffers: dict[str, Buffer]) -> tuple[int, int]:
@@ -332,7 +260,7 @@ def _sides(product: Product, buffers: dict[str, Buffer]) -> tuple[int, int]:
 
 
 _RUN = """
-extern "C" void run(const Slot *slots, const float *const *packed, int64_t start, int64_t steps, int64_t by,
+extern "C" void run(const Slot *slots, const real *const *packed, int64_t start, int64_t steps, int64_t by,
                     int64_t rows, int64_t threads, int64_t by_columns) {
   in_parts(threads, rows, by_columns, [&](const Part &part) {
     const int64_t often = 1 + SUMMED_AT_ONCE / (part.last - part.first + 1);

@@ -1,0 +1,134 @@
+"""How a scan runs, as a text to be read; and its compilation ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from multint.engines.checks import (
+    State,
+    Steppable,
+    Streams,
+    at_a_step,
+    check,
+    first_state_differs,
+    size_of,
+    why_not_fused,
+)
+from multint.engines.dispatch import scan
+from multint.engines.failures import InternalError, StepError
+from multint.engines.tables import Last, record_of
+from multint.engines.worth import not_worth_it, too_small_for_pieces
+from multint.errors import EngineError, OptionError, in_a_line
+
+if TYPE_CHECKING:
+    from multint.engines.program import Program
+
+
+def explain(
+    cell: Steppable[State],
+    xs: Streams | None = None,  # (T, B, X), or several streams by name
+    state: State | None = None,
+    engine: str = "auto",
+) -> Explanation:
+    """Say how `scan(cell, xs, state, engine)` would run, and by what plan. Nothing is run for that.
+
+    Without `xs`, say how the cell's last scan by "auto" or "fused" ran. `Recurrent.explain` does so for a layer.
+
+    Raises: OptionError and ShapeError as `scan` does; OptionError for a cell that has not run.
+    """
+    if xs is None:
+        last = record_of(cell).last if isinstance(cell, nn.Module) else None
+        if last is None:
+            raise OptionError("explain: this cell or layer has not run by 'auto' or 'fused'")
+        return Explanation.of(last)
+    if state is None:
+        state = cell.initial_state(size_of(xs)[1])  # type: ignore[attr-defined]
+    check(cell, xs, state, engine)
+    if engine == "loop":
+        return Explanation("loop", "asked for")
+    from multint.engines.program import program_of
+
+    try:
+        reason = why_not_fused(cell, xs, state)
+        if reason or not isinstance(cell, nn.Module):
+            return Explanation("loop", reason)
+        program, _ = program_of(cell, at_a_step(xs), state, asked=True)
+    except Exception as error:
+        failed = error.__cause__ if isinstance(error, StepError | InternalError) and error.__cause__ else error
+        return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
+    reason = first_state_differs(program, state) or (not_worth_it(cell, xs) if engine == "auto" else "")
+    if engine == "auto" and not reason:
+        reason = too_small_for_pieces(cell, xs, program)
+    return Explanation("loop" if reason else "fused", reason, program, size_of(xs))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a scan runs: `engine`; where that is the loop, the `reason`; the `plan` of the step. Printed, all three."""
+
+    engine: str
+    reason: str
+    _program: Program | None = None
+    _size: tuple[int, int] = (0, 0)
+
+    @property
+    def plan(self) -> str:
+        """The schedule of the step and the memory that it keeps; empty where the step was not traced."""
+        if self._program is None:
+            return ""
+        from multint.engines.executors import how
+        from multint.engines.run import steps_at_a_time
+
+        (steps, rows), schedule = self._size, self._program.shown()
+        chunk = steps_at_a_time(self._program, steps, rows)
+        kept = chunk * rows * schedule.bytes_per_row / 2**20
+        lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
+        for title, section in (("forward", schedule.forward), ("backward", schedule.reverse)):
+            if section:
+                lines.append(f"run {title} by {how(self._program, schedule, section is schedule.reverse)}")
+        if chunk < steps:
+            lines.append(f"more would not fit the budget: {-(-steps // chunk)} parts of {chunk} steps, each run twice")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (f"engine: {self.engine}", self.reason, self.plan) if line)
+
+    @staticmethod
+    def of(last: Last) -> Explanation:
+        """How a cell's last scan ran."""
+        program = None if last.program is None else last.program()
+        reason = program.failure if program else last.reason
+        return Explanation("loop" if reason else "fused", reason, program, last.size)
+
+
+def precompile(
+    cell: Steppable[State],
+    xs: Streams,  # (T, B, X), or several streams by name, of any T
+    state: State | None = None,
+) -> Explanation:
+    """Compile what scans of such inputs by "fused" run, in both passes, and say how they run.
+
+    Whatever T and B are later. Native loops are kept for the user's other processes too, in ~/.cache/multint/loops or
+    the folder that MULTINT_CACHE_DIR names, so that a machine can be made ready before it is needed. The step is run;
+    no gradient is left in the parameters.
+
+    Raises: as `scan` does by "fused".
+    """
+    xs = {name: x[:1] for name, x in xs.items()} if isinstance(xs, dict) else xs[:1]
+    if state is None:
+        if not hasattr(cell, "initial_state"):
+            raise OptionError(f"precompile: {type(cell).__name__} has no initial_state; a layer has its own precompile")
+        state = cell.initial_state(size_of(xs)[1])
+    with torch.no_grad():
+        scan(cell, xs, state, "fused")
+    with torch.enable_grad():
+        output, final = scan(cell, xs, state, "fused")
+        results = [value for value in (output, *final) if value.requires_grad]
+        leaves = [p for p in cell.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if results and leaves:
+            torch.autograd.grad(results, leaves, list(map(torch.ones_like, results)), allow_unused=True)
+    return explain(cell)
