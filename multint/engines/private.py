@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -363,11 +365,13 @@ def tracing_settings(side_effects: bool) -> Iterator[None]:
     )
     with settings, free_of_rows(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer looks at the .grad of what a step takes, leaf or not
+        logger = logging.getLogger("torch._guards")  # which tells of what is raised, too
+        logger.disabled, before = True, logger.disabled
         _reads.step = True
         try:
             yield
         finally:
-            _reads.step = False
+            _reads.step, logger.disabled = False, before
 
 
 def forget_code(function: Any) -> None:
@@ -388,6 +392,9 @@ def changed_objects(error: Exception) -> list[str]:
 
 def _as_written(source: str) -> str:
     """A place of the tracer's, such as `L['cell'].count`, in the words of a message."""
+    if "__closure__" in source:
+        return "what a function has in its closure"
+    source = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", source)
     inside = source.removeprefix("L['cell']")
     return source if inside == source else "the cell" + (f"'s {inside.lstrip('.')}" if inside else "")
 
@@ -406,6 +413,8 @@ def why_untraced(error: Exception) -> str:
     """What the tracer says, in one line."""
     if changed := changed_objects(error):
         return f"the step changes {', '.join(map(_as_written, changed))}; keep it in the state"
+    if "Boolean value of Tensor" in str(error):  # the tracer compares what it has made of an array
+        return "the step takes numbers from an array; make it a buffer"
     if "ata-dependent" in str(error):
         return "the step branches on a value; use torch.where"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -214,7 +214,7 @@ class _Structure:
             if unseen := _unseen(value, name):
                 assert self._last is not None
                 self._last.keep(f"fused: the step reads {unseen}")
-            elif not issubclass(kind, nn.Module | Tensor) and kind.__module__.partition(".")[0] not in _FIXED:
+            elif not issubclass(kind, nn.Module | Tensor) and _library_of(kind) not in _FIXED:
                 kinds[kind] = None
         if self._last is not None:
             self._last.watch(kinds)
@@ -339,14 +339,18 @@ def _unseen(value: Any, name: str) -> str:
         return "an OrderedDict, whose order may change unseen; use a dict"
     if isinstance(value, ChainMap):
         return "a ChainMap, which may change unseen; use a dict"
-    if isinstance(value, _CACHED):
+    if isinstance(value, _CACHED) and _library_of(value.__wrapped__) not in _FIXED:
         return "a function that keeps its results (functools.cache); call it outside"
     return ""
 
 
 _CACHED = type(lru_cache(lambda: None))
-# Whose classes nobody changes.
-_FIXED = {"torch", "multint", *sys.stdlib_module_names}
+# Whose classes nobody changes, and whose functions keep what depends on their arguments alone.
+_FIXED = {"torch", "multint", "einops", "opt_einsum", *sys.stdlib_module_names}
+
+
+def _library_of(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).partition(".")[0]
 
 
 def _all_in(namespaces: list[types.MappingProxyType[str, Any]]) -> list[Any]:
