@@ -414,7 +414,7 @@ def why_untraced(error: Exception) -> str:
     if changed := changed_objects(error):
         return f"the step changes {', '.join(map(_as_written, changed))}; keep it in the state"
     if "Boolean value of Tensor" in str(error):  # the tracer compares what it has made of an array
-        return "the step takes numbers from an array; make it a buffer"
+        return "the step takes the values of an array; make it a buffer"
     if "ata-dependent" in str(error):
         return "the step branches on a value; use torch.where"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
