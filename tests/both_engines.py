@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multint import Cell, Recurrent, explain, scan
-from multint.cells import HiddenState
+from multint.cells import HiddenState, LSTMState
 from multint.engines import worth
 from multint.errors import EngineError
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal, randomise
@@ -65,6 +66,24 @@ class Free(Cell):
 
     def initial_state(self, batch_size: int) -> HiddenState:
         return HiddenState(self.zeros(batch_size, self.hidden_size))
+
+
+class ConvLSTM(Cell):
+    """An LSTM of small images, whose products are convolutions (Shi et al. 2015)."""
+
+    SIDES = (5, 4)
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.gates = nn.Conv2d(input_size + hidden_size, 4 * hidden_size, 3, padding=1)
+
+    def step(self, x: Tensor, state: LSTMState) -> LSTMState:
+        i, f, g, o = self.gates(torch.cat([x, state.h], 1)).chunk(4, 1)
+        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
+        return LSTMState(o.sigmoid() * c.tanh(), c)
+
+    def initial_state(self, batch_size: int) -> LSTMState:
+        return LSTMState(*(self.zeros(batch_size, self.hidden_size, *self.SIDES) for _ in range(2)))
 
 
 def fresh(kind: type) -> type:
@@ -153,6 +172,16 @@ def agree(rnn: Recurrent, xs: Tensor) -> None:
         outcomes.append([output, *final, *torch.autograd.grad(loss, [xs, *rnn.parameters()])])
     rnn.engine = engine
     close(*outcomes, DTYPES[engine])
+
+
+@contextlib.contextmanager
+def bfloat16_by_default() -> Iterator[None]:
+    """What torch makes without a dtype is bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -4,32 +4,15 @@ import contextlib
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from multint import Cell, MultintError, Recurrent
+from multint import MultintError, Recurrent
 from multint.cells import LSTMState
 from multint.errors import EngineError
-from tests.both_engines import DTYPES, close
+from tests.both_engines import DTYPES, ConvLSTM, close
 from tests.catalogue import normal, randomise
 
-T, B, X, H, SIDES = 4, 3, 2, 3, (5, 4)
-
-
-class ConvLSTM(Cell):
-    """An LSTM whose products are convolutions (Shi et al. 2015)."""
-
-    def __init__(self, input_size, hidden_size):
-        super().__init__(input_size, hidden_size)
-        self.gates = nn.Conv2d(input_size + hidden_size, 4 * hidden_size, 3, padding=1)
-
-    def step(self, x, state):
-        i, f, g, o = self.gates(torch.cat([x, state.h], 1)).chunk(4, 1)
-        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
-        return LSTMState(o.sigmoid() * c.tanh(), c)
-
-    def initial_state(self, batch_size):
-        return LSTMState(*(self.zeros(batch_size, self.hidden_size, *SIDES) for _ in range(2)))
+T, B, X, H, SIDES = 4, 3, 2, 3, ConvLSTM.SIDES
 
 
 def layer(dtype=torch.float64, **settings):

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from multint import LSTM, Cell, LSTMCell, RNNCell, explain, scan
-from multint.cells import HiddenState, LSTMState
+from multint import LSTM, LSTMCell, RNNCell, explain, scan
+from multint.cells import HiddenState
 from multint.engines import kernel, precompile, tables
 from multint.engines.failures import RefusedError
 from multint.engines.native import loop as native
@@ -25,7 +25,17 @@ from multint.engines.native import machine
 from multint.engines.native.loop import Loop
 from multint.engines.program import program_of
 from multint.errors import OptionError
-from tests.both_engines import TOLERANCES, Free, built, close, inputs, random_state, results
+from tests.both_engines import (
+    TOLERANCES,
+    ConvLSTM,
+    Free,
+    bfloat16_by_default,
+    built,
+    close,
+    inputs,
+    random_state,
+    results,
+)
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, TYPICAL, normal
 
 pytestmark = [
@@ -238,27 +248,11 @@ def test_what_a_step_does_within_each_row(name, within_rows):
     assert all(isinstance(loop, Loop) for loop in loops(cell))
 
 
-class ConvolutionalLSTM(Cell):
-    """An LSTM of images, whose maps are convolutions."""
-
-    def __init__(self, channels, hidden):
-        super().__init__(channels, hidden)
-        self.gates = nn.Conv2d(channels + hidden, 4 * hidden, 3, padding=1)
-
-    def step(self, x, state):
-        i, f, g, o = self.gates(torch.cat([x, state.h], 1)).chunk(4, 1)
-        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
-        return LSTMState(o.sigmoid() * c.tanh(), c)
-
-    def initial_state(self, batch_size):
-        return LSTMState(*(self.zeros(batch_size, self.hidden_size, 4, 5) for _ in range(2)))
-
-
 def test_convolutions_are_each_rows_own():
     """Natively and by pieces."""
     torch.manual_seed(0)
-    cell = ConvolutionalLSTM(2, 3)
-    xs, state = normal(3, 4, 2, 4, 5).float().requires_grad_(), random_state(cell, 4, torch.float32)
+    cell = ConvLSTM(2, 3)
+    xs, state = normal(3, 4, 2, *cell.SIDES).float().requires_grad_(), random_state(cell, 4, torch.float32)
     expected = results(cell, xs, state, "loop")
     close(results(cell, xs, state, "fused"), expected, torch.float32)
     assert all(isinstance(loop, Loop) for loop in loops(cell))
@@ -457,11 +451,8 @@ def test_defaults_of_the_process_are_not_its_own():
     cell = RNNCell(INPUT_SIZE, 15)
     xs, state = inputs(cell, dtype=torch.float32)
     expected = results(cell, xs, state, "loop")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with bfloat16_by_default():
         ours = results(cell, xs, state, "fused")
-    finally:
-        torch.set_default_dtype(torch.float32)
     close(ours, expected, torch.float32)
     assert all(isinstance(loop, Loop) for loop in loops(cell))
 

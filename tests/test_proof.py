@@ -13,7 +13,7 @@ from multint.engines import decompositions, lowering, tables
 from multint.engines.native import elements, machine
 from multint.engines.native.loop import Loop
 from multint.errors import EngineError
-from tests.both_engines import Free, close, inputs, replace_everywhere, results
+from tests.both_engines import Free, bfloat16_by_default, close, inputs, replace_everywhere, results
 from tests.catalogue import INPUT_SIZE
 
 pytestmark = [
@@ -205,12 +205,9 @@ def test_it_knows_nothing_of_the_callers_modes():
     cell = GRUCell(INPUT_SIZE, 60)
     xs, state = inputs(cell, dtype=torch.float32)
     expected = results(cell, xs, state, "loop")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            close(scan(cell, xs, state, "fused")[0], expected[0], torch.float32)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with bfloat16_by_default(), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual, _ = scan(cell, xs, state, "fused")
+    close(actual.clone(), expected[0], torch.float32)
     made = tables.record_of(cell).last.program().executors.values()
     assert all(isinstance(executor, Loop) for executor, _ in made)

@@ -1126,18 +1126,18 @@ def test_a_cells_own_writes_are_refused_whatever_it_says_of_them():
 
 
 def test_classes_that_come_and_go_leave_nothing_behind(monkeypatch):
-    from multint.engines import step
+    from multint.engines import guarded
 
     monkeypatch.setattr("multint.engines.tables.MOST", 2)
-    before, watched = set(vars(step)), []
+    before, watched = set(vars(guarded)), []
     for _ in range(6):
         cell = fresh(Scaled)(lambda cell: 1.0).double()
         results(cell, *inputs(cell), "fused")
         watched.append(weakref.ref(type(cell)))
     del cell
-    step._namespaces.cache_clear()
+    guarded._namespaces.cache_clear()
     gc.collect()
-    assert set(vars(step)) == before
+    assert set(vars(guarded)) == before
     assert sum(reference() is not None for reference in watched) <= 2
 
 

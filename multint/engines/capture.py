@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from multint.engines import passes, private
 from multint.engines.decompositions import products
 from multint.engines.failures import RefusedError
-from multint.engines.step import Mark, Met, field_names
+from multint.engines.guarded import Mark, Met
+from multint.engines.step import field_names
 from multint.errors import EngineError, in_a_line
 
 

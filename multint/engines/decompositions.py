@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multint.engines import private
+from multint.engines import convolutions, private
 from multint.engines.private import row_dimensions, rows_in
 
 aten: Any = torch.ops.aten
@@ -140,10 +140,10 @@ def plainer() -> dict[Any, Callable[..., Any]]:
         aten.unfold_backward.default: _unfold_backward,
         aten.diagonal_backward.default: _diagonal_backward,
         aten._native_batch_norm_legit_no_training.default: _batch_norm,
-        aten.convolution.default: _convolution,
-        aten.convolution_backward.default: _convolution_backward,
-        aten.avg_pool2d.default: _average,
-        aten.avg_pool2d_backward.default: _average_backward,
+        aten.convolution.default: convolutions.convolution,
+        aten.convolution_backward.default: convolutions.convolution_backward,
+        aten.avg_pool2d.default: convolutions.average,
+        aten.avg_pool2d_backward.default: convolutions.average_backward,
     }
 
 
@@ -311,115 +311,3 @@ def _batch_norm(
     y = (x - along(mean)) * along((variance + eps).rsqrt())
     y = y if weight is None else y * along(weight)
     return (y if bias is None else y + along(bias)), x.new_zeros(0), x.new_zeros(0)
-
-
-# ---- Convolutions over a row's own dimensions: products of views, whose windows lie in memory as x does.
-
-
-def _windows(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """x (B, C, *size) as (B, groups, 1, C / groups, *kernel, *places)."""
-    count = len(kernel)
-    x = aten.constant_pad_nd(x, [p for padded in reversed(padding) for p in (padded, padded)], 0.0)
-    for i, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
-    x = x.unflatten(1, (groups, 1, x.shape[1] // groups))
-    first = 4  # where the places begin, and behind them the kernel
-    return x.permute(0, 1, 2, 3, *range(first + count, first + 2 * count), *range(first, first + count))
-
-
-def _convolution(
-    x: Tensor,  # (B, C, *size)
-    weight: Tensor,  # (O, C / groups, *kernel)
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-) -> Any:
-    kernel = weight.shape[2:]
-    stride, padding, dilation = (list(some) * (len(kernel) // len(some)) for some in (stride, padding, dilation))
-    if transposed or row_dimensions(weight) or row_dimensions(x) != [0]:
-        return NotImplemented
-    windows = _windows(x, kernel, stride, padding, dilation, groups)
-    taps = weight.view(groups, weight.shape[0] // groups, weight.shape[1], *kernel, *[1] * len(kernel))
-    y = (windows * taps).sum([3, *range(4, 4 + len(kernel))]).flatten(1, 2)
-    return y if bias is None else y + bias.view(-1, *[1] * len(kernel))
-
-
-def _convolution_backward(
-    d: Tensor,  # (B, O, *places)
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    wanted: Any,
-) -> Any:
-    """The gradients of x, the weight and the bias."""
-    kernel = weight.shape[2:]
-    count = len(kernel)
-    stride, padding, dilation = (list(some) * (count // len(some)) for some in (stride, padding, dilation))
-    if transposed:
-        return NotImplemented
-    of_x = of_weight = of_bias = None
-    if wanted[0]:
-        # A convolution of d, with zeros between its numbers and around them, by the kernel turned round.
-        wide = d
-        for i, (step, gap) in enumerate(zip(stride, dilation, strict=True)):
-            dim, size = 2 + i, x.shape[2 + i] + gap * (kernel[i] - 1)
-            first = gap * (kernel[i] - 1) - padding[i]
-            before, after = max(0, first), d.shape[dim]
-            shape = list(wide.shape)
-            shape[dim] = before + max(size, step * (after - 1) + 1)
-            last = before + step * (after - 1) + 1
-            wide = torch.slice_scatter(d.new_zeros(shape), wide, dim, before, last, step)
-            wide = wide.narrow(dim, before - first, size)
-        taps = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip([*range(2, 2 + count)])
-        ones = [1] * count
-        of_x = _convolution(wide, taps, None, ones, [0] * count, dilation, False, None, groups)
-    if wanted[1]:
-        windows = _windows(x, kernel, stride, padding, dilation, groups)
-        given = d.view(d.shape[0], groups, d.shape[1] // groups, *[1] * (1 + count), *d.shape[2:])
-        of_weight = (windows * given).sum([*range(-count, 0)]).sum(0).flatten(0, 1)
-    if wanted[2]:
-        of_bias = d.sum([0, *range(2, d.ndim)])
-    return of_x, of_weight, of_bias
-
-
-def _averaging(
-    x: Tensor,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = (0,),
-    ceil_mode: bool = False,
-    counts_padding: bool = True,
-    divisor: Any = None,
-) -> Any:
-    """The weight, stride and padding of an average over windows as a convolution; None where it is none."""
-    if ceil_mode or divisor is not None or x.ndim != 4 or (any(padding) and not counts_padding):
-        return None
-    kernel = list(kernel) * (2 // len(kernel))
-    return x.new_full((x.shape[1], 1, *kernel), 1 / math.prod(kernel)), list(stride or kernel), list(padding)
-
-
-def _average(x: Tensor, *settings: Any) -> Any:
-    found = _averaging(x, *settings)
-    if found is None:
-        return NotImplemented
-    weight, stride, padding = found
-    return _convolution(x, weight, None, stride, padding, [1], False, [0], x.shape[1])
-
-
-def _average_backward(d: Tensor, x: Tensor, *settings: Any) -> Any:
-    found = _averaging(x, *settings)
-    if found is None:
-        return NotImplemented
-    weight, stride, padding = found
-    wanted = [True, False, False]
-    return _convolution_backward(d, x, weight, None, stride, padding, [1], False, [0], x.shape[1], wanted)[0]

@@ -50,9 +50,9 @@ def _proved(schedule: Schedule, reverse: bool) -> tuple[Executor, str]:
             executor: Executor = make(schedule, reverse)
             executor.build()
             unaware(prove, schedule, reverse, executor)
-        except (EngineError, RefusedError) as error:
-            if isinstance(error, EngineError):
-                raise
+        except EngineError:
+            raise
+        except RefusedError as error:
             reason = reason or str(error)
         except Exception as error:
             reason = reason or f"it failed by {in_a_line(error)}"

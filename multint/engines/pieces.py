@@ -1,6 +1,6 @@
 """The executor by pieces: each step from Python, on any device and in any dtype.
 
-It serves accelerators, bfloat16 and float16, and machines without a C++ compiler.
+It serves accelerators, bfloat16 and float16, and machines without a C++ compiler. No accelerator has run it so far.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Pieces:
 def by_columns(matrix: Tensor) -> Tensor:
     """The matrix with the numbers of each column side by side, as a layer's weight is multiplied.
 
-    Where a processor has no instructions for half precision, torch multiplies row by row with any other matrix: of
-    32 × 256 by 256 × 1024 numbers, that took 29 ms instead of 2.
+    Where a processor has no instructions for half precision, torch multiplies row by row with any other matrix: by
+    `timeit` of `torch.mm`, 32 × 256 by 256 × 1024 numbers of bfloat16 took 14.5 ms instead of 2.0 (one thread, AVX2).
     """
     return matrix.t().contiguous().t()
 

@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 from multint.engines import tables
 from multint.engines.capture import Trace, capture
 from multint.engines.failures import RefusedError
+from multint.engines.guarded import Met
 from multint.engines.lowering import Kernels, lower
 from multint.engines.plan import Plan, plan
 from multint.engines.reach import Reach
 from multint.engines.schedule import Call, Schedule
-from multint.engines.step import Met, meet, unaware
+from multint.engines.step import meet, unaware
 from multint.engines.tables import TRACING
 from multint.errors import EngineError
 

@@ -1,4 +1,4 @@
-"""What the engines keep from call to call in a process: all of it stands here, with how much there may be."""
+"""What the engines keep from call to call in a process, with how much there may be; the caches of functions aside."""
 
 from __future__ import annotations
 
