@@ -14,8 +14,7 @@ step goes through them:
    `convolutions.py` bring it to its plainest form.
 4. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of
-   state-dependent values with loop-invariant matrices are the *stages*, and so are those of a value that goes by the
-   number of rows, which is another one for the rows of many steps. What is left between them is row-wise
+   state-dependent values with loop-invariant matrices are the *stages*. What is left between them is row-wise
    pointwise code, cut into *pieces*. A field of the state that the step gives back as it came is one value for all
    steps; what depends on such fields alone is computed once.
 5. `lowering.py` writes that down as a schedule (`schedule.py`): named buffers, and instructions for one step forward

@@ -83,10 +83,12 @@ def plan(trace: Trace) -> Plan:
     new: Any = graph.output_node().args[0]
     # The first field is the output, which has a value for each step in any case.
     unchanged = {name: node for i, (name, node) in enumerate(states.items()) if i and new[i] is node}
-    lasts = _lasting(graph, list(unchanged.values()), {*inputs.values(), *states.values()}, rows)
+    _own_counts(graph, rows)
     on_state, on_input = _reached(states.values()), _reached(inputs.values())
     invariant = {n for n in graph.nodes if n.op != "output" and n not in on_state and n not in on_input}
-    in_loop = (on_state | _reached(_counting(graph, {*inputs.values(), *states.values()}, rows))) - lasts
+    changing = {*states.values()}.difference(unchanged.values())
+    lasts = _reached(unchanged.values()) - _reached({*inputs.values(), *changing})
+    in_loop = on_state - lasts
     hoisted = _products(graph, on_input - in_loop, invariant, rows, trace.world)
     stages = _products(graph, in_loop, invariant, rows, trace.world)
     new = graph.output_node().args[0]
@@ -170,28 +172,20 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _lasting(graph: fx.Graph, unchanged: list[fx.Node], given: set[fx.Node], rows: torch.SymInt) -> set[fx.Node]:
-    """The unchanged fields, and what depends on them and on what is the same at every step, alone.
+def _own_counts(graph: fx.Graph, rows: torch.SymInt) -> None:
+    """Let each operation ask its own tensor for the number of rows, where the tracer has asked any of them.
 
-    Args:
-        given: the inputs and the states.
+    So a view of one tensor's rows does not depend on another tensor.
     """
-    changing, found = _reached(given.difference(unchanged)), set(unchanged)
-    on_given = _reached(given)
-    for node in list(graph.nodes) if unchanged else []:
-        counts = [n for n in node.all_input_nodes if n in changing and n.target is aten.sym_size.int]
-        counts = [n for n in counts if n.meta["val"].node.expr == rows.node.expr]
-        rest = [n for n in node.all_input_nodes if n in on_given and n not in found and n not in counts]
-        if node.op != "call_function" or rest or found.isdisjoint(node.all_input_nodes):
-            continue
-        found.add(node)
-        for count in counts:  # the number of rows, which the tracer may have asked any of the tensors
-            with graph.inserting_before(node):
-                own = graph.call_function(aten.sym_size.int, (unchanged[0], 0))
-            own.meta["val"] = rows
-            found.add(own)
-            node.replace_input_with(count, own)
-    return found
+    for node in list(graph.nodes):
+        own = next((n for n in node.all_input_nodes if has_rows(n.meta.get("val"), rows)), None)
+        for count in node.all_input_nodes if own and node.op == "call_function" else ():
+            is_count = count.target is aten.sym_size.int and count.meta["val"].node.expr == rows.node.expr
+            if is_count and count.args[0] is not own:
+                with graph.inserting_before(node):
+                    asked = graph.call_function(aten.sym_size.int, (own, 0))
+                asked.meta["val"] = rows
+                node.replace_input_with(count, asked)
 
 
 def _read_of(graph: fx.Graph, lasts: set[fx.Node], rows: torch.SymInt) -> list[fx.Node]:
@@ -206,65 +200,6 @@ def _read_of(graph: fx.Graph, lasts: set[fx.Node], rows: torch.SymInt) -> list[f
         else:
             stack.extend(lasts.intersection(node.all_input_nodes))
     return [node for node in graph.nodes if node in found]
-
-
-def _counting(graph: fx.Graph, of_rows: set[fx.Node], rows: torch.SymInt) -> list[fx.Node]:
-    """The nodes whose values say how many rows there are: done for the rows of all steps at once, they would be wrong.
-
-    A view of the rows is not among them, nor a constant of one row for each of the batch. What is computed of such
-    constants is, unless it keeps their rows apart: the sum of ones over the rows is their number.
-
-    Args:
-        of_rows: the inputs and the states.
-    """
-    found = []
-    of_rows, constants = _tensors_reached(of_rows), set[fx.Node]()
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor | tuple | list):
-            continue
-        if any(_is_count(other) for other in node.all_input_nodes) and not _is_shape(node, node in of_rows, rows):
-            found.append(node)
-        elif node not in of_rows and any(_is_count(n) or n in constants for n in node.all_input_nodes):
-            constants.add(node)
-            known = not constants.intersection(node.all_input_nodes)
-            if not (known or private.is_pointwise(node.target) or private.is_view(node.target)):
-                found.append(node)
-    return found
-
-
-def _tensors_reached(sources: set[fx.Node]) -> set[fx.Node]:
-    """What depends on the numbers in some tensors, and not on their sizes alone."""
-    reached = set(sources)
-    stack = list(sources)
-    while stack:
-        for user in stack.pop().users:
-            if user not in reached and user.op == "call_function" and not _is_count(user):
-                reached.add(user)
-                stack.append(user)
-    return reached
-
-
-def _is_count(node: fx.Node) -> bool:
-    """Whether a node's value is a number that has to do with the number of rows."""
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
-
-
-def _is_shape(node: fx.Node, of_rows: bool, rows: torch.SymInt) -> bool:
-    """Whether an operation takes the number of rows as the shape of a view, or of a constant of so many rows, alone."""
-    schema = private.arguments(node.target)
-    taken = {name for name, value in [*zip(schema, node.args, strict=False), *node.kwargs.items()] if _counts_in(value)}
-    if taken != {"size"}:
-        return False
-    return (of_rows and private.is_view(node.target)) or (
-        has_rows(node.meta["val"], rows) and len(private.row_dimensions(node.meta["val"])) == 1
-    )
-
-
-def _counts_in(value: Any) -> bool:
-    """Whether an argument of an operation is, or holds, a number that has to do with the number of rows."""
-    found: list[bool] = []
-    fx.node.map_arg(value, lambda node: found.append(_is_count(node)))
-    return any(found)
 
 
 def _products(
