@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from multint import LSTMCell, scan
-from multint.engines import executors, kernel
+from multint.engines import kernel, program
 from multint.engines.failures import RefusedError
 from multint.engines.private import StandIns
 from tests.both_engines import (
@@ -43,7 +43,7 @@ def by_pieces(monkeypatch):
     def refused(*_):
         raise RefusedError("pieces are wanted")
 
-    monkeypatch.setattr(executors, "Loop", refused)
+    monkeypatch.setattr(program, "Loop", refused)
 
 
 def results(cell, xs, state, engine, low):
@@ -191,7 +191,7 @@ def test_compiled_pieces_are_accurate_near_0_too():
     stand_in = world.rows(x)
     module = world.trace(lambda a: [a.tanh()], [stand_in])
     y = torch.empty_like(x)
-    compiled = kernel.Kernel(module, [stand_in], [stand_in], [False], world)
+    compiled = kernel.Kernel(module, world)
     compiled.build()
     compiled(x, y)
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=1e-6, atol=0)

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, GRUCell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState, LSTMState
-from multint.engines import executors, run, worth
+from multint.engines import run, worth
 from multint.engines.kernel import eager_pieces
+from multint.engines.program import Program
 from multint.errors import EngineError, OptionError
 from tests.both_engines import Free, built, close, compare, fresh, inputs, random_state, results, weight
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, layer, normal, randomise
@@ -486,7 +487,7 @@ def test_explain_tells_the_plan_and_the_choice():
 
 @pytest.mark.usefixtures("eager")
 def test_auto_compiles_what_is_worth_it_and_tells_afterwards(monkeypatch):
-    monkeypatch.setattr(executors, "is_native", lambda program: True)
+    monkeypatch.setattr(Program, "is_native", lambda program: True)
     rnn = Recurrent(64, 128, LSTMCell)
     with pytest.raises(OptionError, match="has not run"):
         rnn.explain()
@@ -529,7 +530,7 @@ def test_many_gradients_at_once():
 @pytest.mark.parametrize(("native", "times"), [(True, 1), (False, 10)])
 def test_auto_compiles_a_small_scan_when_its_cell_has_run_often(native, times, monkeypatch):
     """What has no native loop takes longer to compile, so it waits longer."""
-    monkeypatch.setattr(executors, "is_native", lambda program: native)
+    monkeypatch.setattr(Program, "is_native", lambda program: native)
     monkeypatch.setattr(worth, "_STEPS_BEFORE", 8)
     cell, other = (LSTMCell(INPUT_SIZE, HIDDEN_SIZE) for _ in range(2))
     xs, state = inputs(cell, 4, 3, torch.float32)

@@ -116,7 +116,7 @@ def test_gradients_of_gradients():
 def test_what_depends_on_such_a_field_alone_is_computed_once():
     xs, state = arguments(torch.float64)
     program = explain(Decoder().double(), xs, state, "fused")._program
-    (keys,) = program.forward.beside
+    *_, keys = program.forward.once
     assert "memory" in [at.buffer for at in keys.reads]
     assert not any("key" in at.buffer for i in program.forward.forward for at in i.reads)
     large = [b for b in program.whole().buffers.values() if b.shape == (S, D)]

@@ -51,7 +51,7 @@ NAMES = ("lstm-mi", "gru-mi", "lstm-norm", "lstm-bilinear")
 def loops(cell):
     """The native loops of a cell's last scan with gradients, forward and reverse, or why there are none."""
     program = tables.record_of(cell).last.program()
-    made = [program.executors[id(program.shown()), reverse] for reverse in (False, True)]
+    made = [program.executors[id(program.last), reverse] for reverse in (False, True)]
     return [reason or executor for executor, reason in made]
 
 

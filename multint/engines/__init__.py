@@ -22,20 +22,19 @@ step goes through them:
    streams and of all products. A vector's gradient is summed on the way. A product over the rows of many steps gives
    each matrix its gradient, and another one what a hoisted product multiplied.
 6. `program.py` keeps the schedules of a plan. It takes a step only where each piece can be written as a function of one
-   row: what has one cannot mix the rows of a batch.
+   row: what has one cannot mix the rows of a batch. And it chooses what runs a loop. `native/` makes one C++ function
+   of it, for float32 and float64 on CPUs and any number of steps and rows. All others are run step by step from Python,
+   by kernels that Inductor compiles (`kernel.py`): on accelerators, in half precision, or without a C++ compiler, where
+   they run op by op. At its first use, `proof.py` compares either with autograd.
 7. `run.py` runs a program: what is before its loops by autograd, and the loops as one operation of autograd, whose two
-   passes are in `sections.py`. `reach.py` says which results have a gradient, and which arguments it reaches.
-8. `executors.py` chooses what runs a loop. `native/` makes one C++ function of it, for float32 and float64 on CPUs and
-   any number of steps and rows. `pieces.py` runs all others step by step from Python, by kernels that Inductor compiles
-   (`kernel.py`): on accelerators, in half precision, or without a C++ compiler, where they run op by op. At its first
-   use, `proof.py` compares either with autograd.
+   passes are in `sections.py`. `by_autograd.py` says which results have a gradient, and which arguments it reaches.
 
 `tables.py` has all that is kept from call to call. `private.py` is all that this package uses of torch without torch's
 promise.
 
 The schedule of an MI-LSTM, as `explain(LSTMCell(128, 512), x)` prints it, without sizes and with short names:
 
-    once, of the parameters:    W, U = kernel(gates.x_projection.weight, gates.z_projection.weight)
+    once a call:                W, U = kernel(gates.x_projection.weight, gates.z_projection.weight)
     for many steps at once:     Wx[:] = x[:] @ W
     each step t:                Uh[t] = h[t] @ U
                                 h[t+1], c[t+1] = kernel(alpha, beta1, beta2, bias, c[t], Wx[t], Uh[t])

@@ -80,16 +80,15 @@ class Explanation:
         """The schedule of the step and the memory that it keeps; empty where the step was not traced."""
         if self._program is None:
             return ""
-        from multint.engines.executors import how
         from multint.engines.run import steps_at_a_time
 
-        (steps, rows), schedule = self._size, self._program.shown()
+        (steps, rows), schedule = self._size, self._program.last or self._program.whole()
         chunk = steps_at_a_time(self._program, steps, rows)
         kept = chunk * rows * schedule.bytes_per_row / 2**20
         lines = [schedule.show(steps, rows), f"kept for the backward pass: {kept:.1f} MiB"]
         for title, section in (("forward", schedule.forward), ("backward", schedule.reverse)):
             if section:
-                lines.append(f"run {title} by {how(self._program, schedule, section is schedule.reverse)}")
+                lines.append(f"run {title} by {self._program.how(schedule, section is schedule.reverse)}")
         if chunk < steps:
             lines.append(f"more would not fit the budget: {-(-steps // chunk)} parts of {chunk} steps, each run twice")
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,24 +40,16 @@ class Kernel:
     """A function of tensors that writes its results into given buffers.
 
     Args:
-        module: the function, (inputs) → results.
-        inputs, results: stand-ins for them; the tensors themselves are contiguous.
-        adds: for each result, whether it is added to what the buffer holds, and not written over it.
+        module: the function, (inputs) → results, traced on stand-ins; the tensors themselves are contiguous.
         world: that of the stand-ins.
+        adds: for each result, whether it is added to what the buffer holds, and not written over it.
     """
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        inputs: list[Tensor],
-        results: list[Tensor],
-        adds: list[bool],
-        world: StandIns,
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, world: StandIns, adds: Sequence[bool] | None = None) -> None:
         self.module = module
-        self.adds = adds
-        self._stand_ins = [*inputs, *results]
-        self._count = len(inputs)
+        self.outputs: list[fx.Node] = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.adds = list(adds or [False] * len(self.outputs))
+        self._inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         self._world = world
         self._compiled: Callable[..., Any] | None = None
         self._cpp: RowFunction | RefusedError | None = None
@@ -75,8 +67,9 @@ class Kernel:
 
     def eagerly(self, *arguments: Tensor) -> list[Tensor]:
         """The same op by op, by the operations that were traced."""
-        results = self.module(*arguments[: self._count])
-        for buffer, result, add in zip(arguments[self._count :], results, self.adds, strict=True):
+        count = len(self._inputs)
+        results = self.module(*arguments[:count])
+        for buffer, result, add in zip(arguments[count:], results, self.adds, strict=True):
             if add:
                 buffer.add_(result)
             else:
@@ -91,7 +84,7 @@ class Kernel:
         if self._cpp is None:
             with TRACING:
                 try:
-                    graph = unaware(plain, self.module, self._stand_ins[: self._count], self._world)
+                    graph = unaware(plain, self.module, self._inputs, self._world)
                     self._cpp = function_of(graph, self.adds)
                 except RefusedError as error:
                     self._cpp = error
@@ -104,15 +97,16 @@ class Kernel:
         counts = {torch.ops.aten.sum.dim_IntList, torch.ops.aten.sum.default}
         nodes = [n for n in self.module.graph.nodes if not (n.target in counts and _is_bool(n.args[0]))]
         values = [node.meta.get("val") for node in nodes]
-        return {value.dtype for value in [*values, *self._stand_ins] if isinstance(value, Tensor)}
+        return {value.dtype for value in values if isinstance(value, Tensor)}
 
     def operations(self) -> int:
         """How many operations it has."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
     def _compile(self) -> Callable[..., Any]:
+        stand_ins = [*self._inputs, *(node.meta["val"] for node in self.outputs)]
         try:
-            compiled: Callable[..., Any] = unaware(private.compiled, self.eagerly, self._stand_ins, self._world)
+            compiled: Callable[..., Any] = unaware(private.compiled, self.eagerly, stand_ins, self._world)
         except Exception as error:
             # Many things can be missing: a C++ compiler, its headers, Inductor's support of an operation.
             warn_once(

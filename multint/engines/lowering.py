@@ -9,94 +9,54 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from multint.engines import private
 from multint.engines.kernel import Kernel
-from multint.engines.plan import Piece, Plan
-from multint.engines.private import StandIns, has_rows
-from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Product, Rows, RowSum, Schedule, check
+from multint.engines.plan import Multiplication, Piece, Plan
+from multint.engines.private import has_rows
+from multint.engines.schedule import At, Buffer, Call, Contraction, Extent, Product, Schedule
 from multint.errors import EngineError, in_a_line
 
 
-class Kernels:
-    """The kernels of a plan, each made once and shared by its schedules."""
-
-    def __init__(self, world: StandIns) -> None:
-        self._world = world
-        self._kept: dict[Any, Kernel] = {}
-        self._vjps: dict[Any, tuple[Kernel, list[int]]] = {}
-
-    def of(self, piece: Piece) -> Kernel:
-        """The kernel that runs a piece."""
-        if id(piece) not in self._kept:
-            results = [node.meta["val"] for node in piece.outputs]
-            inputs = [node.meta["val"] for node in piece.roots]
-            self._kept[id(piece)] = Kernel(piece.module, inputs, results, [False] * len(results), self._world)
-        return self._kept[id(piece)]
-
-    def vjp_of(
-        self, piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], results: list[Tensor], adds: list[bool]
-    ) -> tuple[Kernel, list[int]]:
-        """The kernel that runs a piece's `vjp`, and which of its arguments it uses.
-
-        Args:
-            results: stand-ins for what it gives, which it adds to what is there where `adds` says so.
-
-        Raises: EngineError for a piece without a derivative.
-        """
-        key = id(piece), tuple(wanted), frozenset(apart).intersection(wanted), tuple(adds)
-        if key not in self._vjps:
-            try:
-                module, used = vjp(piece, wanted, apart, self._world)
-            except Exception as error:
-                raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
-            arguments = [*piece.roots, *(n for n in piece.outputs if n.meta["val"].is_floating_point())]
-            inputs = [arguments[i].meta["val"] for i in used]
-            self._vjps[key] = Kernel(module, inputs, results, adds, self._world), used
-        return self._vjps[key]
-
-
-def lower(plan: Plan, kernels: Kernels, wanted: frozenset[str] | None) -> Schedule:
+def lower(plan: Plan, wanted: frozenset[str] | None) -> Schedule:
     """The schedule that gives gradients to the wanted arguments and to the state; forward only where that is None.
 
     The schedule's arguments are named here, so the first call is one with `wanted=None`.
+
+    Raises: EngineError for a step without a derivative.
     """
-    lowering = _Lowering(plan, kernels)
+    lowering = _Lowering(plan)
     lowering.forward()
     if wanted is not None:
         lowering.reverse(wanted)
     lowering.shorten()
-    check(lowering.schedule)
     return lowering.schedule
 
 
 class _Lowering:
-    def __init__(self, plan: Plan, kernels: Kernels) -> None:
-        self.plan, self.kernels = plan, kernels
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.schedule = Schedule()
         self.names: dict[fx.Node, str] = {}
-        self._left: dict[int, str] = {}  # the buffers of the left-hand sides of the products, by the product's identity
+        self.lefts: dict[Multiplication, str] = {}  # the buffers of the left-hand sides
+        self.gradients: dict[fx.Node, str] = {}  # the buffers that the reverse section leaves or carries
+        self.written: set[At] = set()  # of these so far, or cleared: what comes next is added
 
-    def _buffer(self, name: str, like: Tensor, extent: Extent, rows: bool = True, **more: Any) -> str:
+    def _buffer(
+        self, name: str, like: Tensor, extent: Extent, dtype: torch.dtype | None = None, by_row: bool = False
+    ) -> str:
         """A new buffer for values like the stand-in, of that name or, where a user has taken it, the next free one."""
         free = str(name)  # a stream's may be any key of a dictionary
         while free in self.schedule.buffers:
             free += "'"
-        shape = tuple(int(n) for n in (like.shape[1:] if rows else like.shape))
-        kind = Rows.YES if rows else Rows.NO
-        self.schedule.buffers[free] = Buffer(free, shape, like.dtype, like.device, extent, kind, **more)
+        rows = has_rows(like, self.plan.rows)
+        shape = tuple(int(n) for n in like.shape[int(rows) :])
+        self.schedule.buffers[free] = Buffer(free, shape, dtype or like.dtype, like.device, extent, rows or by_row)
         return free
 
-    def _name(self, node: fx.Node, name: str, extent: Extent, **more: Any) -> str:
+    def _name(self, node: fx.Node, name: str, extent: Extent) -> str:
         """The buffer of a node's value."""
         if node not in self.names:
-            value = node.meta["val"]
-            rows = extent is not Extent.ONE or self._lasts(node)
-            self.names[node] = self._buffer(name, value, extent, rows, **more)
+            self.names[node] = self._buffer(name, node.meta["val"], extent)
         return self.names[node]
-
-    def _lasts(self, node: fx.Node) -> bool:
-        """Whether a value has rows and is the same at every step."""
-        return node in self.plan.unchanged.values() or node in self.plan.lasting
 
     def _at(self, nodes: Iterable[fx.Node], later: int | None = 0) -> tuple[At, ...]:
         """Where the values of some roots are: those that change with t at this step, or at all of them."""
@@ -106,151 +66,135 @@ class _Lowering:
     def forward(self) -> None:
         """What is given; what is before the loop; one step."""
         plan, schedule = self.plan, self.schedule
-        schedule.inputs = {name: self._name(n, name, Extent.EACH, given=True) for name, n in plan.inputs.items()}
+        schedule.inputs = {name: self._name(node, name, Extent.EACH) for name, node in plan.inputs.items()}
         schedule.states = [self._name(node, name, Extent.STATES) for name, node in plan.states.items()]
-        schedule.invariants = [self._name(n, name, Extent.ONE, given=True) for name, n in plan.invariants.items()]
+        schedule.invariants = [self._name(node, name, Extent.ONE) for name, node in plan.invariants.items()]
         for i, (node, value) in enumerate(plan.literals.items()):
-            schedule.literals[self._name(node, f"literal{i}", Extent.ONE, given=True)] = value
+            schedule.literals[self._name(node, f"literal{i}", Extent.ONE)] = value
         for name, node in plan.unchanged.items():
-            self._name(node, name, Extent.ONE, given=True)
+            self._name(node, name, Extent.ONE)
         schedule.fields = [self.names[node] for node in plan.fields]
-        self._constants()
-        for i, product in enumerate(plan.early + plan.hoisted):
-            left = self._left[id(product)] = self._left_of(product, f"x{i}", schedule.prologue, None)
-            result = self._name(product.result, f"{self.names[product.matrix]}{left}", Extent.EACH)
-            section = schedule.prologue if product in plan.early else schedule.entry
-            section.append(Product(At(result, None), At(left, None), At(self.names[product.matrix])))
-        for i, stage in enumerate(plan.stages):
-            left_name = self._left[id(stage)] = self._left_of(stage, f"z{i}", schedule.forward, 0)
-            result = self._name(stage.result, f"{self.names[stage.matrix]}{left_name}", Extent.EACH)
-            schedule.forward.append(Product(At(result), At(left_name), At(self.names[stage.matrix])))
-        results = {At(name, 1): False for name in schedule.states}
-        schedule.forward.append(Call(self.kernels.of(plan.final), self._at(plan.final.roots), results))
-        named = [(node, self.names[node]) for node in [*plan.streams, *plan.matrices, *plan.vectors]]
-        named += [(product.left, self._left[id(product)]) for product in plan.hoisted]
-        schedule.arguments = list(dict.fromkeys([*(name for _, name in named), *schedule.states]))
-        schedule.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
-
-    def _constants(self) -> None:
-        """What is computed of the parameters: matrices are called W where the input meets them, and U in the loop."""
-        plan = self.plan
+        # Matrices are called W where the input meets them, and U in the loop.
         for letter, products in (("W", plan.early + plan.hoisted), ("U", plan.stages)):
             matrices = list(dict.fromkeys(p.matrix for p in products if p.matrix not in self.names))
             for i, node in enumerate(matrices):
                 self._name(node, letter if len(matrices) == 1 else f"{letter}{i}", Extent.ONE)
-        made = [node for node in plan.constants if node.op != "placeholder"]
-        writes = {At(self._name(node, f"const{i}", Extent.ONE)): False for i, node in enumerate(made)}
-        if made:
-            self.schedule.prelude.append(Call(self.kernels.of(plan.prelude), self._at(plan.prelude.roots), writes))
-        writes = {At(self._name(node, f"once{i}", Extent.ONE)): False for i, node in enumerate(plan.lasting)}
-        if plan.lasting:
-            self.schedule.beside.append(Call(self.kernels.of(plan.beside), self._at(plan.beside.roots), writes))
+        for (piece, results), name in zip(plan.once, ("const", "once"), strict=True):
+            writes = {At(self._name(node, f"{name}{i}", Extent.ONE)): False for i, node in enumerate(results)}
+            if writes:
+                schedule.once.append(Call(piece.kernel, self._at(piece.roots), writes))
+        for i, product in enumerate(plan.early + plan.hoisted):
+            section = schedule.prologue if product in plan.early else schedule.entry
+            self._product(product, f"x{i}", schedule.prologue, section, None)
+        for i, stage in enumerate(plan.stages):
+            self._product(stage, f"z{i}", schedule.forward, schedule.forward, 0)
+        new = {At(name, 1): False for name in schedule.states}
+        schedule.forward.append(Call(plan.final.kernel, self._at(plan.final.roots), new))
+        matrices = [product.matrix for product in plan.hoisted + plan.stages]
+        named = [(node, self.names[node]) for node in [*plan.streams, *matrices, *plan.vectors]]
+        named += [(product.left, self.lefts[product]) for product in plan.hoisted]
+        schedule.arguments = list(dict.fromkeys([*(name for _, name in named), *schedule.states]))
+        schedule.may_learn = frozenset(name for node, name in named if node in plan.may_learn)
 
-    def _left_of(self, product: Any, name: str, section: list[Any], later: int | None) -> str:
-        """The buffer of a product's left-hand side, which a piece fills where it is no root itself."""
+    def _product(
+        self, product: Multiplication, name: str, before: list[Any], section: list[Any], later: int | None
+    ) -> None:
+        """A product in a section, and `before` it the piece that gives its left-hand side, where that is no root."""
         if product.piece is None:
-            return self.names[product.left]
-        buffer = self._buffer(name, product.left.meta["val"], Extent.EACH)
-        roots = self._at(product.piece.roots, later)
-        section.append(Call(self.kernels.of(product.piece), roots, {At(buffer, later): False}))
-        return buffer
+            left = self.names[product.left]
+        else:
+            left = self._buffer(name, product.left.meta["val"], Extent.EACH)
+            before.append(Call(product.piece.kernel, self._at(product.piece.roots, later), {At(left, later): False}))
+        self.lefts[product] = left
+        matrix = self.names[product.matrix]
+        result = self._name(product.result, f"{matrix}{left}", Extent.EACH)
+        section.append(Product(At(result, later), At(left, later), At(matrix)))
 
     def reverse(self, wanted: frozenset[str]) -> None:
         """One step backward, last piece first, and what follows."""
         plan, schedule = self.plan, self.schedule
-        self._gradients(wanted)
-        d_new = [At(self._d[node], 1) for node in plan.states.values() if node in self._d]
-        if next(iter(plan.states.values())) in self._d:
-            d_new.append(At(schedule.output_gradient))
-        self._vjp(plan.output, d_new)
+        self._name_gradients(wanted)
+        pairs = zip(plan.states.values(), plan.final.kernel.outputs, strict=True)
+        cotangents = [(new, At(self.gradients[old], 1)) for old, new in pairs if old in self.gradients]
+        if next(iter(plan.states.values())) in self.gradients:
+            cotangents.append((plan.final.kernel.outputs[0], At(schedule.output_gradient)))
+        self._vjp(plan.final, cotangents)
         for stage in reversed(plan.stages):
-            d_result, matrix = At(self._d[stage.result]), At(self.names[stage.matrix])
+            d_result, matrix = At(self.gradients[stage.result]), At(self.names[stage.matrix])
             if stage.piece is None:
-                target = At(self._d[stage.left])
-                schedule.reverse.append(Product(target, d_result, matrix, True, adds=target in self._written))
-                self._written.add(target)
+                target = At(self.gradients[stage.left])
+                schedule.reverse.append(Product(target, d_result, matrix, True, adds=target in self.written))
+                self.written.add(target)
             else:
-                d_left = At(self._buffer(f"d_{self._left[id(stage)]}", stage.left.meta["val"], Extent.NOW))
+                d_left = At(self._buffer(f"d_{self.lefts[stage]}", stage.left.meta["val"], Extent.NOW))
                 schedule.reverse.append(Product(d_left, d_result, matrix, True))
-                self._vjp(stage.piece, [d_left])
-        schedule.cleared += [n for n in self._d.values() if At(n) not in self._written]
-        self._epilogue(wanted)
+                self._vjp(stage.piece, [(stage.piece.kernel.outputs[0], d_left)])
+        for name in self.gradients.values():
+            if At(name) not in self.written:
+                schedule.cleared.append(name)
+                buffer = schedule.buffers[name]
+                if buffer.extent is Extent.TURNS:  # only the last step's is given then: the others are to stay 0
+                    schedule.buffers[name] = replace(buffer, extent=Extent.STATES)
+        self._factors(wanted)
 
-    def _gradients(self, wanted: frozenset[str]) -> None:
-        """The buffers of the gradients that the reverse section leaves or carries."""
+    def _name_gradients(self, wanted: frozenset[str]) -> None:
         plan, schedule = self.plan, self.schedule
         states = list(plan.states.values())
-        self._d: dict[fx.Node, str] = {}
         streams = [node for node in plan.streams if self.names[node] in wanted]
-        read_by = {p.result: {self._left[id(p)], self.names[p.matrix]} for p in plan.hoisted}
-        hoisted = [result for result, factors in read_by.items() if factors & wanted]
+        hoisted = [p.result for p in plan.hoisted if {self.lefts[p], self.names[p.matrix]} & wanted]
         results = [*hoisted, *(stage.result for stage in plan.stages)]
-        places = {Extent.TURNS: states, Extent.EACH: streams, Extent.BLOCK: results}
-        for extent, nodes in places.items():
+        for extent, nodes in {Extent.TURNS: states, Extent.EACH: streams, Extent.BLOCK: results}.items():
             for node in nodes:
                 if node.meta["val"].is_floating_point():
-                    self._d[node] = self._buffer(f"d_{self.names[node]}", node.meta["val"], extent)
-        schedule.output_gradient = self._buffer("d_output", states[0].meta["val"], Extent.EACH, given=True)
+                    self.gradients[node] = self._buffer(f"d_{self.names[node]}", node.meta["val"], extent)
+        schedule.output_gradient = self._buffer("d_output", states[0].meta["val"], Extent.EACH)
         # Vectors have one gradient for all steps, so every piece adds to it. It is summed in float32 at least, since
         # half precision would round at each step; and by row where that is enough, since a sum over rows in the
         # reverse loop costs more than one at the end.
-        rows = states[0].meta["val"].shape[0]
-        vectors = [n for n in plan.vectors if self.names[n] in wanted and n.meta["val"].is_floating_point()]
-        plain = [node for node in vectors if node.meta["val"].ndim == 1 and not self._lasts(node)]
-        self._apart = [node for node in plain if all(_is_broadcast(user, rows) for user in node.users)]
-        self._vectors = set(vectors)
-        for node in vectors:
-            name = f"rows(d_{self.names[node]})" if node in self._apart else f"d_{self.names[node]}"
-            by_row = node in self._apart or self._lasts(node)
-            buffer = self._buffer(name, self._accumulator(node), Extent.ONE, rows=by_row)
-            self._d[node] = buffer
-            schedule.cleared.append(buffer)
-        self._written = {At(name) for name in schedule.cleared}
+        for node in plan.vectors:
+            if self.names[node] in wanted and node.meta["val"].is_floating_point():
+                by_row, value = node in plan.by_row, node.meta["val"]
+                name = f"rows(d_{self.names[node]})" if by_row else f"d_{self.names[node]}"
+                self.gradients[node] = self._buffer(name, value, Extent.ONE, _summed_in(value.dtype), by_row)
+                schedule.cleared.append(self.gradients[node])
+        self.written = {At(name) for name in schedule.cleared}
 
-    def _accumulator(self, node: fx.Node) -> Tensor:
-        """A stand-in for the sum of a vector's gradients over the steps."""
-        value = node.meta["val"]
-        rows = next(iter(self.plan.states.values())).meta["val"].shape[0]
-        shape = (rows, *value.shape) if node in self._apart else tuple(value.shape)
-        return self.plan.world.new(value, shape, torch.promote_types(value.dtype, torch.float32))
-
-    def _vjp(self, piece: Piece, cotangents: list[At]) -> None:
-        """The instruction that gives the piece's roots their gradients."""
-        roots = [n for n in piece.roots if n in self._d]
+    def _vjp(self, piece: Piece, cotangents: list[tuple[fx.Node, At]]) -> None:
+        """The instruction that gives the piece's roots their gradients, of those of its results."""
+        roots = [n for n in piece.roots if n in self.gradients]
         if not roots or not cotangents:
             return
-        writes = {At(self._d[node]): At(self._d[node]) in self._written for node in roots}
-        self._written.update(writes)
-        reads = [*self._at(piece.roots), *cotangents]
-        results = [self._accumulator(n) if n in self._vectors else n.meta["val"] for n in roots]
-        kernel, used = self.kernels.vjp_of(piece, roots, self._apart, results, list(writes.values()))
+        writes = {At(self.gradients[node]): At(self.gradients[node]) in self.written for node in roots}
+        self.written.update(writes)
+        key = tuple(zip(roots, writes.values(), strict=True))
+        if key not in piece.vjps:
+            try:
+                piece.vjps[key] = vjp(piece, [node for node, _ in cotangents], roots, list(writes.values()), self.plan)
+            except Exception as error:
+                raise EngineError(f"fused: the step cannot be differentiated: {in_a_line(error)}") from error
+        kernel, used = piece.vjps[key]
+        reads = [*self._at(piece.roots), *(at for _, at in cotangents)]
         self.schedule.reverse.append(Call(kernel, tuple(reads[i] for i in used), writes))
 
-    def _epilogue(self, wanted: frozenset[str]) -> None:
-        """Products for the factors of all products, and the sums of what was kept by row."""
+    def _factors(self, wanted: frozenset[str]) -> None:
+        """The gradients of all products' factors, by products over many steps; and whose each gradient is."""
         plan, schedule = self.plan, self.schedule
-        for node in self._apart:
-            total = self._buffer(f"d_{self.names[node]}", self._accumulator(node), Extent.ONE, rows=True)
-            schedule.buffers[total] = replace(schedule.buffers[total], rows=Rows.NO)
-            schedule.epilogue.append(RowSum(At(total), At(self._d[node])))
-            self._d[node] = total
-        gradients: dict[str, list[str]] = {name: [] for name in schedule.arguments}
+        schedule.gradients = {name: [] for name in schedule.arguments}
         for node in dict.fromkeys([*plan.streams, *plan.vectors, *plan.states.values()]):
-            if node in self._d:
-                gradients[self.names[node]].append(self._d[node])
+            if node in self.gradients:
+                schedule.gradients[self.names[node]].append(self.gradients[node])
         for product in plan.hoisted + plan.stages:
-            left, matrix = self._left[id(product)], self.names[product.matrix]
+            left, matrix = self.lefts[product], self.names[product.matrix]
             if product in plan.hoisted and left in wanted:
                 d_left = self._buffer(f"d_{left}", product.left.meta["val"], Extent.EACH)
-                d_result = At(self._d[product.result], None)
+                d_result = At(self.gradients[product.result], None)
                 schedule.exit.append(Product(At(d_left, None), d_result, At(matrix), True))
-                gradients[left].append(d_left)
+                schedule.gradients[left].append(d_left)
             if matrix in wanted:
-                d_matrix = self._buffer(f"d_{matrix}", product.matrix.meta["val"], Extent.ONE, rows=False)
-                d_result = At(self._d[product.result], None)
+                d_matrix = self._buffer(f"d_{matrix}", product.matrix.meta["val"], Extent.ONE)
+                d_result = At(self.gradients[product.result], None)
                 schedule.exit.append(Contraction(At(d_matrix), At(left, None), d_result))
-                gradients[matrix].append(d_matrix)
-        schedule.gradients = gradients
+                schedule.gradients[matrix].append(d_matrix)
 
     def shorten(self) -> None:
         """Let what no later section reads be there for one step only, for two, or for a block of them."""
@@ -258,56 +202,53 @@ class _Lowering:
         for name in set(schedule.states[1:]) - set(schedule.kept):  # the first is the output
             schedule.buffers[name] = replace(schedule.buffers[name], extent=Extent.TURNS)
         for section, extent in ((schedule.forward, Extent.NOW), (schedule.entry, Extent.BLOCK)):
-            made = {write.buffer for instruction in section for write in instruction.writes}
-            for name in made - set(schedule.kept) - set(schedule.states):
+            written = {write.buffer for instruction in section for write in instruction.writes}
+            for name in written - set(schedule.kept) - set(schedule.states):
                 schedule.buffers[name] = replace(schedule.buffers[name], extent=extent)
 
 
-def vjp(piece: Piece, wanted: list[fx.Node], apart: list[fx.Node], world: StandIns) -> tuple[fx.GraphModule, list[int]]:
+def vjp(
+    piece: Piece, results: list[fx.Node], wanted: list[fx.Node], adds: list[bool], plan: Plan
+) -> tuple[Kernel, list[int]]:
     """The piece's vector-Jacobian product, and which of its arguments it uses, by their place.
 
-    Its arguments are the piece's roots and the cotangents of its floating-point results; it gives the gradients of the
-    wanted roots.
-
-    Args:
-        apart: vectors whose gradient is given for each row apart, (B, V), and not summed.
+    Its arguments are the piece's roots and cotangents of the results, where one that comes twice has the sum of both;
+    it gives the gradients of the wanted roots, those of vectors in the dtype that they are summed in.
     """
     places = [piece.roots.index(root) for root in wanted]
-    outputs = [(i, node) for i, node in enumerate(piece.outputs) if node.meta["val"].is_floating_point()]
-    unique = list(dict.fromkeys(node for _, node in outputs))
+    unique = list(dict.fromkeys(results))
+    chosen = [piece.kernel.outputs.index(node) for node in unique]
 
     def function(*arguments: Any) -> Any:
         values, cotangents = list(arguments[: len(piece.roots)]), arguments[len(piece.roots) :]
-        # Where one value is two outputs, such as a state that a stage reads too, its cotangents add up.
         totals: dict[fx.Node, Any] = {}
-        for (_, node), cotangent in zip(outputs, cotangents, strict=True):
+        for node, cotangent in zip(results, cotangents, strict=True):
             totals[node] = totals[node] + cotangent if node in totals else cotangent
 
         def of(*some: Any) -> Any:
             for place, value in zip(places, some, strict=True):
                 values[place] = value
-            results = piece.module(*values)
-            by_node = {node: results[i] for i, node in outputs}
-            return tuple(by_node[node] for node in unique)
+            computed = piece.kernel.module(*values)
+            return tuple(computed[i] for i in chosen)
 
         rows = cotangents[0].shape[0]
-        for place, node in zip(places, wanted, strict=True):
-            if node in apart:
-                values[place] = values[place].expand(rows, -1)
-        _, pull = torch.func.vjp(of, *(values[place] for place in places))  # type: ignore[misc]
-        return list(pull(tuple(totals[node] for node in unique)))
+        given = [
+            values[p].expand(rows, -1) if n in plan.by_row else values[p] for p, n in zip(places, wanted, strict=True)
+        ]
+        _, pull = torch.func.vjp(of, *given)  # type: ignore[misc]
+        pairs = zip(wanted, pull(tuple(totals[node] for node in unique)), strict=True)
+        return [value.to(_summed_in(value.dtype)) if node in plan.vectors else value for node, value in pairs]
 
-    stand_ins = [world.like(node.meta["val"]) for node in [*piece.roots, *(node for _, node in outputs)]]
-    module = world.trace(function, stand_ins)
+    module = plan.world.trace(function, [plan.world.like(node.meta["val"]) for node in [*piece.roots, *results]])
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     used = [i for i, node in enumerate(placeholders) if node.users]
     for node in placeholders:
         if not node.users:
             module.graph.erase_node(node)
     module.recompile()
-    return module, used
+    return Kernel(module, plan.world, adds), used
 
 
-def _is_broadcast(user: fx.Node, rows: torch.SymInt) -> bool:
-    """Whether a vector's user meets its entries with the columns of a matrix of rows."""
-    return private.is_pointwise(user.target) and user.meta["val"].ndim == 2 and has_rows(user.meta["val"], rows)
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype gradients are summed over the steps."""
+    return torch.promote_types(dtype, torch.float32)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from multint.engines import private
 from multint.engines.capture import Trace
+from multint.engines.kernel import Kernel
 from multint.engines.private import StandIns, has_rows
 
 aten = torch.ops.aten
@@ -20,16 +22,12 @@ aten = torch.ops.aten
 class Piece:
     """A part of the step: a function of some of the roots, the values that are there before it."""
 
-    module: fx.GraphModule
+    kernel: Kernel
     roots: list[fx.Node]  # its inputs, in order
-
-    @property
-    def outputs(self) -> list[fx.Node]:
-        """The nodes of its own graph that are its results."""
-        return list(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
+    vjps: dict[Hashable, tuple[Kernel, list[int]]] = field(default_factory=dict)  # see `lowering.vjp`
 
 
-@dataclass
+@dataclass(eq=False)  # by identity
 class Multiplication:
     """The products of one left-hand side with loop-invariant matrices, done as one."""
 
@@ -51,23 +49,17 @@ class Plan:
     unchanged: dict[str, fx.Node]  # the others, which it gives back as they came
     state_type: type
     world: StandIns
-    prelude: Piece  # invariants → the constants that are not invariants themselves, once a call
-    constants: list[fx.Node]
-    beside: Piece  # unchanged fields and constants → the lasting values, once a call
-    lasting: list[fx.Node]  # what is computed of unchanged fields and of constants alone, (B, ...)
+    rows: torch.SymInt  # of the batch
+    # What is computed once a call, and by which pieces: of invariants alone, then of unchanged fields too, (B, ...).
+    once: list[tuple[Piece, list[fx.Node]]]
     hoisted: list[Multiplication]  # of the inputs, which nothing but the loop reads
     early: list[Multiplication]  # of the inputs, which something before the loop reads
     stages: list[Multiplication]  # in the order in which they can be computed
     final: Piece  # roots → the new state
-    output: Piece  # roots → the new state and, once more, its first field, which is the scan's output
     streams: list[fx.Node]  # roots that change with t, and are there before the loop: inputs and early products
     vectors: list[fx.Node]  # the constants, unchanged fields and lasting values that pieces read
+    by_row: set[fx.Node]  # the vectors of which each row of the batch has a gradient (V,)
     may_learn: set[fx.Node]  # what depends on the inputs or on tensors that want gradients
-
-    @property
-    def matrices(self) -> list[fx.Node]:
-        """The matrices of the products that autograd does not see, one for each."""
-        return [product.matrix for product in self.hoisted + self.stages]
 
 
 def plan(trace: Trace) -> Plan:
@@ -96,17 +88,21 @@ def plan(trace: Trace) -> Plan:
     # What is the same at every step, as far as anything else reads it.
     read = [n for n in graph.nodes if n in invariant and any(user not in invariant for user in n.users)]
     constants = list(dict.fromkeys([*(product.matrix for product in hoisted + stages), *read]))
+    computed = [node for node in constants if node.op != "placeholder"]
     lasting = _read_of(graph, lasts, rows)
-    roots = {*states.values(), *inputs.values(), *constants, *(product.result for product in hoisted + stages)}
-    roots.update(lasting)
+    piece = partial(_extract, graph, trace.world)
+    results = [product.result for product in hoisted + stages]
+    roots = {*states.values(), *inputs.values(), *constants, *results, *lasting}
     for product in hoisted + stages:
         if product.left not in roots:
-            product.piece = _extract(graph, roots, [product.left])
+            product.piece = piece(roots, [product.left])
     read_before = {root for product in hoisted for root in (product.piece.roots if product.piece else [product.left])}
     early = [product for product in hoisted if product.result in read_before]
     hoisted = [product for product in hoisted if product.result not in read_before]
-    final = _extract(graph, roots, outputs)
-    used = {root for piece in [final, *(s.piece for s in stages if s.piece)] for root in piece.roots}
+    final = piece(roots, outputs)
+    used = {root for part in [final, *(s.piece for s in stages if s.piece)] for root in part.roots}
+    learnt = [invariants[name] for name in trace.learnt]
+    vectors = [n for n in [*constants, *unchanged.values(), *lasting] if n in used]
     return Plan(
         invariants=invariants,
         literals=literals,
@@ -116,29 +112,23 @@ def plan(trace: Trace) -> Plan:
         unchanged=unchanged,
         state_type=trace.state_type,
         world=trace.world,
-        prelude=_extract(graph, {*invariants.values(), *literals}, [n for n in constants if n.op != "placeholder"]),
-        constants=constants,
-        beside=_extract(graph, {*constants, *unchanged.values()}, lasting),
-        lasting=lasting,
+        rows=rows,
+        once=[
+            (piece({*invariants.values(), *literals}, computed), computed),
+            (piece({*constants, *unchanged.values()}, lasting), lasting),
+        ],
         hoisted=hoisted,
         early=early,
         stages=stages,
         final=final,
-        output=_extract(graph, roots, [*outputs, outputs[0]]),
         streams=[n for n in [*inputs.values(), *(p.result for p in early)] if n in used],
-        vectors=[n for n in [*constants, *unchanged.values(), *lasting] if n in used],
-        may_learn=_reached(
-            [
-                *inputs.values(),
-                *unchanged.values(),
-                *(invariants[name] for name in trace.learnt),
-                *(p.result for p in early),
-            ]
-        ),
+        vectors=vectors,
+        by_row={n for n in vectors if _is_by_row(n, rows)},
+        may_learn=_reached([*inputs.values(), *unchanged.values(), *learnt, *(p.result for p in early)]),
     )
 
 
-def _extract(graph: fx.Graph, roots: set[fx.Node], outputs: list[fx.Node]) -> Piece:
+def _extract(graph: fx.Graph, world: StandIns, roots: set[fx.Node], outputs: list[fx.Node]) -> Piece:
     """The part of the graph between the roots and the outputs, as a function of the roots it needs."""
     needed: set[fx.Node] = set()
     stack = list(outputs)
@@ -157,7 +147,19 @@ def _extract(graph: fx.Graph, roots: set[fx.Node], outputs: list[fx.Node]) -> Pi
         if node in needed and node not in roots:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output([copies[node] for node in outputs])
-    return Piece(fx.GraphModule(torch.nn.Module(), part), used)
+    return Piece(Kernel(fx.GraphModule(torch.nn.Module(), part), world), used)
+
+
+def _is_by_row(vector: fx.Node, rows: torch.SymInt) -> bool:
+    """Whether all that reads a vector meets its entries with the columns of a matrix of rows."""
+    alike = [private.is_pointwise(n.target) and n.meta["val"].ndim == 2 for n in vector.users]
+    own = vector.meta["val"]
+    return (
+        own.ndim == 1
+        and not has_rows(own, rows)
+        and all(alike)
+        and all(has_rows(n.meta["val"], rows) for n in vector.users)
+    )
 
 
 def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:

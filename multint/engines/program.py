@@ -1,38 +1,60 @@
-"""A plan made ready to run: a schedule for each set of gradients that is wanted."""
+"""A plan made ready to run: a schedule for each set of gradients that is wanted, and what runs its loops.
+
+That is native code where there is some, else pieces. Either is proved when it is first asked for; see `proof.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from multint.engines import tables
+from multint.engines.by_autograd import Reach, reach
 from multint.engines.capture import Trace, capture
 from multint.engines.failures import RefusedError
 from multint.engines.guarded import Met
-from multint.engines.lowering import Kernels, lower
+from multint.engines.kernel import compiles
+from multint.engines.lowering import lower
+from multint.engines.native import machine
+from multint.engines.native.loop import Loop
 from multint.engines.plan import Plan, plan
-from multint.engines.reach import Reach
+from multint.engines.proof import prove
 from multint.engines.schedule import Call, Schedule
+from multint.engines.sections import Executor, Pieces
 from multint.engines.step import meet, unaware
-from multint.engines.tables import TRACING
-from multint.errors import EngineError
+from multint.engines.tables import TRACING, report
+from multint.errors import EngineError, in_a_line
 
 
 class Program:
-    """A plan made ready to run: its schedules, by which gradients are wanted, and its kernels, which they share."""
+    """A plan made ready to run.
+
+    Attributes:
+        failure: why it must not be run again.
+        forward: the schedule without gradients.
+        last: the last schedule that gave gradients.
+        executors: what runs a schedule's forward or reverse section, by its identity and whether it is the reverse
+            one; and why that is not native.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.failure = ""  # why it must not be run again
-        self.is_native: bool | None = None  # whether its loops are, once that is known
-        self.executors: dict[tuple[int, bool], tuple[Any, str]] = {}  # by schedule and direction; why it is not native
-        self._kernels = Kernels(plan.world)
-        self.forward = lower(plan, self._kernels, None)
-        self._kept: dict[frozenset[str], Schedule | str] = {}  # or why there is none
-        self._last: Schedule | None = None  # that gave gradients
-        self._reaches: dict[frozenset[str], Reach] = {}
+        self.failure = ""
+        self.forward = lower(plan, None)
+        self.last: Schedule | None = None
+        self.executors: dict[tuple[int, bool], tuple[Executor, str]] = {}
+        self._schedules: dict[frozenset[str], Schedule | str] = {}  # or why there is none
+        self._native: bool | None = None
+
+    @cached_property
+    def reach(self) -> Reach:
+        """The arguments that gradients reach over one step."""
+        with TRACING:  # the stand-ins' world is all threads'
+            found: Reach = unaware(reach, self.forward, self.plan.world)
+        return found
 
     def schedule(self, wanted: frozenset[str] | None) -> Schedule:
         """The schedule that gives gradients to the wanted arguments; forward only where that is None.
@@ -41,32 +63,17 @@ class Program:
         """
         if wanted is None:
             return self.forward
-        kept = self._kept.get(wanted)
+        kept = self._schedules.get(wanted)
         if kept is None:
             with TRACING:
                 try:
-                    kept = unaware(lower, self.plan, self._kernels, wanted)
+                    kept = unaware(lower, self.plan, wanted)
                 except EngineError as error:
                     kept = str(error)
-                self._kept[wanted] = kept
+                self._schedules[wanted] = kept
         if isinstance(kept, str):
             raise EngineError(kept)
         return kept
-
-    def reach(self, wanted: frozenset[str]) -> Reach:
-        """Which results have a gradient, and what it reaches, where the arguments of these names want one."""
-        return self._reaches.setdefault(wanted, Reach(self.forward, wanted, self.plan.world))
-
-    def scheduled(self, wanted: frozenset[str] | None) -> Schedule:
-        """The schedule that is about to run."""
-        schedule = self.schedule(wanted)
-        if wanted is not None:
-            self._last = schedule
-        return schedule
-
-    def shown(self) -> Schedule:
-        """The last schedule that gave gradients or, before there was one, the whole."""
-        return self._last or self.whole()
 
     def whole(self) -> Schedule:
         """The schedule that gives all gradients, or the forward pass alone for a step without a derivative."""
@@ -75,19 +82,93 @@ class Program:
         except EngineError:
             return self.forward
 
+    def executor(self, schedule: Schedule, reverse: bool) -> Executor:
+        """What runs a section of one of its schedules, compiled and proved at the first use.
+
+        Raises: EngineError where no random numbers tell whether it is right; UnprovedError where whatever runs it is
+        wrong.
+        """
+        if not compiles():
+            return Pieces(schedule, reverse, eager=True)
+        key = id(schedule), reverse
+        if key not in self.executors:
+            with TRACING:
+                if key not in self.executors:
+                    try:
+                        self.executors[key] = _proved(schedule, reverse)
+                    except EngineError as error:
+                        self.failure = str(error)
+                        raise
+        return self.executors[key][0]
+
+    def how(self, schedule: Schedule, reverse: bool) -> str:
+        """What runs a section, in words, and why that is not native code. Nothing is compiled for that."""
+        if reason := self._why_pieces(schedule, reverse):
+            return f"Python, step by step: {reason}"
+        return "native code" + ("" if (id(schedule), reverse) in self.executors else ", once that is compiled")
+
+    def is_native(self) -> bool:
+        """Whether its loops are native, or would be when they are compiled."""
+        if not compiles():  # for now
+            return False
+        if self._native is None:
+            schedule = self.whole()
+            sections = [False, True] if schedule.reverse else [False]
+            self._native = not any(self._why_pieces(schedule, reverse) for reverse in sections)
+        return self._native
+
+    def _why_pieces(self, schedule: Schedule, reverse: bool) -> str:
+        """Why a section is run by pieces; empty where it has native code, or will have."""
+        if not compiles():
+            return "nothing is to be compiled"
+        if (id(schedule), reverse) in self.executors:
+            return self.executors[id(schedule), reverse][1]
+        try:
+            Loop(schedule, reverse)
+            machine.compiler()
+        except RefusedError as error:
+            return str(error)
+        return ""
+
 
 def _judge(schedule: Schedule) -> None:
     """Raise unless each piece works on every row by itself: what can be written as a function of one row does.
 
     All else that a step does with rows is products of them with matrices.
     """
-    for instruction in [*schedule.beside, *schedule.prologue, *schedule.entry, *schedule.forward]:
-        if isinstance(instruction, Call):
+    for instruction in [*schedule.once, *schedule.prologue, *schedule.entry, *schedule.forward]:
+        if isinstance(instruction, Call) and any(schedule.buffers[at.buffer].has_rows for at in instruction.writes):
             try:
                 instruction.kernel.cpp()
             except RefusedError as error:
                 reason = str(error).replace("it ", "the step ", 1)
                 raise EngineError(f"fused: rows may interact: {reason}") from None
+
+
+def _proved(schedule: Schedule, reverse: bool) -> tuple[Executor, str]:
+    """The first of the executors that can be made and is right, and why it is not native."""
+    reason = ""
+    ways = (
+        (Loop, "its native loop", "its steps are run from Python"),
+        (Pieces, "its compiled pieces", "they run op by op"),
+    )
+    for make, name, instead in ways:
+        try:
+            executor: Executor = make(schedule, reverse)
+            executor.build()
+            unaware(prove, schedule, reverse, executor)
+        except EngineError:
+            raise
+        except RefusedError as error:
+            reason = reason or str(error)
+        except Exception as error:
+            reason = reason or f"it failed by {in_a_line(error)}"
+            report(f"{name} failed by {in_a_line(error)}", instead)
+        else:
+            return executor, reason
+    executor = Pieces(schedule, reverse, eager=True)
+    unaware(prove, schedule, reverse, executor)  # where that fails, no other way to run it helps
+    return executor, reason
 
 
 def program_of(cell: nn.Module, x: Any, state: Any, asked: bool) -> tuple[Program, list[Tensor]]:
@@ -120,22 +201,10 @@ def build(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Program, list[
 
 
 def _signature(trace: Trace) -> Hashable:
-    """Everything in a trace, without the names of its nodes and of the symbol for the number of rows."""
-    index = {node: f"%{i}" for i, node in enumerate(trace.graph.nodes)}
+    """Everything in a trace, without the symbol for the number of rows."""
     symbol = str(next(iter(trace.states.values())).meta["val"].shape[0])
-
-    def shown(value: Any) -> str:
-        if isinstance(value, Tensor):
-            return f"{value.dtype} {value.device} {list(value.shape)}".replace(symbol, "B")
-        if isinstance(value, tuple | list):
-            return f"({', '.join(map(shown, value))})"
-        return str(value).replace(symbol, "B")
-
-    nodes = []
-    for node in trace.graph.nodes:
-        arguments = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)
-        target = node.target if node.op == "call_function" else None
-        nodes.append((node.op, target, repr(arguments), shown(node.meta.get("val"))))
-    literals = [(index[node], str(v.dtype), repr(v.tolist())) for node, v in trace.literals.items()]
+    given = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
+    kinds = tuple((value.dtype, value.device, str(value.shape).replace(symbol, "B")) for value in given)
+    literals = [repr(value.tolist()) for value in trace.literals.values()]
     names = (tuple(trace.invariants), trace.learnt, tuple(trace.inputs), tuple(trace.states), trace.state_type)
-    return tuple(nodes), tuple(literals), names
+    return str(trace.graph), kinds, tuple(literals), names

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from multint.engines.pieces import Pieces
-from multint.engines.schedule import Call, Extent, Instruction, Rows, Schedule
-from multint.engines.sections import Executor, replay, run_backward, run_forward
+from multint.engines import by_autograd
+from multint.engines.schedule import Call, Extent, Instruction, Schedule
+from multint.engines.sections import Executor, Pieces, results_of, run_backward, run_forward
 from multint.errors import EngineError
 
 # A first step, one between two others, and a last one; and rows that no number of threads divides, but for 5.
@@ -51,15 +51,21 @@ def prove(schedule: Schedule, reverse: bool, executor: Executor) -> None:
         reverse: whether it is the reverse section, and what comes after it, or the forward section.
         executor: what runs it.
     """
-    kinds = {buffer.dtype for buffer in schedule.buffers.values()}
+    buffers = schedule.buffers
+    if reverse:
+        names = {f"the gradient of {name}": name for name, parts in schedule.gradients.items() if parts}
+    else:
+        names = {"the output": schedule.states[0]} | {f"the last {name}": name for name in schedule.states}
+    kinds = {buffer.dtype for buffer in buffers.values()}
     kinds.update(*(i.kernel.dtypes() for i in (*schedule.forward, *schedule.reverse) if isinstance(i, Call)))
     # Where numbers are rounded to half precision, others in float64 would choose otherwise what a step compares.
     exact = None if kinds & {torch.float16, torch.bfloat16} else _in_float64(schedule)
     best, most = None, -1.0
     for of in _DRAWS:
         arguments, cotangents = _drawn(schedule, of)
-        expected = _by_autograd(schedule, exact, reverse, arguments, cotangents)
-        finite = min((float(v.isfinite().double().mean()) for v in expected.values() if v.numel()), default=1.0)
+        values = _by_autograd(schedule, exact, reverse, arguments, cotangents)
+        expected = [value.to(buffers[name].dtype) for value, name in zip(values, names.values(), strict=True)]
+        finite = min((float(v.isfinite().double().mean()) for v in expected if v.numel()), default=1.0)
         if finite > most:
             best, most = (arguments, cotangents, expected), finite
         if finite == 1.0:
@@ -69,11 +75,12 @@ def prove(schedule: Schedule, reverse: bool, executor: Executor) -> None:
         raise EngineError("fused: the step has no finite numbers for the random ones that it is tried with")
     arguments, cotangents, expected = best
     rounding = max(_ROUNDING.get(kind, 0.0) for kind in kinds)
-    for name, actual in _as_run(schedule, reverse, executor, arguments, cotangents).items():
-        largest = expected[name].double().nan_to_num(0.0, 0.0, 0.0).abs().max() if actual.numel() else 0.0
+    found = _as_run(schedule, reverse, executor, arguments, cotangents)
+    for name, actual, right in zip(names, found, expected, strict=True):
+        largest = right.double().nan_to_num(0.0, 0.0, 0.0).abs().max() if right.numel() else 0.0
         bound = rounding * (float(largest) + _CANCELLED)
         try:
-            torch.testing.assert_close(actual.cpu(), expected[name].cpu(), rtol=0, atol=bound, equal_nan=True)
+            torch.testing.assert_close(actual.cpu(), right.cpu(), rtol=0, atol=bound, equal_nan=True)
         except AssertionError as error:
             raise UnprovedError(f"{name} is not what autograd gives, up to {bound:.1e}") from error
 
@@ -84,24 +91,24 @@ def _drawn(schedule: Schedule, of: Callable[[Tensor], Tensor]) -> tuple[dict[str
     buffers = schedule.buffers
 
     def one(name: str, extent: Extent, of: Callable[[Tensor], Tensor]) -> Tensor:
-        buffer = buffers[name]
-        shape = (_ROWS, *buffer.shape) if buffer.rows is Rows.YES else buffer.shape
-        shape = (_STEPS, *shape) if extent is Extent.EACH else shape
+        buffer = replace(buffers[name], extent=extent)
+        shape = buffer.sizes(_ROWS, _STEPS)
         numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if buffer.dtype == torch.bool:
             numbers = (numbers > 0).double()
         elif not buffer.dtype.is_floating_point:
             numbers = 0 * numbers  # it may be an index
-        elif buffer.rows is Rows.NO and len(shape) == 2:
-            numbers = of(numbers) * shape[0] ** -0.5  # a matrix as a layer has it, so that the states keep their size
         else:
-            numbers = of(numbers)
+            # Matrices as layers have them, so that the states keep their size.
+            is_matrix = len(shape) == 2 and not buffer.has_rows
+            numbers = of(numbers) * (shape[0] ** -0.5 if is_matrix else 1.0)
         return numbers.to(buffer.device, buffer.dtype)
 
-    arguments = {name: one(name, buffers[name].extent, of) for name in schedule.arguments}
-    results = [(schedule.states[0], Extent.EACH), *((name, Extent.NOW) for name in schedule.states)]
+    firsts = dict.fromkeys(schedule.states, Extent.NOW)
+    arguments = {name: one(name, firsts.get(name, buffers[name].extent), of) for name in schedule.arguments}
+    kinds = [(schedule.states[0], Extent.EACH), *firsts.items()]
     cotangents = [
-        one(name, extent, _DRAWS[0]) if buffers[name].dtype.is_floating_point else None for name, extent in results
+        one(name, extent, _DRAWS[0]) if buffers[name].dtype.is_floating_point else None for name, extent in kinds
     ]
     return arguments, cotangents
 
@@ -112,28 +119,20 @@ def _by_autograd(
     reverse: bool,
     arguments: dict[str, Tensor],
     cotangents: Sequence[Tensor | None],
-) -> dict[str, Tensor]:
-    """What a section is to give, in its own dtypes: the results, or the gradients of the arguments."""
+) -> list[Tensor]:
+    """What a section is to give: the output and the last state, or the gradients of the arguments that have one."""
 
     def wide(value: Tensor) -> Tensor:
         value = value.cpu() if exact else value
         return value.double() if exact and value.is_floating_point() else value
 
-    wanted = [name for name, buffers in schedule.gradients.items() if buffers] if reverse else []
+    wanted = [name for name, parts in schedule.gradients.items() if parts] if reverse else []
     leaves = {name: wide(value).detach().requires_grad_(name in wanted) for name, value in arguments.items()}
-    with torch.enable_grad():
-        results = replay(exact or schedule, leaves, _STEPS)
     if not reverse:
-        return _results(schedule, results)
-    learnt = [(r, wide(c)) for r, c in zip(results, cotangents, strict=True) if r.requires_grad and c is not None]
-    gradients = torch.autograd.grad(
-        [result for result, _ in learnt],
-        [leaves[name] for name in wanted],
-        [cotangent for _, cotangent in learnt],
-        materialize_grads=True,
-        allow_unused=True,
-    )
-    return {f"the gradient of {n}": g.to(arguments[n].dtype) for n, g in zip(wanted, gradients, strict=True)}
+        return by_autograd.replay(exact or schedule, leaves, _STEPS)
+    given = [None if cotangent is None else wide(cotangent) for cotangent in cotangents]
+    found = by_autograd.gradients(exact or schedule, leaves, given, _STEPS)
+    return [found.get(name, torch.zeros_like(leaves[name])) for name in wanted]
 
 
 def _as_run(
@@ -142,24 +141,15 @@ def _as_run(
     executor: Executor,
     arguments: dict[str, Tensor],
     cotangents: Sequence[Tensor | None],
-) -> dict[str, Tensor]:
-    """What a section gives: the results, or the gradients of the arguments."""
+) -> list[Tensor]:
+    """What a section gives."""
     with torch.no_grad():
         forward = Pieces(schedule, False, eager=True) if reverse else executor
         memory = run_forward(schedule, forward, arguments, _STEPS, _ROWS)
         if not reverse:
-            states = [memory[name] for name in schedule.states]
-            return _results(schedule, [states[0][1:], *(state[_STEPS] for state in states)])
+            return results_of(schedule, memory, _STEPS)
         memory = arguments | {name: memory[name] for name in schedule.kept}
-        gradients = run_backward(schedule, executor, memory, cotangents, _STEPS, _ROWS)
-    return {f"the gradient of {name}": gradient for name, gradient in gradients.items()}
-
-
-def _results(schedule: Schedule, results: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The output and the last state by name."""
-    names = ["the output", *(f"the last {name}" for name in schedule.states)]
-    kinds = [schedule.buffers[name].dtype for name in (schedule.states[0], *schedule.states)]
-    return {name: value.to(kind) for name, value, kind in zip(names, results, kinds, strict=True)}
+        return list(run_backward(schedule, executor, memory, cotangents, _STEPS, _ROWS).values())
 
 
 def _in_float64(schedule: Schedule) -> Schedule:

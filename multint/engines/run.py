@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multint.engines import private
-from multint.engines.executors import executor_of
-from multint.engines.pieces import interpret
+from multint.engines import by_autograd, private
+from multint.engines.by_autograd import have_gradients, interpret, reached
 from multint.engines.program import Program
-from multint.engines.reach import Path
 from multint.engines.schedule import At, Schedule
-from multint.engines.sections import replay, run_backward, run_forward
+from multint.engines.sections import results_of, run_backward, run_forward
 from multint.engines.tables import report
 from multint.errors import EngineError, in_a_line
 
@@ -51,7 +49,7 @@ def run(
     known |= {name: value for name, value in state.items() if name not in schedule.states}
     state = {name: state[name] for name in schedule.states}
     values = {At(name): value for name, value in known.items()}
-    interpret(schedule.prelude + schedule.beside, values)
+    interpret(schedule.once, values)
     known = {at.buffer: value for at, value in values.items()}
     steps, rows = next(iter(inputs.values())).shape[:2]
     chunk = steps_at_a_time(program, steps, rows)
@@ -87,12 +85,14 @@ def _run_part(
     arguments = {name: given[name] for name in schedule.arguments}
     # Kernels know nothing of strides. A matrix is brought into the order that its product wants there, and only there.
     arguments = {name: a if name in schedule.matrices else a.contiguous() for name, a in arguments.items()}
-    wanted = path = None
+    learnt = [False] * (1 + len(state))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.values()):
-        learnt = frozenset(n for n, a in arguments.items() if a.requires_grad and n not in state)
-        path = program.reach(learnt).path(tuple(state[name].requires_grad for name in schedule.states), steps)
-        wanted = learnt if any(path.results) else None
-    scan = _Scan(program, program.scheduled(wanted), path, asked, steps, rows)
+        wanted = frozenset(n for n, a in arguments.items() if a.requires_grad and n not in state)
+        first = {name for name in schedule.states if state[name].requires_grad}
+        learnt = have_gradients(program.reach, wanted, first, steps)
+        if any(learnt):
+            schedule = program.last = program.schedule(wanted)
+    scan = _Scan(program, schedule, learnt, asked, steps, rows)
     output, *final = Scan.apply(scan, *arguments.values())  # type: ignore[no-untyped-call]
     return output, dict(zip(schedule.states, final, strict=True))
 
@@ -103,7 +103,7 @@ class _Scan:
 
     program: Program
     schedule: Schedule
-    path: Path | None  # of gradients
+    learnt: list[bool]  # whether the output, and each field of the last state, have a gradient
     asked: bool
     steps: int
     rows: int
@@ -115,29 +115,27 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: _Scan, *arguments: Tensor) -> Any:
         schedule, steps, rows = scan.schedule, scan.steps, scan.rows
-        executor = executor_of(scan.program, schedule, reverse=False)
+        executor = scan.program.executor(schedule, reverse=False)
         memory = run_forward(schedule, executor, dict(zip(schedule.arguments, arguments, strict=True)), steps, rows)
         ctx.scan = scan
         ctx.set_materialize_grads(False)
         if schedule.reverse:
             ctx.save_for_backward(*arguments, *(memory[name] for name in schedule.kept))
         # The last state stands in the buffer that the output is a view of, so it is given as a copy.
-        final = [memory[name][steps].clone() for name in schedule.states]
+        output, *final = results_of(schedule, memory, steps)
+        found = output, *(field.clone() for field in final)
         if not schedule.reverse:
             executor.release(memory)
-        results = memory[schedule.states[0]][1:], *final
-        if scan.path is not None:
-            has_gradient = zip(results, scan.path.results, strict=True)
-            ctx.mark_non_differentiable(*(result for result, learnt in has_gradient if not learnt))
-        return results
+        unlearnt = [value for value, learnt in zip(found, scan.learnt, strict=True) if not learnt]
+        ctx.mark_non_differentiable(*unlearnt)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         scan: _Scan = ctx.scan
         schedule = scan.schedule
-        assert scan.path is not None
-        reached = scan.path.arguments([cotangent is not None for cotangent in cotangents])
-        if not reached:
+        wanted = reached(scan.program.reach, [cotangent is not None for cotangent in cotangents], scan.steps)
+        if not wanted:
             return None, *(None for _ in schedule.arguments)
         cotangents = tuple(None if c is None else private.in_memory(c) for c in cotangents)
         saved = [private.in_memory(tensor) for tensor in ctx.saved_tensors]
@@ -155,7 +153,7 @@ class Scan(torch.autograd.Function):
             return None, *(gradients.get(name) for name in schedule.arguments)
         try:
             with torch.autocast(given[0].device.type, enabled=False):
-                executor = executor_of(scan.program, schedule, reverse=True)
+                executor = scan.program.executor(schedule, reverse=True)
                 gradients = run_backward(schedule, executor, arguments | kept, cotangents, scan.steps, scan.rows)
         except Exception as error:
             # Where autograd fails too, the failure is the caller's: it is raised, and not kept.
@@ -165,15 +163,14 @@ class Scan(torch.autograd.Function):
             if scan.asked:
                 raise EngineError(scan.program.failure) from error
             report(reason)
-        return None, *(gradients.get(name) if name in reached else None for name in schedule.arguments)
+        return None, *(gradients.get(name) if name in wanted else None for name in schedule.arguments)
 
 
 def _differentiably(
     scan: _Scan, arguments: dict[str, Tensor], cotangents: Sequence[Tensor | None], create_graph: bool
 ) -> dict[str, Tensor]:
     """The same by autograd, through the forward section operation by operation; differentiable in its turn."""
-    schedule = scan.schedule
-    device = arguments[schedule.states[0]].device.type
+    device = arguments[scan.schedule.states[0]].device.type
     # The saved arguments are still tied to the caller's graph. Views of them: where one depends on another, as a
     # carried state on the weights, each has its own gradient here.
     with torch.enable_grad(), torch.autocast(device, enabled=False):
@@ -181,11 +178,4 @@ def _differentiably(
             name: a.view_as(a) if create_graph else a.detach().requires_grad_(a.requires_grad)
             for name, a in arguments.items()
         }
-        outcomes = replay(schedule, of, scan.steps)
-        wanted = {name: value for name, value in of.items() if value.requires_grad}
-        pairs = zip(outcomes, cotangents, strict=True)
-        results, given = zip(*((result, given) for result, given in pairs if given is not None), strict=True)
-        gradients = torch.autograd.grad(
-            results, list(wanted.values()), given, create_graph=create_graph, allow_unused=True
-        )
-    return {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+        return by_autograd.gradients(scan.schedule, of, cotangents, scan.steps, create_graph)

@@ -1,17 +1,16 @@
-"""What is run of a step, as named buffers and a few kinds of instructions: to be printed, checked, and executed.
+"""What is run of a step, as named buffers and a few kinds of instructions: to be printed, and executed.
 
-A schedule has eight sections. The *prelude* computes what depends on the parameters alone, *beside* it what depends on
-the fields of the state that no step changes, and the *prologue* what the inputs of all steps give at once; these run by
-autograd. The *forward* section is one step, run for t = 0 … T−1, and the
-*reverse* section is one step of the backward pass, run for t = T−1 … 0. An executor may run these in blocks of
-some steps: the *entry* runs before each block forward, and the *exit* after each block backward. The *epilogue* runs
-once after that.
+A schedule has six sections. What is done *once* depends on nothing that a step changes, and the *prologue* computes
+what the inputs of all steps give at once; these run by autograd. The *forward* section is one step, run for
+t = 0 … T−1, and the *reverse* section is one step of the backward pass, run for t = T−1 … 0. An executor may run these
+in blocks of some steps: the *entry* runs before each block forward, and the *exit* after each block backward.
 Instructions name what they read and write, so an executor needs no other agreement with the planner.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -34,61 +33,43 @@ class Extent(Enum):
     NOW = "one, of the present step"
 
 
-class Rows(Enum):
-    """Whether a buffer's value has a row for each of the batch."""
-
-    YES = "(B, ...)"
-    NO = "(...)"
-
-
 @dataclass(frozen=True)
 class Buffer:
-    """A value by name. Its shape is that of one step; where `rows` is YES, without the batch."""
+    """A value by name. Its shape is that of one step, or of one row of it where it has a row for each of the batch."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     extent: Extent
-    rows: Rows = Rows.YES
-    given: bool = False  # before the section that first reads it; else an instruction of the schedule makes it
+    has_rows: bool
 
-    def numel(self, batch_size: int) -> int:
+    def numel(self, rows: int) -> int:
         """The numbers of one step."""
-        return math.prod(self.shape) * (batch_size if self.rows is Rows.YES else 1)
+        return math.prod(self.shape) * (rows if self.has_rows else 1)
 
-    def empty(self, batch_size: int, steps: int | None = None) -> Tensor:
-        """Memory for one step, or for that many."""
-        shape = (batch_size, *self.shape) if self.rows is Rows.YES else self.shape
-        return torch.empty(shape if steps is None else (steps, *shape), dtype=self.dtype, device=self.device)
+    def sizes(self, rows: int, steps: int, block: int | None = None) -> tuple[int, ...]:
+        """The shape of all its values; `block` is the most steps of a block, where these are not all."""
+        counts = {Extent.EACH: steps, Extent.STATES: steps + 1, Extent.TURNS: 2}
+        counts[Extent.BLOCK] = steps if block is None else block
+        shape = (rows, *self.shape) if self.has_rows else self.shape
+        return (counts[self.extent], *shape) if self.extent in counts else shape
 
-    def show(self, steps: int, batch_size: int) -> str:
+    def place(self, step: int) -> int:
+        """Where a step's value stands, where there are several."""
+        return step % 2 if self.extent is Extent.TURNS else step
+
+    def show(self, rows: int, steps: int) -> str:
         """Its shape over all steps, its dtype, and its size."""
-        times = {Extent.EACH: [steps], Extent.BLOCK: [steps], Extent.STATES: [steps + 1], Extent.TURNS: [2]}.get(
-            self.extent, []
-        )
-        shape = (*times, *([batch_size] if self.rows is Rows.YES else []), *self.shape)
+        shape = self.sizes(rows, steps)
         size = math.prod(shape) * self.dtype.itemsize
-        told = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-        return f"{shape} {str(self.dtype).removeprefix('torch.')}, {told}"
+        text = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+        return f"{shape} {str(self.dtype).removeprefix('torch.')}, {text}"
 
 
-class Turns:
-    """A value for each step of which two are there, this step's and the next one's, in memory that stays in place."""
-
-    def __init__(self, both: Tensor) -> None:
-        self.both = both  # (2, ...): of the even steps and of the odd ones
-
-    def __getitem__(self, t: int) -> Tensor:
-        return self.both[t % 2]
-
-    def __setitem__(self, t: int, value: Any) -> None:
-        self.both[t % 2] = value
-
-
-# What a buffer's name stands for in a run: a tensor or, where there is one for each step, a tensor or `Turns` of them.
-# Names may be any text of the user's, so what an executor keeps beside them has another kind of key.
-Memory = dict[Any, Any]
+# The values of buffers by name. Names may be any text of the user's, so what an executor keeps beside them has another
+# kind of key.
+Memory = dict[Any, Tensor]
 
 
 class At(NamedTuple):
@@ -171,26 +152,7 @@ class Contraction:
         return f"{line:<44}  ({left.shape[-1]} × T·B) @ (T·B × {right.shape[-1]})"
 
 
-@dataclass(frozen=True)
-class RowSum:
-    """result = the sum of a buffer's rows."""
-
-    result: At
-    source: At
-
-    @property
-    def reads(self) -> tuple[At, ...]:
-        return (self.source,)
-
-    @property
-    def writes(self) -> dict[At, bool]:
-        return {self.result: False}
-
-    def show(self, buffers: dict[str, Buffer]) -> str:
-        return f"{self.result.show(buffers)} = Σ {self.source.show(buffers)}"
-
-
-Instruction: TypeAlias = Product | Call | Contraction | RowSum
+Instruction: TypeAlias = Product | Call | Contraction
 
 
 @dataclass
@@ -209,19 +171,17 @@ class Schedule:
         output_gradient: the buffer that the output's gradient is given in.
         cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
         gradients: the buffers whose sum is an argument's gradient. What is several of these, or the matrix of two
-            products, has several.
+            products, has several. Of a vector it is also the sum over what there is of it in parts, such as by row.
         kept: the buffers that the forward pass makes and the backward pass reads.
     """
 
     buffers: dict[str, Buffer] = field(default_factory=dict)
-    prelude: list[Instruction] = field(default_factory=list)
-    beside: list[Instruction] = field(default_factory=list)
+    once: list[Call] = field(default_factory=list)
     prologue: list[Instruction] = field(default_factory=list)
     entry: list[Instruction] = field(default_factory=list)
     forward: list[Instruction] = field(default_factory=list)
     reverse: list[Instruction] = field(default_factory=list)
     exit: list[Instruction] = field(default_factory=list)
-    epilogue: list[Instruction] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
     invariants: list[str] = field(default_factory=list)
     literals: dict[str, Tensor] = field(default_factory=dict)
@@ -236,13 +196,19 @@ class Schedule:
     @cached_property
     def kept(self) -> list[str]:
         made = {write.buffer for instruction in [*self.entry, *self.forward] for write in instruction.writes}
-        read = [at.buffer for instruction in [*self.reverse, *self.exit, *self.epilogue] for at in instruction.reads]
+        read = [at.buffer for instruction in [*self.reverse, *self.exit] for at in instruction.reads]
         return [name for name in dict.fromkeys(read) if name in made]
 
     @cached_property
     def summands(self) -> set[str]:
         """The buffers of all gradients."""
         return {name for names in self.gradients.values() for name in names}
+
+    @cached_property
+    def by_row(self) -> dict[str, str]:
+        """The buffers of vectors' gradients that are there for each row, and whose they are."""
+        pairs = {name: argument for argument, names in self.gradients.items() for name in names}
+        return {n: a for n, a in pairs.items() if self.buffers[n].has_rows and not self.buffers[a].has_rows}
 
     @cached_property
     def matrices(self) -> set[str]:
@@ -258,73 +224,24 @@ class Schedule:
         buffers = [self.buffers[name] for name in held]
         return sum(b.numel(1) * b.dtype.itemsize for b in buffers if b.extent is not Extent.ONE)
 
-    def show(self, steps: int, batch_size: int) -> str:
+    def show(self, steps: int, rows: int) -> str:
         """The instructions, then the buffers that are there for all steps."""
-        lines = []
-        titles = {
-            "once, of the parameters": self.prelude,
-            "once, of what no step changes": self.beside,
+        titles: dict[str, Sequence[Instruction]] = {
+            "once a call": self.once,
             "once, for all steps": self.prologue,
             "for many steps at once": self.entry,
             "each step t": self.forward,
             "each step t backward": self.reverse,
             "for many steps at once, backward": self.exit,
-            "once, after the last": self.epilogue,
         }
-        for title, instructions in titles.items():
-            if instructions:
-                lines += [f"{title}:", *(f"  {instruction.show(self.buffers)}" for instruction in instructions)]
+        sections = {title: [i.show(self.buffers) for i in instructions] for title, instructions in titles.items()}
+        sections["once, after the last"] = [f"d_{argument} = Σ {name}" for name, argument in self.by_row.items()]
         long = [b for b in self.buffers.values() if b.extent in (Extent.EACH, Extent.STATES)]
-        lines += ["buffers with a value for each step:", *(f"  {b.name:<12} {b.show(steps, batch_size)}" for b in long)]
+        sections["buffers with a value for each step"] = [f"{b.name:<12} {b.show(rows, steps)}" for b in long]
+        lines = []
+        for title, content in sections.items():
+            if content:
+                lines += [f"{title}:", *(f"  {line}" for line in content)]
         if self.reverse:
             lines.append("+d is added to; rows(d) is summed for each row of the batch apart")
         return "\n".join(lines)
-
-
-def check(schedule: Schedule) -> None:
-    """Assert what executors rely on.
-
-    Everything is written before it is read. No instruction reads what it writes over, and no value has two writers,
-    except that gradients are added to: the first writer of each, or its clearing, does not add.
-    """
-    buffers = schedule.buffers
-    assert all(name == buffer.name for name, buffer in buffers.items())
-    once = {At(name, None) for name, b in buffers.items() if b.given} | {
-        At(name, 0) for name, b in buffers.items() if b.given and b.extent is Extent.ONE
-    }
-    before = [*schedule.prelude, *schedule.beside, *schedule.prologue]
-    _check_section(before, once, set())
-    made = {write.buffer for instruction in before for write in instruction.writes}
-    made |= {name for name, b in buffers.items() if b.given}
-    entered = _check_section(schedule.entry, {At(n, None) for n in made} | {At(n) for n in made}, set())
-    made |= {at.buffer for at in entered}
-    fixed = {At(name) for name in made if buffers[name].extent in (Extent.ONE, Extent.EACH, Extent.BLOCK)}
-    first = {At(name) for name in schedule.states}
-    after = _check_section(schedule.forward, fixed | first, set())
-    assert {At(name, 1) for name in schedule.states} <= after, "a state is not written"
-    if not schedule.reverse:
-        return
-    there = fixed | first | {at for at in after if at.buffer in schedule.kept}
-    carried = {name for name in schedule.summands if buffers[name].extent is Extent.TURNS}
-    cleared = {At(name) for name in schedule.cleared}
-    after = _check_section(schedule.reverse, there | {At(name, 1) for name in carried} | cleared, cleared)
-    assert {At(name) for name in carried} <= after, "a state's gradient is not written"
-    over_all = {At(at.buffer, None) for at in after if buffers[at.buffer].extent is not Extent.NOW} | after
-    after = _check_section(schedule.exit, over_all, set())
-    after = _check_section(schedule.epilogue, after, set())
-    assert schedule.summands <= {at.buffer for at in after}, "a gradient is not written"
-
-
-def _check_section(instructions: list[Instruction], there: set[At], cleared: set[At]) -> set[At]:
-    """What is there after the instructions, given what is there before them and what may be added to."""
-    there, written = set(there), set(cleared)
-    for instruction in instructions:
-        for read in instruction.reads:
-            assert read in there, f"{read} is read before it is written"
-        for write, adds in instruction.writes.items():
-            assert write not in instruction.reads, f"{write} is read and written by one instruction"
-            assert adds == (write in written), f"{write} has two first writers, or none"
-            assert adds or write not in there, f"{write} is written over"
-        written.update(instruction.writes)
-        there.update(instruction.writes)
-    return there

@@ -53,9 +53,7 @@ def _too_small(cell: nn.Module, xs: Streams, in_pieces: bool) -> str:
 
 def too_small_for_pieces(cell: nn.Module, xs: Streams, program: Program) -> str:
     """Why it does not pay to compile a program whose pieces are compiled one by one; empty where it does."""
-    from multint.engines.executors import is_native
-
-    if is_native(program):
+    if program.is_native():
         return ""
     if any(buffer.dtype == torch.float64 for buffer in program.forward.buffers.values()):
         return "auto: in float64 fused is measured by native loops only, and this step has none"

@@ -17,19 +17,7 @@ from torch import Tensor
 
 from multint.engines.failures import RefusedError
 from multint.engines.native import loops, machine
-from multint.engines.schedule import (
-    At,
-    Buffer,
-    Call,
-    Extent,
-    Instruction,
-    Memory,
-    Product,
-    Rows,
-    RowSum,
-    Schedule,
-    Turns,
-)
+from multint.engines.schedule import At, Buffer, Call, Extent, Instruction, Memory, Product, Schedule
 
 # The bytes of a product's matrix from which threads share its columns: what a core's cache holds. Two threads with
 # AVX-512 took 15 % longer by columns at 1 MiB, and 4 % less at 4 MiB.
@@ -61,7 +49,8 @@ class Loop:
     """The forward or the reverse section of a schedule as native code, which is there after `build`.
 
     Attributes:
-        own: the buffers of which each thread sums up its own part: (threads, 2, ...), what is added up and the total.
+        own: the buffers of which each thread sums up its own part: (threads, 2, ...), what is to be added to the total,
+            0 after the last step, and the total.
 
     Raises: RefusedError for what has no native code here.
     """
@@ -69,14 +58,12 @@ class Loop:
     def __init__(self, schedule: Schedule, reverse: bool) -> None:
         self._section = section = schedule.reverse if reverse else schedule.forward
         self._buffers = buffers = schedule.buffers
-        # Of whose rows the epilogue takes the sum.
-        self._summed = frozenset(i.source.buffer for i in schedule.epilogue if isinstance(i, RowSum))
         self._slots = list(dict.fromkeys(at for i in section for at in (*i.reads, *i.writes)))
         self._products = [i for i in section if isinstance(i, Product)]
         self._sides = [_sides(product, buffers) for product in self._products]
         self._dtype = _number_type(section, buffers)
         adds = {write.buffer for i in section for write, adding in i.writes.items() if adding}
-        self.own = frozenset(name for name in adds if name in self._summed or buffers[name].rows is Rows.NO)
+        self.own = frozenset(name for name in adds if name in schedule.by_row or not buffers[name].has_rows)
         self._text = self._source(section)
         self._released: list[Tensor] = []
         self._places = [self._place(at) for at in self._slots]
@@ -126,7 +113,7 @@ class Loop:
         row = buffer.numel(1) * buffer.dtype.itemsize
         if at.buffer in self.own:
             return at.buffer, 0, 0, 2 * row, 0
-        by_row = row if buffer.rows is Rows.YES else 0
+        by_row = row if buffer.has_rows else 0
         return at.buffer, 0 if buffer.extent in (Extent.ONE, Extent.NOW) else by_row, by_row, 0, at.later or 0
 
     def blocks(self, steps: int, rows: int) -> list[range]:
@@ -152,10 +139,8 @@ class Loop:
             packed.append(place)
         slots = (_Slot * len(self._slots))()
         for i, (name, by_step, by_row, part, later) in enumerate(self._places):
-            held = memory[name]
-            turns = type(held) is Turns
-            address = (held.both if turns else held).data_ptr()
-            slots[i] = _Slot(address, rows * by_step, by_row, part, turns, later)
+            turns = self._buffers[name].extent is Extent.TURNS
+            slots[i] = _Slot(memory[name].data_ptr(), rows * by_step, by_row, part, turns, later)
 
         def run(order: range) -> None:
             for i in self._of_blocks:  # whose first value is that of the block's first step
@@ -166,42 +151,32 @@ class Loop:
 
         return run
 
-    def gather(self, memory: Memory) -> None:
-        """Bring together what each thread has summed up, after the last step."""
-        for name in self.own:
-            totals = memory[name][:, 1]
-            memory[name] = totals if name in self._summed else totals.sum(0)
-
     def allocate(
         self,
         names: Iterable[str],
-        apart: Collection[str],
+        results: Collection[str],
         cleared: Collection[str],
         steps: int,
         rows: int,
     ) -> Memory:
         """Memory for what is made of some buffers, which is 0 where it is `cleared`.
 
-        It is one piece but for what is `apart`, which outlives the pass: new pages of the system's cost more than what
+        It is one piece but for the results, which outlive the pass: new pages of the system's cost more than what
         is written to them, and of one piece the allocator gives fewer back than of many. A piece that was released is
         taken again.
         """
-        counts = {Extent.EACH: steps, Extent.BLOCK: max(map(len, self.blocks(steps, rows)))}
-        counts |= {Extent.STATES: steps + 1, Extent.TURNS: 2}
+        block = max(map(len, self.blocks(steps, rows)))
         found: Memory = {}
         together, sizes = [], []
         for name in names:
             buffer = self._buffers[name]
-            shape = (rows, *buffer.shape) if buffer.rows is Rows.YES else buffer.shape
-            if buffer.extent in counts:
-                shape = (counts[buffer.extent], *shape)
+            shape = buffer.sizes(rows, steps, block)
             kind: dict[str, Any] = {"dtype": buffer.dtype, "device": "cpu"}  # whatever the defaults are
             if name in self.own:
                 found[name] = torch.zeros(torch.get_num_threads(), 2, *buffer.shape, **kind)
             elif name in cleared:
-                # Nothing writes a state's gradient then but what the last one is: the others are to stay 0.
-                found[name] = torch.zeros((steps + 1, *shape[1:]) if buffer.extent is Extent.TURNS else shape, **kind)
-            elif name in apart or buffer.dtype != self._dtype:
+                found[name] = torch.zeros(shape, **kind)
+            elif name in results or buffer.dtype != self._dtype:
                 found[name] = torch.empty(shape, **kind)
             else:
                 size = math.prod(shape)
@@ -210,9 +185,6 @@ class Loop:
         piece = self._piece(sum(sizes))
         parts = piece[: sum(sizes)].split(sizes)[::2]
         found |= {name: part.view(shape) for (name, shape), part in zip(together, parts, strict=True)}
-        for name in found.keys() - cleared:
-            if self._buffers[name].extent is Extent.TURNS:
-                found[name] = Turns(found[name])
         found[_PIECE] = piece
         return found
 
@@ -228,7 +200,7 @@ class Loop:
         return piece
 
     def release(self, memory: Memory) -> None:
-        """Let the next pass take what `allocate` gave. Only what was `apart` may be read from here on."""
+        """Let the next pass take what `allocate` gave. Only the results may be read from here on."""
         piece = memory[_PIECE]
         if piece.nbytes <= _MOST_RELEASED and not self._released:
             self._released.append(piece)
