@@ -160,7 +160,7 @@ class _Lowering:
         self.written = {At(name) for name in schedule.cleared}
 
     def _vjp(self, piece: Piece, cotangents: list[tuple[fx.Node, At]]) -> None:
-        """The instruction that gives the piece's roots their gradients, of those of its results."""
+        """The instruction that computes the gradients of a piece's roots from those of its results."""
         roots = [n for n in piece.roots if n in self.gradients]
         if not roots or not cotangents:
             return

@@ -171,7 +171,7 @@ class Schedule:
         output_gradient: the buffer that the output's gradient is given in.
         cleared: the gradients that are 0 before the reverse section adds to them, or that nothing writes.
         gradients: the buffers whose sum is an argument's gradient. What is several of these, or the matrix of two
-            products, has several. Of a vector it is also the sum over what there is of it in parts, such as by row.
+            products, has several. A vector's may be in parts, such as by row, of which it is the sum.
         kept: the buffers that the forward pass makes and the backward pass reads.
     """
 
