@@ -213,6 +213,11 @@ WITHIN_ROWS = {
         )
     ),
     "places": (lambda p, x, h: h.roll(2, -1) + h.flip(-1) + h.repeat(1, 2)[:, 3:10] + F.pad(h[:, :-1], (1, 0))),
+    "every-second-in-place": (lambda p, x, h: h.slice_scatter(x[:, :3], 1, 1, None, 2) + h[:, ::2].repeat(1, 2)[:, :7]),
+    "batch-in-the-middle": (
+        lambda p, x, h: torch.stack([h, h.sin(), h * p], 0).transpose(0, 1).reshape(-1, 21)[:, ::3],
+        7,
+    ),
     "windows": (
         lambda p, x, h: h.unfold(1, 3, 2).square().sum(-1).mean(-1, True) + F.avg_pool1d(h.unsqueeze(1), 2).mean(2)
     ),

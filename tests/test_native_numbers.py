@@ -59,12 +59,12 @@ WITHOUT_DERIVATIVE = {aten.sgn.default, aten.log_sigmoid_forward.default}
 
 def operations():
     """What has a rule or a decomposition, and takes numbers to numbers."""
-    composite = [getattr(aten, name) for name in decompositions.COMPOSITE.split() if hasattr(aten, name)]
-    overloads = [getattr(packet, name) for packet in composite for name in packet.overloads()]
-    found = [op for op in [*elements._RULES, *overloads] if private.is_operation(op) and op not in elements.VIEWS]
-    # A derivative is tested with its operation; the others take one number for all, or go by places.
-    others = {aten.fill.Tensor, aten.masked_fill.Tensor, aten.bmm.default, aten.linalg_vector_norm.default}
-    others |= {aten.tril.default, aten.triu.default, aten.diag_embed.default, aten.unfold.default}
+    found = [op for op in (*elements._RULES, *decompositions.plainer()) if private.is_operation(op)]
+    # A derivative is tested with its operation; these take one number for all, or go by places.
+    others = {aten.fill.Tensor, aten.masked_fill.Tensor, aten.linalg_vector_norm.default, aten.slice_scatter.default}
+    others |= {aten.tril.default, aten.triu.default, aten.diag_embed.default, aten.mm.default, aten.baddbmm.default}
+    joined = (aten.sum, aten.mean, aten.var, aten.std, aten.var_mean, aten.any, aten.all, aten.argmax, aten.argmin)
+    others |= {getattr(packet, name) for packet in joined for name in packet.overloads()}
     return [op for op in dict.fromkeys(found) if "backward" not in str(op) and op not in others and tensors(op)]
 
 

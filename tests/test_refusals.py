@@ -77,6 +77,9 @@ ROWS_SEE_EACH_OTHER = {
     ),
     "rolled-when-flat": lambda cell, x, h: base(cell, x.reshape(-1, 1).roll(1, 0).reshape(x.shape), h),
     "flipped-when-flat": lambda cell, x, h: base(cell, x.reshape(-1, 1).flip(0).reshape(x.shape), h),
+    "gathered-when-flat": lambda cell, x, h: (
+        base(cell, x, h) + h.reshape(-1, 1).gather(0, (h.reshape(-1, 1) > 0).long()).reshape(h.shape)
+    ),
     "summed-when-flat": lambda cell, x, h: base(cell, x, h) + h.reshape(-1, 1).sum(0),
     "doubled-and-paired": lambda cell, x, h: base(cell, x, h) + torch.cat([h, h]).reshape(-1, 2, HIDDEN_SIZE).sum(1),
     "windows-of-rows": lambda cell, x, h: base(cell, x, h) + F.pad(h, (0, 0, 1, 0)).unfold(0, 2, 1).sum(-1),

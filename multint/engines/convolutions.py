@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -60,27 +59,24 @@ def convolution_backward(
     wanted: Any,
 ) -> Any:
     """The gradients of x, the weight and the bias."""
-    kernel = weight.shape[2:]
-    count = len(kernel)
+    kernel, count = weight.shape[2:], weight.ndim - 2
     stride, padding, dilation = (list(some) * (count // len(some)) for some in (stride, padding, dilation))
     if transposed:
         return NotImplemented
     of_x = of_weight = of_bias = None
     if wanted[0]:
         # A convolution of d, with zeros between its numbers and around them, by the kernel turned round.
-        wide = d
-        for i, (step, gap) in enumerate(zip(stride, dilation, strict=True)):
-            dim, size = 2 + i, x.shape[2 + i] + gap * (kernel[i] - 1)
-            first = gap * (kernel[i] - 1) - padding[i]
-            before, after = max(0, first), d.shape[dim]
+        wide, around = d, list[int]()
+        for i in range(count):
+            before = dilation[i] * (kernel[i] - 1) - padding[i]
             shape = list(wide.shape)
-            shape[dim] = before + max(size, step * (after - 1) + 1)
-            last = before + step * (after - 1) + 1
-            wide = torch.slice_scatter(d.new_zeros(shape), wide, dim, before, last, step)
-            wide = wide.narrow(dim, before - first, size)
+            shape[2 + i] = stride[i] * (shape[2 + i] - 1) + 1
+            if stride[i] > 1:
+                wide = torch.slice_scatter(d.new_zeros(shape), wide, 2 + i, step=stride[i])
+            around = [before, x.shape[2 + i] + padding[i] - shape[2 + i], *around]
+        wide = aten.constant_pad_nd(wide, around, 0.0)
         taps = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip([*range(2, 2 + count)])
-        ones = [1] * count
-        of_x = convolution(wide, taps, None, ones, [0] * count, dilation, False, None, groups)
+        of_x = convolution(wide, taps, None, [1], [0], dilation, False, None, groups)
     if wanted[1]:
         windows = _windows(x, kernel, stride, padding, dilation, groups)
         given = d.view(d.shape[0], groups, d.shape[1] // groups, *[1] * (1 + count), *d.shape[2:])
@@ -90,7 +86,7 @@ def convolution_backward(
     return of_x, of_weight, of_bias
 
 
-def _averaging(
+def average(
     x: Tensor,
     kernel: Any,
     stride: Any = (),
@@ -99,27 +95,8 @@ def _averaging(
     counts_padding: bool = True,
     divisor: Any = None,
 ) -> Any:
-    """The weight, stride and padding of an average over windows as a convolution; None where it is none."""
+    """`aten.avg_pool2d` of windows that are whole, or filled up with zeros that count."""
     if ceil_mode or divisor is not None or x.ndim != 4 or (any(padding) and not counts_padding):
-        return None
-    kernel = list(kernel) * (2 // len(kernel))
-    return x.new_full((x.shape[1], 1, *kernel), 1 / math.prod(kernel)), list(stride or kernel), list(padding)
-
-
-def average(x: Tensor, *settings: Any) -> Any:
-    """`aten.avg_pool2d`; NotImplemented where it is no convolution."""
-    found = _averaging(x, *settings)
-    if found is None:
         return NotImplemented
-    weight, stride, padding = found
-    return convolution(x, weight, None, stride, padding, [1], False, [0], x.shape[1])
-
-
-def average_backward(d: Tensor, x: Tensor, *settings: Any) -> Any:
-    """The gradient of x in an average."""
-    found = _averaging(x, *settings)
-    if found is None:
-        return NotImplemented
-    weight, stride, padding = found
-    wanted = [True, False, False]
-    return convolution_backward(d, x, weight, None, stride, padding, [1], False, [0], x.shape[1], wanted)[0]
+    kernel, stride, padding = (list(some) * (2 // len(some)) for some in (kernel, stride or kernel, padding))
+    return _windows(x, kernel, stride, padding, [1, 1], 1).mean([4, 5]).flatten(1, 3)

@@ -47,10 +47,6 @@ def _bmm(x: Tensor, y: Tensor) -> Any:
     return NotImplemented
 
 
-def _mv(x: Tensor, v: Tensor) -> Tensor:
-    return x.mm(v.unsqueeze(1)).squeeze(1)
-
-
 def _with_sum(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A product and what is added to it apart, so that the sum joins the pointwise code."""
 
@@ -72,15 +68,16 @@ def _trilinear(a: Tensor, b: Tensor, c: Tensor, *settings: list[int]) -> Tensor:
 
 
 def products() -> dict[Any, Callable[..., Any]]:
-    """For the trace of a step."""
+    """For the trace of a step, and averages whose derivatives would be one more rule."""
     return {
         aten.mm.default: _mm,
         aten.bmm.default: _bmm,
-        aten.mv.default: _mv,
+        aten.mv.default: lambda x, v: x.mm(v.unsqueeze(1)).squeeze(1),
         aten.addmm.default: _with_sum(torch.mm),
         aten.baddbmm.default: _with_sum(torch.bmm),
         aten.addmv.default: _with_sum(torch.mv),
         aten._trilinear.default: _trilinear,
+        aten.avg_pool2d.default: convolutions.average,
         **private.decompositions(["_scaled_dot_product_flash_attention_for_cpu"]),
     }
 
@@ -89,14 +86,14 @@ def products() -> dict[Any, Callable[..., Any]]:
 
 # By the decompositions that torch has for them.
 COMPOSITE = """
-    addcdiv addcmul celu diag_embed elu elu_backward fill frac gelu gelu_backward glu glu_backward
-    hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward leaky_relu
+    addcdiv addcmul all any celu diag_embed elu elu_backward embedding fill frac gelu gelu_backward glu glu_backward
+    hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward index_select leaky_relu
     leaky_relu_backward lerp linalg_vector_norm log_sigmoid_backward log_sigmoid_forward _log_softmax
-    _log_softmax_backward_data logaddexp logsumexp masked_fill mish native_group_norm native_group_norm_backward
-    native_layer_norm native_layer_norm_backward nan_to_num new_full new_ones new_zeros ones_like _prelu_kernel
-    _prelu_kernel_backward rsub _safe_softmax select_backward sigmoid_backward silu silu_backward slice_backward
-    _softmax _softmax_backward_data softplus softplus_backward square tanh_backward threshold_backward tril
-    triu unsafe_split  zeros_like
+    _log_softmax_backward_data logaddexp logsumexp masked_fill mish nan_to_num _native_batch_norm_legit
+    _native_batch_norm_legit_no_training native_group_norm native_group_norm_backward native_layer_norm
+    native_layer_norm_backward new_full new_ones new_zeros ones ones_like _prelu_kernel _prelu_kernel_backward rsub
+    _safe_softmax select_backward sigmoid_backward silu silu_backward slice_backward _softmax _softmax_backward_data
+    softplus softplus_backward tanh_backward threshold_backward tril triu unsafe_split zeros zeros_like
 """
 
 
@@ -108,6 +105,11 @@ def plainer() -> dict[Any, Callable[..., Any]]:
         derivative = getattr(aten, name).default
         found[derivative] = _with_nan(found[derivative], value)
     return found | {
+        **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _with_factor(torch.add)),
+        **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _with_factor(torch.sub)),
+        aten.pow.Tensor_Scalar: _power,
+        aten.clamp.default: _clamp,
+        aten.slice_scatter.default: _slice_scatter,
         aten.sum.dim_IntList: _sum,
         aten.sum.default: _sum,
         aten.mean.dim: _mean,
@@ -119,31 +121,24 @@ def plainer() -> dict[Any, Callable[..., Any]]:
         aten.argmin.default: lambda x, *args: _argmax(-x, *args),
         aten.max.dim: lambda x, dim, keepdim=False: (x.amax(dim, keepdim), _argmax(x, dim, keepdim)),
         aten.min.dim: lambda x, dim, keepdim=False: (x.amin(dim, keepdim), _argmax(-x, dim, keepdim)),
-        aten.div.Tensor_mode: _rounded_quotient,
-        aten.div.Scalar_mode: _rounded_quotient,
-        aten.floor_divide.default: lambda x, y: _rounded_quotient(x, y, rounding_mode="floor"),
-        aten.floor_divide.Scalar: lambda x, y: _rounded_quotient(x, y, rounding_mode="floor"),
-        aten.any.dim: _any,
-        aten.all.dim: _all,
+        aten.mm.default: lambda x, y: _product_in_each_row(x.unsqueeze(-2), y).squeeze(-2),
+        aten.bmm.default: _product_in_each_row,
         aten.baddbmm.default: _with_sum(torch.bmm),
         aten.stack.default: lambda xs, dim=0: torch.cat([x.unsqueeze(dim) for x in xs], dim),
-        aten.unbind.int: lambda x, dim=0: tuple(x.select(dim, i) for i in range(x.shape[dim])),
         aten.roll.default: _roll,
         aten.repeat.default: _repeat,
-        aten.index_select.default: lambda x, dim, index: x[(*[slice(None)] * (dim % x.ndim), index)],
         aten.scatter.value: _scatter_value,
         aten.scatter.src: _scatter,
         aten.scatter_add.default: _scatter_add,
         aten.constant_pad_nd.default: _pad,
         aten.fill.Tensor: lambda x, value: value.to(x.dtype).expand(x.shape),
-        aten.select_scatter.default: _select_scatter,
+        aten.select_scatter.default: lambda x, source, dim, place: torch.slice_scatter(
+            x, source.unsqueeze(dim), dim, place % x.shape[dim], place % x.shape[dim] + 1
+        ),
         aten.unfold_backward.default: _unfold_backward,
         aten.diagonal_backward.default: _diagonal_backward,
-        aten._native_batch_norm_legit_no_training.default: _batch_norm,
         aten.convolution.default: convolutions.convolution,
         aten.convolution_backward.default: convolutions.convolution_backward,
-        aten.avg_pool2d.default: convolutions.average,
-        aten.avg_pool2d_backward.default: convolutions.average_backward,
     }
 
 
@@ -160,6 +155,41 @@ def _with_nan(derivative: Callable[..., Tensor], value: float) -> Callable[..., 
         return torch.where(x == x, derivative(*args), value)
 
     return decomposition
+
+
+def _with_factor(operation: Callable[..., Tensor]) -> Callable[..., Any]:
+    return lambda x, y, alpha=1: NotImplemented if alpha == 1 else operation(x, alpha * y)
+
+
+def _power(x: Tensor, exponent: float) -> Any:
+    """By what torch itself computes: the power 0.5 of −∞ is NaN as a root, and ∞ as a power."""
+    return _POWERS[exponent](x) if exponent in _POWERS and x.is_floating_point() else NotImplemented
+
+
+_POWERS: dict[float, Callable[[Tensor], Tensor]] = {
+    2: lambda x: x * x,
+    3: lambda x: x * x * x,
+    0.5: torch.sqrt,
+    -0.5: torch.rsqrt,
+    -1: torch.reciprocal,
+    -2: lambda x: (x * x).reciprocal(),
+}
+
+
+def _clamp(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    if any(bound != bound for bound in (low, high)):  # NaN
+        return torch.full_like(x, math.nan)
+    x = x if low is None else torch.clamp_min(x, low)
+    return x if high is None else torch.clamp_max(x, high)
+
+
+def _product_in_each_row(x: Tensor, y: Tensor) -> Tensor:
+    """(B, n, k) by (B, k, m), or by one matrix for all, whose numbers are read in the order of memory."""
+    if x.shape[-1] == 1:
+        return x * y
+    if isinstance(y.stride(-1), int) and isinstance(y.stride(-2), int) and y.stride(-1) > y.stride(-2):
+        return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
+    return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
 
 
 def _dims(x: Tensor, dim: Any) -> list[int]:
@@ -193,31 +223,6 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     mean = _mean(x, dims, keepdim=True)
     count = math.prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
     return (x - mean).square().sum(dims, keepdim) / count, mean if keepdim else mean.squeeze(dims)
-
-
-def _rounded_quotient(x: Tensor, y: Any, *, rounding_mode: str | None) -> Any:
-    """As torch rounds it down: so that it goes with the remainder, which is exact."""
-    if not x.is_floating_point():
-        return NotImplemented
-    exact = x / y
-    if rounding_mode != "floor":
-        return exact.trunc() if rounding_mode else exact
-    if isinstance(y, Tensor) or y == 0:
-        return NotImplemented
-    rest = x.fmod(y)
-    quotient = (x - rest) / y
-    quotient = torch.where((rest != 0).logical_and((rest < 0) != (y < 0)), quotient - 1.0, quotient)
-    down = quotient.floor()
-    down = torch.where(quotient - down > 0.5, down + 1.0, down)
-    return torch.where(quotient != 0, down, torch.copysign(torch.zeros_like(exact), exact))
-
-
-def _any(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    return torch.where(x, 1.0, 0.0).amax(dim, keepdim) > 0
-
-
-def _all(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    return _any(x.logical_not(), dim, keepdim).logical_not()
 
 
 def _argmax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
@@ -282,9 +287,24 @@ def _pad(x: Tensor, pad: Any, value: Any = 0) -> Tensor:
     return x
 
 
-def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
-    index %= x.shape[dim]
-    return torch.slice_scatter(x, source.unsqueeze(dim), dim, index, index + 1)
+def _slice_scatter(
+    x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """What is before the source, the source, and the rest; with steps, each number and those up to the next."""
+    if dim % x.ndim in row_dimensions(x):
+        return source.clone() if start in (None, 0) and step == 1 and x.shape == source.shape else NotImplemented
+    start, _, _ = slice(start, end).indices(x.shape[dim])
+    count = source.shape[dim]
+    if not count:
+        return x.clone()
+    last = start + step * (count - 1)
+    parts = [x.narrow(dim, 0, start), source, x.narrow(dim, last + 1, x.shape[dim] - last - 1)]
+    if step > 1:
+        dim %= x.ndim
+        others = x.narrow(dim, start, last - start).unflatten(dim, (count - 1, step)).narrow(dim + 1, 1, step - 1)
+        first = source.narrow(dim, 0, count - 1).unsqueeze(dim + 1)
+        parts[1:2] = [torch.cat([first, others], dim + 1).flatten(dim, dim + 1), source.narrow(dim, count - 1, 1)]
+    return torch.cat([part for part in parts if part.shape[dim]], dim)
 
 
 def _unfold_backward(d: Tensor, sizes: Any, dim: int, size: int, step: int) -> Tensor:
@@ -300,14 +320,3 @@ def _unfold_backward(d: Tensor, sizes: Any, dim: int, size: int, step: int) -> T
 def _diagonal_backward(d: Tensor, sizes: Any, offset: int, dim1: int, dim2: int) -> Any:
     x = torch.diag_embed(d, offset, dim1, dim2)
     return x if tuple(x.shape[1:]) == tuple(sizes[1:]) else NotImplemented
-
-
-def _batch_norm(
-    x: Tensor, weight: Any, bias: Any, mean: Tensor, variance: Tensor, momentum: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    def along(channels: Tensor) -> Tensor:
-        return channels.view(-1, *[1] * (x.ndim - 2))
-
-    y = (x - along(mean)) * along((variance + eps).rsqrt())
-    y = y if weight is None else y * along(weight)
-    return (y if bias is None else y + along(bias)), x.new_zeros(0), x.new_zeros(0)

@@ -140,7 +140,7 @@ class Met(NamedTuple):
             elif value is None and not node.users:  # a question that torch has asked of sizes
                 continue
             elif isinstance(value, int | torch.SymInt | torch.SymBool | torch.Size):
-                names[node] = private.of_one_row(value)
+                names[node] = private.for_rows(value, 1)
             else:
                 lines.append(f"{node.target} {fx.node.map_arg((node.args, node.kwargs), names.get)}")
                 names[node] = f"%{len(lines)}"

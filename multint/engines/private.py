@@ -93,12 +93,12 @@ def fixed_rows(values: Sequence[Tensor]) -> str:
     return _first_guard(sizes[0].node.shape_env) if sizes else ""
 
 
-def of_one_row(number: Any) -> Any:
-    """A size, or several, where there is one row."""
+def for_rows(number: Any, rows: int) -> Any:
+    """A size, or several, where there are so many rows."""
     if isinstance(number, torch.Size):
-        return tuple(map(of_one_row, number))
+        return tuple(for_rows(size, rows) for size in number)
     is_open = isinstance(number, torch.SymInt | torch.SymBool)
-    return number.node.expr.subs(dict.fromkeys(number.node.expr.free_symbols, 1)) if is_open else number
+    return number.node.expr.subs(dict.fromkeys(number.node.expr.free_symbols, rows)) if is_open else number
 
 
 def is_stride(number: Any) -> bool:

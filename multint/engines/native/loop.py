@@ -56,7 +56,7 @@ class Loop:
     """
 
     def __init__(self, schedule: Schedule, reverse: bool) -> None:
-        self._section = section = schedule.reverse if reverse else schedule.forward
+        section = schedule.reverse if reverse else schedule.forward
         self._buffers = buffers = schedule.buffers
         self._slots = list(dict.fromkeys(at for i in section for at in (*i.reads, *i.writes)))
         self._products = [i for i in section if isinstance(i, Product)]

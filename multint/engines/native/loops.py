@@ -18,32 +18,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from multint.engines.native.elements import (
-    COSTLY,
-    VIEWS,
-    check_sums,
-    is_in_memory,
-    is_rearranged,
-    rule_of,
-    squeezed,
-    unsqueezed,
-    viewed,
-)
-from multint.engines.native.parts import PARTS, is_made_of_parts, whole
-from multint.engines.native.values import (
+from multint.engines.failures import RefusedError
+from multint.engines.native.elements import COSTLY, check_sums, rule_of, sums_rows
+from multint.engines.native.places import (
+    ROW,
     ZERO,
     Index,
     Node,
     Place,
-    Store,
+    View,
     c_type,
     check_rows,
     contiguous,
     has_row,
     inner,
+    inner_dim,
+    is_row,
+    is_view,
     linear,
     literal,
     shape_of,
+    view_of,
     with_row,
 )
 
@@ -63,13 +58,37 @@ def function_of(graph: fx.Graph, adds: Sequence[bool]) -> RowFunction:
     """A piece as a C++ function of one row: pointers to the row of each argument, then to that of each result.
 
     Args:
-        graph: of operations on one type of numbers and bool that `private.plain` has made, every node with its "val".
+        graph: of operations on one type of numbers and bool that `kernel.plain` has made, every node with its "val".
         adds: for each result, whether it is added to what is there. A sum over the rows adds this row's part.
 
     Raises: RefusedError for what has no C++ here.
     """
     writer = _Writer(graph, list(adds))
     return RowFunction(writer.function(NAME), writer.scratch)
+
+
+class _Store(NamedTuple):
+    """What a loop writes: for every element of a row of a value, a place in memory."""
+
+    node: Node  # whose elements are written, or some of them
+    source: Node  # whose elements are taken
+    target: str  # a name in C++
+    reads: Sequence[Node]  # what its loop computes with
+    level: int  # of its loop: all loops of a lower level come before it
+    join: str = "="  # or "+=", "running +", "running *", or one of _JOINED
+    dim: int = 0  # where a part stands, or what runs
+    start: int = 0  # of a part
+    reduced: tuple[int, ...] = ()  # the dimensions that a sum or an extreme goes over
+
+    def place(self, at: Place) -> Index:
+        """Where the element at a place of the source's row belongs."""
+        if not self.reduced:
+            dim = self.dim
+            return contiguous(
+                inner(self.node), (*at[:dim], *(i.moved(self.start) for i in at[dim : dim + 1]), *at[dim + 1 :])
+            )
+        kept = [dim for dim in range(len(at)) if dim not in self.reduced]
+        return contiguous([inner(self.source)[dim] for dim in kept], tuple(at[dim] for dim in kept))
 
 
 class _Nest:
@@ -81,25 +100,30 @@ class _Nest:
         self.before: list[str] = []  # what is the same for all of the innermost loop
         self.inside: list[str] = []
 
-    @property
-    def stored(self) -> dict[fx.Node, str]:
-        """Where nodes' elements are in memory."""
-        return self.writer.stored
-
     def element(self, node: Any, at: Place) -> str:
-        """The C++ name of an element of a node's value."""
+        """The C++ name of an element of a value."""
         if not isinstance(node, fx.Node):
             return literal(node)
         at = tuple(ZERO if size == 1 else i for i, size in zip(at, shape_of(node), strict=True))
+        if any(is_row(size) and i != ROW for i, size in zip(at, shape_of(node), strict=True)):
+            raise RefusedError("a row reads another one")
         if (node, at) not in self.known:
             stored = self.writer.stored.get(node)
-            made = f"{stored}[{linear(node, at)}]" if stored else rule_of(node)(self, node, at)
-            self.known[node, at] = self._named(made, node, at)
+            made = f"{stored}[{linear(node, at)}]" if stored else self.expression(node, at)
+            self.known[node, at] = made if made.isidentifier() else self._named(made, node, at)
         return self.known[node, at]
 
+    def expression(self, node: Node, at: Place) -> str:
+        """The C++ of an element of a value that is in no memory yet."""
+        if not is_view(node):
+            return rule_of(node)(self.element, node, at)
+        view = self.writer.view(node)
+        place = view.place(at)
+        if view.fits:
+            return self.element(view.source, with_row(view.source, place))
+        return f"{self.writer.stored[view.source]}[{contiguous(inner(view.source), place)}]"
+
     def _named(self, made: str, node: Node, at: Place) -> str:
-        if made.isidentifier():
-            return made
         name = f"v{self.writer.count}"
         self.writer.count += 1
         innermost = f"i{len(self.shape) - 1}"
@@ -108,19 +132,11 @@ class _Nest:
         return name
 
 
-def _in_order(node: Node) -> Node:
-    """What a result views, where its numbers are in the same order."""
-    while VIEWS.get(node.target) in (viewed, unsqueezed, squeezed):
-        node = node.args[0]
-    return node
-
-
 class _Writer:
     """A piece on its way to C++: what is in memory, and the loops that bring it there.
 
     Attributes:
         stored: where a node's elements are in memory, by their name in C++.
-        stores: what the loops write.
         count: of the names given so far.
         scratch: numbers of one row's intermediate values.
     """
@@ -129,48 +145,55 @@ class _Writer:
         self.graph, self.adds = graph, adds
         check_rows(graph)
         check_sums(graph, adds)
+        self._views: dict[fx.Node, View] = {}
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
         output: Any = graph.output_node()
-        output.args = ([_in_order(node) for node in output.args[0]],)
+        output.args = ([self._in_order(node) for node in output.args[0]],)
         graph.eliminate_dead_code()
         self.outputs: list[Node] = list(output.args[0])
-        self.count = 0  # of names
-        self.stored: dict[fx.Node, str] = {node: f"in{i}" for i, node in enumerate(self.inputs)}
-        self.stores: list[Store] = []
+        self.count = 0
+        self.stored: dict[fx.Node, str] = {}
         self.scratch = 0
+        self._stores: list[_Store] = []
         self._ready: dict[fx.Node, int] = {}
         self._memory: list[str] = []
 
+    def view(self, node: Node) -> View:
+        """A view, of which torch is asked once."""
+        if node not in self._views:
+            self._views[node] = view_of(node)
+        return self._views[node]
+
+    def _in_order(self, node: Node) -> Node:
+        """What a node is a view of, where its numbers are in the same order."""
+        while is_view(node) and self.view(node).in_order:
+            node = self.view(node).source
+        return node
+
     def function(self, name: str) -> str:
-        costly = self._costly()
+        """The C++ of a function of that name."""
         self._plan(set())
         # What is costly and stands in loops of several shapes or times is computed once, and kept.
-        inlined = [((store.level, store.shape), self._inlined(store)) for store in self.stores]
+        inlined = [((store.level, inner(store.source)), self._inlined(store)) for store in self._stores]
+        costly = {node for node in self.graph.nodes if node.target in COSTLY}
         again = {node for node in costly if len({loop for loop, nodes in inlined if node in nodes}) > 1}
         if again:
             self._plan(again)
         arguments = [f"const {c_type(node)} *__restrict in{i}" for i, node in enumerate(self.inputs)]
         arguments += [f"{c_type(node)} *__restrict out{i}" for i, node in enumerate(self.outputs)]
         lines = [f"static inline void {name}({', '.join(arguments)}) {{", *self._memory]
-        nests: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Store]] = defaultdict(list)
-        for store in self.stores:
-            nests[store.level, store.shape, store.reduced].append(store)
+        nests: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[_Store]] = defaultdict(list)
+        for store in self._stores:
+            nests[store.level, inner(store.source), store.reduced].append(store)
         for (_, shape, reduced), stores in sorted(nests.items(), key=lambda item: item[0][0]):
             lines += self._loops(shape, reduced, stores)
         return "\n".join([*lines, "}"])
 
-    def _costly(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in COSTLY]
-
     def _plan(self, kept: set[fx.Node]) -> None:
         """Decide what is in memory, and by which loops it comes there."""
         self.stored = {node: f"in{i}" for i, node in enumerate(self.inputs)}
-        self.stores, self._memory, self.scratch, self._ready = [], [], 0, {}
-        for node in self.graph.nodes:
-            if node.target is aten.bmm.default:
-                kept |= {side for side in node.all_input_nodes if not is_in_memory(side)}
-            elif VIEWS.get(node.target) is viewed and is_rearranged(node):
-                kept.add(node.args[0])
+        self._stores, self._memory, self.scratch, self._ready = [], [], 0, {}
+        kept = kept.union(*map(self._kept_for, self.graph.nodes))
         final: dict[fx.Node, int] = {}
         for i, node in enumerate(self.outputs):
             if not self.adds[i] and has_row(node):
@@ -178,13 +201,29 @@ class _Writer:
         for node in self.graph.nodes:
             if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
                 continue
-            if is_made_of_parts(node) or node in kept:
+            if _is_made_of_parts(node) or node in kept:
                 target = f"out{final[node]}" if node in final else self._take(node)
-                (PARTS[node.target] if is_made_of_parts(node) else whole)(self, node, target)
+                self._make(node, target)
                 self.stored[node] = target
         for i, node in enumerate(self.outputs):
             if self.stored.get(node) != f"out{i}":
-                self._give(i, node)
+                self._store(node, node, f"out{i}", [node], join="+=" if self.adds[i] else "=")
+
+    def _kept_for(self, node: Node) -> set[fx.Node]:
+        """What is to be in memory since a node would compute it again and again, or takes it from there."""
+        if is_view(node) and isinstance(node.meta["val"], Tensor):
+            return set() if self.view(node).fits else {self.view(node).source}
+        if node.target is not aten.sum.dim_IntList or node.args[0].target is not aten.mul.Tensor:
+            return set()
+        # The sides of a product, which are spread over each other.
+        sides = {self._in_order(side) for side in node.args[0].all_input_nodes}
+        return {s for s in sides if math.prod(inner(s)) < math.prod(inner(node.args[0])) and self._is_computed(s)}
+
+    def _is_computed(self, node: Node) -> bool:
+        """Whether reading a node's elements computes anything."""
+        while is_view(node):
+            node = self.view(node).source
+        return node.op == "call_function" and not _is_made_of_parts(node)
 
     def _take(self, node: Node) -> str:
         """Memory for a value of one row."""
@@ -193,23 +232,42 @@ class _Writer:
         self._memory.append(f"  {c_type(node)} {name}[{max(count, 1)}];")
         return name
 
-    def ready(self, node: Any) -> int:
+    def _make(self, node: Node, target: str) -> None:
+        """Bring a value into memory."""
+        if not _is_made_of_parts(node):
+            self._store(node, node, target, node.all_input_nodes)
+        elif node.target is aten.cat.default:
+            dim, start = inner_dim(node, (*node.args, 0)[1]), 0
+            for part in node.args[0]:
+                self._store(node, part, target, [part], dim=dim, start=start)
+                start += inner(part)[dim]
+        else:
+            self._reduce(node, target, _JOINS[node.target], *node.args[:2])
+
+    def _reduce(self, node: Node, target: str, join: str, source: Node, dims: Any = ()) -> None:
+        """Bring what is joined of a row's numbers into memory, by some dimensions or, where none is named, by all."""
+        dims = [dims] if isinstance(dims, int) else dims or range(len(shape_of(source)))
+        if 0 in inner(source):
+            raise RefusedError(f"it has the operation {node.target} of nothing")
+        inside = tuple(sorted(inner_dim(source, dim) for dim in dims))
+        where = {"dim": inside[0]} if join in _RUNNING else {"reduced": inside}
+        self._store(node, source, target, [source], join=join, **where)
+
+    def _store(self, node: Node, source: Node, target: str, reads: Sequence[Any], **how: Any) -> None:
+        level = 1 + max([0, *map(self._ready_after, reads)])
+        self._stores.append(_Store(node, source, target, reads, level, **how))
+
+    def _ready_after(self, node: Node) -> int:
         """The level of loops after which a node's elements can be computed."""
-        if not isinstance(node, fx.Node):
-            return 0
         if node not in self._ready:
-            levels = [store.level for store in self.stores if store.node is node and node in self.stored]
-            self._ready[node] = max(levels) if levels else max([0, *map(self.ready, node.all_input_nodes)])
+            levels = [store.level for store in self._stores if store.node is node and node in self.stored]
+            self._ready[node] = max(levels or [0, *map(self._ready_after, node.all_input_nodes)])
         return self._ready[node]
 
-    def level_after(self, nodes: Sequence[Any]) -> int:
-        """The first level of loops at which all of these can be read."""
-        return 1 + max([0, *map(self.ready, nodes)])
-
-    def _inlined(self, store: Store) -> set[fx.Node]:
+    def _inlined(self, store: _Store) -> set[fx.Node]:
         """The nodes whose elements a store's loop computes."""
         found: set[fx.Node] = set()
-        stack = list(store.sources)
+        stack = list(store.reads)
         while stack:
             node = stack.pop()
             if node not in found and node not in self.stored:
@@ -217,24 +275,7 @@ class _Writer:
                 stack.extend(node.all_input_nodes)
         return found
 
-    def _give(self, i: int, node: Node) -> None:
-        """Write a result, or add it to what is there."""
-        shape = inner(node)
-        self.stores.append(
-            Store(
-                node,
-                [node],
-                f"out{i}",
-                shape,
-                (),
-                self.level_after([node]),
-                lambda nest, at: nest.element(node, with_row(node, at)),
-                lambda at: contiguous(shape, at),
-                "+=" if self.adds[i] else "=",
-            )
-        )
-
-    def _loops(self, shape: tuple[int, ...], reduced: tuple[int, ...], stores: list[Store]) -> Iterator[str]:
+    def _loops(self, shape: tuple[int, ...], reduced: tuple[int, ...], stores: list[_Store]) -> Iterator[str]:
         """The C++ of loops over a shape that make some stores."""
         nest = _Nest(self, shape)
         at = tuple(Index(((f"i{d}", 1),)) for d in range(len(shape)))
@@ -243,9 +284,15 @@ class _Writer:
         in_registers = innermost in reduced
         sums, after, starts = [], [], []
         for store in stores:
-            value, place = store.value(nest, at), f"{store.target}[{store.place(at)}]"
-            if store.join in ("=", "+=", "in order"):
-                nest.inside.append(f"{place} {store.join.replace('in order', '=')} {value};")
+            place = f"{store.target}[{store.place(at)}]"
+            whole = with_row(store.source, at)
+            is_made = self.stored.get(store.source) == store.target
+            value = nest.expression(store.source, whole) if is_made else nest.element(store.source, whole)
+            if store.join in _RUNNING:
+                before = store.place((*at[: store.dim], at[store.dim].moved(-1), *at[store.dim + 1 :]))
+                value = f"{at[store.dim]} == 0 ? {value} : {store.target}[{before}] {_RUNNING[store.join]} {value}"
+            if store.join not in _JOINED:
+                nest.inside.append(f"{place} {'+=' if store.join == '+=' else '='} {value};")
                 continue
             start, joined = _JOINED[store.join]
             if in_registers:
@@ -274,7 +321,7 @@ class _Writer:
             yield "  {"
         yield from (f"{indent}  {line}" for line in [*nest.before, *starts])
         clauses = "".join(f" reduction(+:{name})" for _, name in sums)
-        in_order = any(store.join == "in order" for store in stores)
+        in_order = any(store.join in _RUNNING for store in stores)
         if not in_order and all(join == "sum" for join, _ in sums):  # the order of a maximum matters with NaNs
             yield "#pragma omp simd" + clauses
         yield f"{indent}  for (int64_t i{innermost} = 0; i{innermost} < {shape[-1]}; ++i{innermost}) {{"
@@ -290,3 +337,19 @@ _JOINED = {
     "max": ("-INFINITY", "maximum({0}, {1})"),
     "min": ("INFINITY", "minimum({0}, {1})"),
 }
+_RUNNING = {"running sum": "+", "running product": "*"}
+
+# What no single expression says an element of.
+_JOINS = {
+    aten.cat.default: "=",
+    aten.sum.dim_IntList: "sum",
+    aten.prod.dim_int: "product",
+    aten.amax.default: "max",
+    aten.amin.default: "min",
+    aten.cumsum.default: "running sum",
+    aten.cumprod.default: "running product",
+}
+
+
+def _is_made_of_parts(node: Node) -> bool:
+    return node.target in _JOINS and not sums_rows(node)
