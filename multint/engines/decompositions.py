@@ -68,7 +68,7 @@ def _trilinear(a: Tensor, b: Tensor, c: Tensor, *settings: list[int]) -> Tensor:
 
 
 def products() -> dict[Any, Callable[..., Any]]:
-    """For the trace of a step, and averages whose derivatives would be one more rule."""
+    """For the trace of a step. Averages are among them so that autograd makes their derivatives of plainer ones."""
     return {
         aten.mm.default: _mm,
         aten.bmm.default: _bmm,
@@ -178,7 +178,7 @@ _POWERS: dict[float, Callable[[Tensor], Tensor]] = {
 
 def _clamp(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     if any(bound != bound for bound in (low, high)):  # NaN
-        return torch.full_like(x, math.nan)
+        return x * math.nan
     x = x if low is None else torch.clamp_min(x, low)
     return x if high is None else torch.clamp_max(x, high)
 
