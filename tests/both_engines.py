@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multint import Cell, Recurrent, explain, scan
 from multint.cells import HiddenState, LSTMState
-from multint.engines import worth
+from multint.engines import checks
 from multint.errors import EngineError
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal, randomise
 
@@ -187,7 +187,7 @@ def bfloat16_by_default() -> Iterator[None]:
 @pytest.fixture
 def worth_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under `auto` no scan is too small."""
-    monkeypatch.setattr(worth, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(checks, "_WORTH_COMPILING", 0)
 
 
 def replace_everywhere(monkeypatch: pytest.MonkeyPatch, module: str, name: str, make: Callable[[Any], Any]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multint import Additive, Cell, GRUCell, Hadamard, LSTMCell, MultintError, Recurrent, explain, scan
 from multint.cells import HiddenState, LSTMState
-from multint.engines import run, worth
+from multint.engines import checks, run
 from multint.engines.kernel import eager_pieces
 from multint.engines.program import Program
 from multint.errors import EngineError, OptionError
@@ -531,7 +531,7 @@ def test_many_gradients_at_once():
 def test_auto_compiles_a_small_scan_when_its_cell_has_run_often(native, times, monkeypatch):
     """What has no native loop takes longer to compile, so it waits longer."""
     monkeypatch.setattr(Program, "is_native", lambda program: native)
-    monkeypatch.setattr(worth, "_STEPS_BEFORE", 8)
+    monkeypatch.setattr(checks, "_STEPS_BEFORE", 8)
     cell, other = (LSTMCell(INPUT_SIZE, HIDDEN_SIZE) for _ in range(2))
     xs, state = inputs(cell, 4, 3, torch.float32)
     expected = results(cell, xs, state, "loop")

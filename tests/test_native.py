@@ -702,7 +702,7 @@ def test_auto_loops_where_there_is_no_compiler_unless_the_work_is_large(monkeypa
     cell = RNNCell(64, 64)
     monkeypatch.setattr(machine, "compiler", no_compiler)
     for worth, engine in ((10**7, "loop"), (10**5, "fused")):  # 50 · 30 · 8192 is 1.2e7, and the bound 100 times that
-        monkeypatch.setattr("multint.engines.worth._WORTH_COMPILING", worth)
+        monkeypatch.setattr("multint.engines.checks._WORTH_COMPILING", worth)
         told = explain(cell, torch.zeros(50, 30, 64))
         assert told.engine == engine
         assert ("no C++ compiler" in told.reason) == (engine == "loop")

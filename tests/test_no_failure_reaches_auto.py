@@ -169,8 +169,8 @@ def test_what_is_no_failure_passes(monkeypatch):
 
 WITHOUT = """
 import os, sys, warnings, torch, multint
-from multint.engines import worth
-worth._WORTH_COMPILING = 0
+from multint.engines import checks
+checks._WORTH_COMPILING = 0
 sys.modules[{module!r}] = None
 os.environ["PATH"] = ""  # no compiler, and so no native loop, which needs no Inductor
 cell = multint.LSTMCell(5, 7)

@@ -36,6 +36,7 @@ from tests.both_engines import (
     compare,
     fresh,
     inputs,
+    replace_everywhere,
     results,
     right_or_refused,
     stack,
@@ -1135,10 +1136,29 @@ def test_classes_that_come_and_go_leave_nothing_behind(monkeypatch):
         results(cell, *inputs(cell), "fused")
         watched.append(weakref.ref(type(cell)))
     del cell
-    guarded._namespaces.cache_clear()
     gc.collect()
     assert set(vars(guarded)) == before
     assert sum(reference() is not None for reference in watched) <= 2
+
+
+@every_engine
+def test_a_refused_step_is_not_traced_at_every_call_and_is_as_soon_as_its_class_changes(engine, monkeypatch):
+    class Own(Scaled):
+        def step(self, x, state):
+            self.count["n"] += 1
+            return HiddenState((x @ self.W + state.h @ self.U).tanh())
+
+    traced = []
+    replace_everywhere(monkeypatch, "multint.engines.step", "_traced", lambda f: lambda *a: traced.append(1) or f(*a))
+    cell = Own().to(DTYPES[engine])
+    cell.count = {"n": 0}
+    xs, state = inputs(cell, dtype=DTYPES[engine])
+    for _ in range(10):
+        right_or_refused(cell, xs, state, engine, "changes the cell's count")
+    assert len(traced) == 3
+    Own.step = Scaled.step
+    if engine == "fused":  # which `auto` asks again when some calls have passed
+        compare(cell, 4, 3)
 
 
 @every_engine

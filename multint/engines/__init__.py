@@ -4,13 +4,13 @@
 traced once to a graph, in the way that makes the vendors' recurrent layers fast. Its rooms, in the order in which a
 step goes through them:
 
-1. `dispatch.py` is what callers see: it checks what it is given (`checks.py`), asks whether compiling pays
-   (`worth.py`), and falls back or raises. `explanation.py` says how a scan runs.
+1. `dispatch.py` is what callers see: it asks whether what it is given fits and whether compiling pays (`checks.py`),
+   and falls back or raises. `explanation.py` says how a scan runs.
 2. `guarded.py` has torch's own tracer read the step. Its guards say at each call whether the graph still holds, and
    which tensors of the cell the graph takes now. The step is never run to look at it. `step.py` keeps that for each
    kind of call.
 3. `capture.py` turns that graph into one of ATen operations with the number of rows left open, and refuses what a graph
-   cannot hold: random numbers, branches on values, gradients of the step's own. `passes.py`, `decompositions.py` and
+   cannot hold: random numbers, branches on values, gradients of the step's own. `decompositions.py` and
    `convolutions.py` bring it to its plainest form.
 4. `plan.py` classifies each operation: does it depend on parameters only, on the input, or on the state? The products
    of the input with matrices leave the loop: one product for the rows of many steps (*hoisted*). The products of

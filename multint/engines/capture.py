@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from multint.engines import passes, private
+from multint.engines import private
 from multint.engines.decompositions import products
 from multint.engines.failures import RefusedError
-from multint.engines.guarded import Mark, Met
+from multint.engines.guarded import Match
 from multint.engines.step import field_names
 from multint.errors import EngineError, in_a_line
 
@@ -32,22 +33,22 @@ class Trace:
     world: private.StandIns  # of the stand-ins in every node's meta["val"]
 
 
-def capture(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Trace, list[int]]:
+def capture(found: Match, cell: nn.Module) -> tuple[Trace, list[int]]:
     """The step of a call as ATen operations for any number of rows; and which of the call's arguments it takes.
 
     Raises: EngineError where the step draws random numbers, branches on values or on the number of rows, writes to its
     inputs, or has gradients that its operations do not show.
     """
-    module = met.graph.module
+    module = found.graph.module
     _check_calls(module.graph)
-    inputs = x if isinstance(x, dict) else {"x": x}
-    fields = dict(zip(field_names(state), state, strict=True))
+    inputs = found.x if isinstance(found.x, dict) else {"x": found.x}
+    fields = dict(zip(field_names(found.state), found.state, strict=True))
     given = {id(tensor): i for i, tensor in enumerate([*inputs.values(), *fields.values()])}
     names = _names(cell)
     invariants: dict[str, Tensor] = {}
     places: list[int] = []  # of the invariants among the arguments
     order: list[int | None] = []  # of each argument among the values below; None for the number of rows
-    for place, argument in enumerate(met.arguments):
+    for place, argument in enumerate(found.arguments):
         if not isinstance(argument, Tensor):
             order.append(None)
         elif id(argument) in given:
@@ -63,29 +64,35 @@ def capture(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Trace, list[
     def step(*values: Tensor) -> list[Tensor]:
         rows = values[-1].shape[0]
         results = module.forward(*(rows if place is None else values[place] for place in order))
+        results = dict(zip(found.graph.results, results, strict=True))
         return [
-            results[some.place] if isinstance(some, Mark) else values[given[id(some)] - len(given)] for some in met.new
+            results[field] if isinstance(field, fx.Node) else values[given[id(field)] - len(given)]
+            for field in found.new
         ]
 
-    if any(not isinstance(some, Mark) and id(some) not in given for some in met.new):
+    if any(not isinstance(field, fx.Node) and id(field) not in given for field in found.new):
         raise EngineError("fused: the step fixes the number of rows: the new state has not the batch's")
     world = private.StandIns()
     stand_ins = [world.whole(tensor) for tensor in invariants.values()]
     stand_ins += [world.rows(tensor) for tensor in (*inputs.values(), *fields.values())]
     try:
         with torch.no_grad(), private.free_of_rows(), private.linear_as_products():
-            traced = world.trace(step, stand_ins, products())
-            if passes.mutates(traced.graph):  # what composite operations do to their own temporaries
+            traced = world.trace(step, stand_ins, products() | _PLAINER)
+            if any(
+                private.writes(node.target) for node in traced.graph.nodes
+            ):  # to temporaries of composite operations
                 traced = world.trace(traced, [world.like(stand_in) for stand_in in stand_ins])
     except EngineError:
         raise
     except RefusedError as error:
         raise EngineError(f"fused: rows may interact: {str(error).replace('it ', 'the step ', 1)}") from None
     except Exception as error:
-        if drawn := _RANDOM.intersection(map(_name, module.graph.nodes)):
-            raise EngineError(f"fused: {_draws(min(drawn))}") from error
+        if drawn := [name for name in map(_name, module.graph.nodes) if "dropout" in name]:  # not of open rows
+            raise EngineError(f"fused: {_draws(drawn[0])}") from error
         raise EngineError(f"fused: the step cannot be traced: {in_a_line(error)}") from error
-    graph, literals = passes.tidied(traced)
+    graph, literals = traced.graph, _take_literals(traced)
+    _merge_duplicates(graph)
+    graph.eliminate_dead_code()
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     first, last = len(invariants), len(invariants) + len(inputs)
     trace = Trace(
@@ -96,7 +103,7 @@ def capture(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Trace, list[
         states=dict(zip(fields, nodes[last : len(stand_ins)], strict=True)),
         literals={node: literals[node.name] for node in nodes[len(stand_ins) :]},
         outputs=list(graph.output_node().args[0]),  # type: ignore[arg-type]
-        state_type=type(met.new),
+        state_type=type(found.new),
         world=world,
     )
     _check_operations(trace)
@@ -109,6 +116,92 @@ def _names(cell: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in reversed(named)}
 
 
+# ---- The same values by plainer operations.
+
+
+def _copy(target: Tensor, source: Tensor, *_: Any) -> Tensor:
+    """What writing into a part of a tensor becomes, by operations that have derivatives: `copy` has none."""
+    source = source.to(target.dtype)
+    return source if tuple(source.shape) == tuple(target.shape) else source.expand_as(target)
+
+
+def _index_put(target: Tensor, indices: list[Tensor | None], value: Tensor, accumulate: bool = False) -> Any:
+    """`v[mask] = number` as a `where`: as an index, a mask would seem to choose among the rows."""
+    mask, *others = indices
+    if others or mask is None or mask.dtype != torch.bool or value.ndim or accumulate:
+        return NotImplemented
+    return torch.where(mask[(..., *[None] * (target.ndim - mask.ndim))], value, target)
+
+
+def _where(mask: Tensor, value: Tensor, other: Tensor) -> Any:
+    """No choice of two values that are one: a layer's masks make it of a field of the state that its cell keeps."""
+    return value if value is other and mask.ndim <= value.ndim else NotImplemented
+
+
+def _constant(number: int) -> Callable[..., Any]:
+    """A constant of a fixed shape depends on nothing: what it is made like gives it a dtype alone."""
+
+    def decomposition(like: Tensor, shape: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+        shape = like.shape if shape is None else shape
+        if not all(isinstance(size, int) for size in shape):
+            return NotImplemented
+        return torch.full(shape, number, dtype=dtype or like.dtype, device=device or like.device)
+
+    return decomposition
+
+
+aten: Any = torch.ops.aten
+_PLAINER = {
+    aten.copy.default: _copy,
+    aten.index_put.default: _index_put,
+    aten.where.self: _where,
+    aten.new_zeros.default: _constant(0),
+    aten.zeros_like.default: _constant(0),
+    aten.new_ones.default: _constant(1),
+    aten.ones_like.default: _constant(1),
+}
+
+
+def _take_literals(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Give what the step makes of numbers in its code, as `torch.tensor(0.5)`, a placeholder; refuse other tensors.
+
+    Those are no arguments of the graph, and would be frozen with today's numbers.
+
+    Returns: the literals by the names of their placeholders.
+    """
+    graph, found = module.graph, dict[str, Tensor]()
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if any(user.target is not aten.lift_fresh_copy.default for user in node.users):
+            raise EngineError(
+                f"fused: the step uses a tensor of the shape {tuple(value.shape)} that is no parameter, buffer or "
+                "attribute of the cell; register it as a buffer"
+            )
+        with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
+            placeholder = graph.placeholder(f"literal_{len(found)}")
+        found[placeholder.name] = value
+        for user in list(node.users):
+            placeholder.meta = dict(user.meta)
+            user.replace_all_uses_with(placeholder)
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return found
+
+
+def _merge_duplicates(graph: fx.Graph) -> None:
+    """Compute once what the step computes twice from the same values."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            # Nodes show by their names, which are unique.
+            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+# ---- What is refused.
+
 # What stands in a traced step for more than an operation, and what to tell of it.
 _CALLS = {
     "_set_grad_enabled": "the step turns gradients on or off; use detach",
@@ -118,21 +211,6 @@ _CALLS = {
     "getattr": "the step reads an attribute of a tensor that a graph does not show",
     "register_hook": "the step registers a hook on a tensor",
     "tag_activation_checkpoint": "the step uses checkpointing; a scan computes again by itself",
-}
-
-
-# What a trace of open rows cannot always draw.
-_RANDOM = {
-    "dropout",
-    "bernoulli",
-    "multinomial",
-    "normal",
-    "rand",
-    "rand_like",
-    "randint",
-    "randn",
-    "randn_like",
-    "rrelu",
 }
 
 
@@ -176,24 +254,15 @@ def _check_calls(graph: fx.Graph) -> None:
             raise EngineError(f"fused: the step reads what a graph does not show ({name})")
 
 
-def _is_random(node: fx.Node) -> bool:
-    # Attention has a probability of dropout, and draws nothing where that is 0.
-    return torch.Tag.nondeterministic_seeded in node.target.tags and (  # type: ignore[union-attr]
-        private.given(node.target, node.args, node.kwargs, "dropout_p") != 0
-    )
-
-
 def _check_operations(trace: Trace) -> None:
     """Raise for an operation that a graph cannot hold."""
     for node in trace.graph.nodes:
-        value, target = node.meta.get("val"), node.target
-        if isinstance(value, Tensor) and value.is_complex():
-            raise EngineError(f"fused: the step computes with complex numbers ({target})")
+        target = node.target
         if not private.is_operation(target):
             continue
         if private.writes(target):
             raise EngineError(f"fused: the step writes to one of its inputs ({target}); return a new tensor instead")
-        if _is_random(node):
+        if torch.Tag.nondeterministic_seeded in target.tags:
             raise EngineError(f"fused: {_draws(target)}")
         if target is torch.ops.aten._local_scalar_dense.default:
             raise EngineError(f"fused: the step branches on a value ({target}); use torch.where")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +14,18 @@ from multint.engines.checks import (
     Steppable,
     Streams,
     at_a_step,
-    by_name,
     check,
     first_state_differs,
+    not_worth_it,
     size_of,
+    streams_by_name,
+    too_small_for_pieces,
     why_not_fused,
 )
-from multint.engines.failures import InternalError, StepError
+from multint.engines.failures import FailedError, StepError
 from multint.engines.loop import loop
 from multint.engines.tables import Last, record_of, report
-from multint.engines.worth import not_worth_it, too_small_for_pieces
-from multint.errors import EngineError, in_a_line
+from multint.errors import EngineError
 
 if TYPE_CHECKING:
     from multint.engines.program import Program
@@ -71,31 +71,26 @@ def scan(
 
 
 def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, State]:
-    cause: BaseException | None = None
-    result = None
+    failed: FailedError | None = None
     try:
         reason = (not_worth_it(cell, xs) if engine == "auto" else "") or why_not_fused(cell, xs, state)
         if not reason:
             return _fused(cell, xs, state, engine == "fused")
+        cause = None
     except EngineError as error:
         reason, cause = str(error), error.__cause__
     except Exception as error:
         if private.is_control_flow(error):
             raise
-        if isinstance(error, StepError):
-            # The loop raises it itself, unless it comes of the tracer, or of other rows than these.
-            cause = error.__cause__ or error
-            reason = f"fused: the step fails when it is traced: {in_a_line(cause)}"
-            if engine == "fused":
-                loop(cell, xs, state)
-        else:
-            cause = error.__cause__ or error if isinstance(error, InternalError) else error
-            reason = f"fused: it failed by {in_a_line(cause)}"
-            result = loop(cell, xs, state)  # where this fails too, the failure is the caller's: it is not kept
-            if isinstance(error, InternalError):
-                error.keep(reason)
-            if engine == "auto":
-                report(f"it failed by {in_a_line(cause)}")
+        failed = error if isinstance(error, FailedError) else FailedError(error)
+        reason, cause = str(failed), failed.cause
+    result = None
+    if failed is not None:
+        result = loop(cell, xs, state)  # where this fails too, the failure is the caller's: it is not kept
+        if failed.owner is not None:
+            failed.owner.failure = reason
+        if engine == "auto" and not isinstance(failed, StepError):
+            report(reason.removeprefix("fused: "))
     if engine == "fused":
         raise EngineError(reason) from cause
     if isinstance(cell, nn.Module):
@@ -105,41 +100,40 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
     return result or loop(cell, xs, state)
 
 
-def _fused(cell: nn.Module, xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
+def _fused(cell: nn.Module, xs: Streams, state: State, by_name: bool) -> tuple[Tensor, State]:
     from multint.engines.program import program_of
 
+    record = record_of(cell)
     try:
-        program, tensors = program_of(cell, at_a_step(xs), state, asked)
+        program, tensors = program_of(cell, at_a_step(xs), state, by_name)
     except EngineError:
-        record_of(cell).stepped = 0  # a small scan is not tried again at every call
+        record.stepped = 0  # a small scan is not tried again at every call
         raise
-    given = [*by_name(xs).values(), *state, *tensors]
-    if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in given):
-        raise EngineError("fused: a tensor that was made in inference mode cannot be kept for a backward pass")
-    reason = first_state_differs(program, state) or ("" if asked else too_small_for_pieces(cell, xs, program))
-    if reason:
+    if reason := first_state_differs(program, state) or ("" if by_name else too_small_for_pieces(cell, xs, program)):
         raise EngineError(reason)
     try:
-        result = _run(program, tensors, xs, state, asked)
+        result = _run(program, tensors, xs, state, by_name)
     except Exception as error:
         if isinstance(error, EngineError) or private.is_control_flow(error):
             raise
-        raise InternalError(partial(setattr, program, "failure")) from error
-    record_of(cell).last = Last("", weakref.ref(program), size_of(xs))
+        raise FailedError(error, program) from error
+    record.last = Last("", weakref.ref(program), size_of(xs))
     return result
 
 
-def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, asked: bool) -> tuple[Tensor, State]:
+def _run(program: Program, tensors: list[Tensor], xs: Streams, state: State, by_name: bool) -> tuple[Tensor, State]:
     from multint.engines.run import run
     from multint.engines.step import as_state
 
-    inputs = {name: private.in_memory(x) for name, x in by_name(xs).items()}
-    tensors, fields = ([private.in_memory(tensor) for tensor in some] for some in (tensors, state))
+    inputs, schedule = streams_by_name(xs), program.forward
+    if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in (*inputs.values(), *state, *tensors)):
+        raise EngineError("fused: a tensor that was made in inference mode cannot be kept for a backward pass")
+    inputs = {name: private.in_memory(x) for name, x in inputs.items()}
+    first = {name: private.in_memory(field) for name, field in zip(schedule.fields, state, strict=True)}
     # What follows has the casts of autocast in its graphs already.
-    with torch.autocast(fields[0].device.type, enabled=False):
-        buffers = program.forward.buffers
-        first = {n: f.to(buffers[n].dtype) for n, f in zip(program.forward.fields, fields, strict=True)}
-        output, last = run(program, tensors, inputs, first, asked)
+    with torch.autocast(state[0].device.type, enabled=False):
+        first = {name: field.to(schedule.buffers[name].dtype) for name, field in first.items()}
+        output, last = run(program, list(map(private.in_memory, tensors)), inputs, first, by_name)
         return output, as_state(program.plan.state_type, list((first | last).values()))
 
 
@@ -151,20 +145,12 @@ def _exported(cell: Any, xs: Any, state: Any) -> tuple[Tensor, Any]:
 
     Raises: EngineError for a step that the operator cannot hold.
     """
-    steps = (next(iter(xs.values())) if isinstance(xs, dict) else xs).shape[0]
-    if not private.is_free(steps):
+    if not isinstance(size_of(xs)[0], torch.SymInt):
         return loop(cell, xs, state)
     try:
         return private.scan_operator(cell.step, xs, state)
     except Exception as error:
         raise EngineError(
             "scan: the step cannot be exported with a free length, expected one that is fixed, or a step that torch's "
-            f"operator `scan` takes: {_told_by(error)}"
+            f"operator `scan` takes: {private.explanation_in(error)}"
         ) from error
-
-
-def _told_by(error: Exception) -> str:
-    """What an error of torch's tracer says, without its advice and its stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
-    return explained[0] if explained else lines[0]

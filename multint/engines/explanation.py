@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,13 +16,14 @@ from multint.engines.checks import (
     at_a_step,
     check,
     first_state_differs,
+    not_worth_it,
     size_of,
+    too_small_for_pieces,
     why_not_fused,
 )
 from multint.engines.dispatch import scan
-from multint.engines.failures import InternalError, StepError
-from multint.engines.tables import Last, record_of
-from multint.engines.worth import not_worth_it, too_small_for_pieces
+from multint.engines.failures import FailedError
+from multint.engines.tables import record_of
 from multint.errors import EngineError, OptionError, in_a_line
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def explain(
         last = record_of(cell).last if isinstance(cell, nn.Module) else None
         if last is None:
             raise OptionError("explain: this cell or layer has not run by 'auto' or 'fused'")
-        return Explanation.of(last)
+        program = None if last.program is None else last.program()
+        reason = program.failure if program else last.reason
+        return Explanation("loop" if reason else "fused", reason, program, last.size)
     if state is None:
         state = cell.initial_state(size_of(xs)[1])  # type: ignore[attr-defined]
     check(cell, xs, state, engine)
@@ -52,17 +56,16 @@ def explain(
         return Explanation("loop", "asked for")
     from multint.engines.program import program_of
 
+    program = None
     try:
         reason = why_not_fused(cell, xs, state)
-        if reason or not isinstance(cell, nn.Module):
-            return Explanation("loop", reason)
-        program, _ = program_of(cell, at_a_step(xs), state, asked=True)
+        if not reason:
+            program, _ = program_of(cell, at_a_step(xs), state, by_name=True)  # type: ignore[arg-type]
+            reason = first_state_differs(program, state)
+            if engine == "auto":
+                reason = reason or not_worth_it(cell, xs) or too_small_for_pieces(cell, xs, program)  # type: ignore[arg-type]
     except Exception as error:
-        failed = error.__cause__ if isinstance(error, StepError | InternalError) and error.__cause__ else error
-        return Explanation("loop", str(error) if isinstance(error, EngineError) else f"fused: {in_a_line(failed)}")
-    reason = first_state_differs(program, state) or (not_worth_it(cell, xs) if engine == "auto" else "")
-    if engine == "auto" and not reason:
-        reason = too_small_for_pieces(cell, xs, program)
+        reason = str(error) if isinstance(error, EngineError | FailedError) else f"fused: {in_a_line(error)}"
     return Explanation("loop" if reason else "fused", reason, program, size_of(xs))
 
 
@@ -96,13 +99,6 @@ class Explanation:
     def __str__(self) -> str:
         return "\n".join(line for line in (f"engine: {self.engine}", self.reason, self.plan) if line)
 
-    @staticmethod
-    def of(last: Last) -> Explanation:
-        """How a cell's last scan ran."""
-        program = None if last.program is None else last.program()
-        reason = program.failure if program else last.reason
-        return Explanation("loop" if reason else "fused", reason, program, last.size)
-
 
 def precompile(
     cell: Steppable[State],
@@ -122,12 +118,17 @@ def precompile(
         if not hasattr(cell, "initial_state"):
             raise OptionError(f"precompile: {type(cell).__name__} has no initial_state; a layer has its own precompile")
         state = cell.initial_state(size_of(xs)[1])
+    run_both_passes(lambda: scan(cell, xs, state, "fused"), cell)  # type: ignore[arg-type]
+    return explain(cell)
+
+
+def run_both_passes(call: Callable[[], tuple[Any, Any]], module: nn.Module) -> None:
+    """Call for an output and a state, without gradients and with those of a module's parameters, which are dropped."""
     with torch.no_grad():
-        scan(cell, xs, state, "fused")
+        call()
     with torch.enable_grad():
-        output, final = scan(cell, xs, state, "fused")
+        output, final = call()
         results = [value for value in (output, *final) if value.requires_grad]
-        leaves = [p for p in cell.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if results and leaves:
             torch.autograd.grad(results, leaves, list(map(torch.ones_like, results)), allow_unused=True)
-    return explain(cell)

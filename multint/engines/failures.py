@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
+
+from multint.errors import in_a_line
 
 
 class RefusedError(Exception):
     """A loop or a piece of it has no native code, for the reason that this tells."""
 
 
-class StepError(Exception):
-    """The step itself has raised the cause of this."""
+class FailedError(Exception):
+    """`fused` has failed by a cause, which may be the caller's fault as well as its own: then the loop fails too.
 
-
-class InternalError(Exception):
-    """The engine has failed by the cause of this, which may be the caller's fault as well as its own.
-
-    Attributes:
-        keep: lets later calls know the reason, for a failure that is the engine's.
+    Args:
+        cause: what was raised.
+        owner: an object that lets later calls know of a failure of the engine's, by its attribute `failure`.
     """
 
-    def __init__(self, keep: Callable[[str], None]) -> None:
-        super().__init__()
-        self.keep = keep
+    what = "it failed by"
+
+    def __init__(self, cause: BaseException, owner: Any = None) -> None:
+        super().__init__(f"fused: {self.what} {in_a_line(cause)}")
+        self.cause, self.owner = cause, owner
+
+
+class StepError(FailedError):
+    """The step has failed where it was traced."""
+
+    what = "the step fails when it is traced:"

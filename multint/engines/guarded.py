@@ -1,9 +1,9 @@
 """A step as torch's own tracer compiles it, for a backend that runs nothing.
 
 `torch.compile` reads a step, and guards all that it has read: attributes, closures, globals, containers, modes. It is
-given a backend that runs nothing: what stands for the graph keeps the tensors that it is called with, and gives marks
-for results. So a call of the compiled step says which graph holds now, with which tensors of the cell, and which of
-its results make the new state. The step itself is never run, so nothing of the user's changes.
+given a backend that runs nothing: what stands for the graph keeps the tensors that it is called with, and gives the
+graph's nodes for results. So a call of the compiled step says which graph holds now, with which tensors of the cell,
+and which of its results make the new state. The step itself is never run, so nothing of the user's changes.
 
 The guards do not see all: what classes hold is compared beside them, and what may change unseen is refused.
 """
@@ -18,15 +18,14 @@ import types
 import weakref
 from abc import ABC
 from collections import ChainMap, OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from multint.engines import private, tables
-from multint.engines.tables import MOST
+from multint.engines import private
 from multint.errors import EngineError
 
 # Rows of a stand-in: a prime, which a step that divides the rows does not divide.
@@ -67,67 +66,47 @@ class Kind(NamedTuple):
         return made
 
 
-class Mark(NamedTuple):
-    """Stands for a result of a graph."""
-
-    place: int
-
-
 class Graph:
     """Stands for a traced step: called in its place, it keeps the tensors that it is called with.
 
     Attributes:
-        made: what is made of it, or a text that says why nothing is; None as long as nobody has asked.
-        classes: what the classes hold of objects that the step reads, where these are no modules.
+        results: its nodes that are the results.
+        program: what is made of it; None before that, and when it was dropped.
+        failure: why nothing is made of it.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
-        self.made: Any = None
-        self.classes: list[types.MappingProxyType[str, Any]] = []
-        self._held: list[Any] = []  # so that no identity comes twice
-        self._ids: list[int] = []
-        results: Any = module.graph.output_node().args[0]
-        self.results: list[fx.Node] = list(results)
-        self._marks = tuple(map(Mark, range(len(self.results))))
+        self.results: tuple[fx.Node, ...] = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.program: Any = None
+        self.failure = ""
 
-    def watch(self, kinds: Iterable[type]) -> None:
-        """Keep what some classes hold now, to see when it changes."""
-        self.classes = _namespaces(tuple(kind.__mro__ for kind in kinds))
-        self._held = _all_in(self.classes)
-        self._ids = list(map(id, self._held))
-
-    def is_changed(self) -> bool:
-        """Whether a watched class holds something else by now."""
-        return bool(self.classes) and list(map(id, _all_in(self.classes))) != self._ids
-
-    def keep(self, made: Any) -> None:
-        """Keep what is made of it among the last."""
-        self.made = made
-        tables.graphs.keep(self, None)
+    def __call__(self, *arguments: Any) -> tuple[fx.Node, ...]:
+        _thread.call = self, arguments
+        return self.results
 
     def forget(self) -> None:
         """Drop what is made of it."""
-        self.made = None
-
-    def __call__(self, *arguments: Any) -> tuple[Mark, ...]:
-        _thread.met = self, arguments
-        return self._marks
+        self.program = None
 
 
-class Met(NamedTuple):
-    """A call of a step that was not run: its graph, what that takes, and the new state, of marks and of arguments."""
+class Match(NamedTuple):
+    """A call of a step that was not run: the graph that holds, what that takes, and the new state.
+
+    Attributes:
+        new: the state's fields, which are the graph's nodes, or arguments as they came.
+        x, state: the stand-ins that the step was called with.
+    """
 
     graph: Graph
     arguments: tuple[Any, ...]
     new: Any
+    x: Any
+    state: Any
 
-    def text(self, given: Iterable[Tensor]) -> str:
-        """What is computed of tensors, where the number of rows is 1.
-
-        Args:
-            given: the stand-ins that the step was called with.
-        """
+    def text(self) -> str:
+        """What is computed of what is given, where the number of rows is 1."""
+        given = [*(self.x.values() if isinstance(self.x, dict) else [self.x]), *self.state]
         order = {id(tensor): f"given {i}" for i, tensor in enumerate(given)}
         arguments = iter(self.arguments)
         names: dict[fx.Node, Any] = {}
@@ -144,16 +123,12 @@ class Met(NamedTuple):
             else:
                 lines.append(f"{node.target} {fx.node.map_arg((node.args, node.kwargs), names.get)}")
                 names[node] = f"%{len(lines)}"
-        results = self.graph.results
-        new = [names[results[v.place]] if isinstance(v, Mark) else order.get(id(v), id(v)) for v in self.new]
+        new = [names[value] if isinstance(value, fx.Node) else order.get(id(value), id(value)) for value in self.new]
         return "\n".join([*lines, str(new)])
 
 
-class _Thread(threading.local):
-    met: tuple[Graph, tuple[Any, ...]] | None = None
-
-
-_thread = _Thread()
+# The graph that a call in this thread has come to, and what that was given.
+_thread = threading.local()
 
 
 class NewError(Exception):
@@ -169,14 +144,27 @@ def _call(cell: Any, x: Any, state: Any) -> Any:
 _names = map("step{}".format, itertools.count())
 
 
-class Structure:
-    """The compiled step of all cells of one key.
+class Structure(NamedTuple):
+    """What cells have in common that share a guarded step."""
 
-    Args:
-        held: what the key names by identity, so that no identity comes twice.
+    classes: tuple[type, ...]  # of their modules, and of the state
+    names: tuple[tuple[str, ...], ...]  # in the modules' own dictionaries, which hide those of the classes unguarded
+
+    @staticmethod
+    def of(cell: nn.Module, state: Any) -> Structure:
+        """The structure of a cell for states of such a type."""
+        modules = private.modules_of(cell)
+        return Structure((*map(type, modules), type(state)), tuple([tuple(vars(module)) for module in modules]))
+
+
+class GuardedStep:
+    """The compiled step of all cells of one structure.
+
+    Attributes:
+        graphs: how many there are.
     """
 
-    def __init__(self, held: list[Any]) -> None:
+    def __init__(self, structure: Structure) -> None:
         # With code of its own, by which torch keeps its guards, and globals of its own, to which its tracer adds.
         self._function = types.FunctionType(_call.__code__.replace(co_name=next(_names)), dict(globals()))
         # The tracer keeps for good what it is given here, so that is not to keep this alive.
@@ -189,10 +177,50 @@ class Structure:
             options={"guard_filter_fn": lambda guards: look_at()(guards)},  # type: ignore[misc]
         )
         self._known = torch._dynamo.run(self._function)
+        self._structure = structure
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: drop all graphs, and the tracer's own record of them, which nothing else drops."""
+        private.forget_code(self._function)
+        self.graphs = 0
         self._last: Graph | None = None
         self._imported: list[types.ModuleType] = []
-        self.held = held
-        self.graphs = 0
+        self._classes: dict[type, None] = {}
+        self._watch(self._structure.classes)
+
+    def match(self, cell: nn.Module, x: Any, state: Any, trace: bool) -> Match:
+        """Find the graph that holds for a call, by its guards; or trace the step where there is none.
+
+        Raises: NewError where there is none and `trace` is False; else whatever the tracer raises.
+        """
+        _thread.call = None
+        new = (self._traced if trace else self._known)(cell, x, state)
+        call, _thread.call = _thread.call, None
+        if call is None:
+            raise EngineError("fused: the step computes nothing")
+        graph, arguments = call
+        return Match(graph, arguments, new, x, state)
+
+    def is_changed(self) -> bool:
+        """Whether a class that it has to do with holds something else by now, or a module that it imports is another.
+
+        The tracer's guards do not look at that: a method can be replaced on its class.
+        """
+        classes, namespaces, held = self._watched
+        now = _held_by(classes, namespaces)
+        return (
+            len(now) != len(held)
+            or not all(map(operator.is_, now, held))
+            or any(sys.modules.get(module.__name__) is not module for module in self._imported)
+        )
+
+    def _watch(self, classes: Iterable[type]) -> None:
+        self._classes.update(dict.fromkeys(classes))
+        kinds = list(self._classes)
+        parts = dict.fromkeys(part for kind in kinds for part in kind.__mro__ if part not in _UNCHANGED)
+        namespaces = list(map(vars, parts))
+        self._watched = kinds, namespaces, _held_by(kinds, namespaces)
 
     def _backend(self, module: fx.GraphModule) -> Graph:
         if any(node.op == "placeholder" and str(node.target).startswith("random_value") for node in module.graph.nodes):
@@ -208,34 +236,22 @@ class Structure:
             kind = value if isinstance(value, type) else type(value)
             if unseen := _unseen(value, name):
                 assert self._last is not None
-                self._last.keep(f"fused: the step reads {unseen}")
+                self._last.failure = f"fused: the step reads {unseen}"
             elif not issubclass(kind, nn.Module | Tensor) and _library_of(kind) not in _FIXED:
                 kinds[kind] = None
-        if self._last is not None:
-            self._last.watch(kinds)
+        self._watch(kinds)
         scope = self._function.__globals__
         self._imported = [scope[alias] for alias in scope if alias.startswith("__import_")]  # as the tracer calls them
         return [True] * len(guards)
 
-    def is_changed(self) -> bool:
-        """Whether a module that the step imports is another one by now."""
-        return any(sys.modules.get(module.__name__) is not module for module in self._imported)
 
-    def forget(self) -> None:
-        """Drop the tracer's own record of it, which nothing else drops."""
-        private.forget_code(self._function)
+_ORDER, _VALUES = operator.attrgetter("__mro__"), operator.methodcaller("values")
+_UNCHANGED = {nn.Module, ABC, *tuple.__mro__}
 
-    def meet(self, cell: nn.Module, x: Any, state: Any, trace: bool) -> Met:
-        """Find the graph that holds for a call, by its guards; or trace the step where there is none.
 
-        Raises: NewError where there is none and `trace` is False; else whatever the tracer raises.
-        """
-        _thread.met = None
-        new = (self._traced if trace else self._known)(cell, x, state)
-        if _thread.met is None:
-            raise EngineError("fused: the step computes nothing")
-        (graph, arguments), _thread.met = _thread.met, None
-        return Met(graph, arguments, new)
+def _held_by(classes: list[type], namespaces: list[types.MappingProxyType[str, Any]]) -> list[Any]:
+    """What classes inherit from, and what these hold."""
+    return [*map(_ORDER, classes), *itertools.chain.from_iterable(map(_VALUES, namespaces))]
 
 
 def _unseen(value: Any, name: str) -> str:
@@ -256,30 +272,3 @@ _FIXED = {"torch", "multint", "einops", "opt_einsum", *sys.stdlib_module_names}
 
 def _library_of(thing: Any) -> str:
     return str(getattr(thing, "__module__", "")).partition(".")[0]
-
-
-def _all_in(namespaces: list[types.MappingProxyType[str, Any]]) -> list[Any]:
-    return list(itertools.chain.from_iterable(map(_VALUES, namespaces)))
-
-
-def unguarded(cell: nn.Module, state_type: type) -> tuple[Hashable, list[Any]]:
-    """A key for what a step may read that torch's guards do not look at, and what the key names by identity.
-
-    That is what the classes of a cell's modules hold, since a method can be replaced on its class, and which names the
-    modules' own dictionaries hold, since these hide the classes' names.
-    """
-    modules = list(cell.modules())
-    kinds = *map(type, modules), state_type
-    orders = tuple(map(_ORDER, kinds))
-    held = [*orders, *_all_in(_namespaces(orders))]
-    return (kinds, tuple([tuple(vars(module)) for module in modules]), tuple(map(id, held))), held
-
-
-_ORDER, _VALUES = operator.attrgetter("__mro__"), operator.methodcaller("values")
-_UNCHANGED = {nn.Module, ABC, *tuple.__mro__}
-
-
-@lru_cache(MOST)
-def _namespaces(orders: tuple[tuple[type, ...], ...]) -> list[types.MappingProxyType[str, Any]]:
-    """What the classes in some orders of resolution hold, now and later."""
-    return [vars(part) for part in dict.fromkeys(itertools.chain.from_iterable(orders)) if part not in _UNCHANGED]

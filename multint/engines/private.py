@@ -16,13 +16,14 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from multint.engines.failures import RefusedError
+from multint.errors import in_a_line
 
 # The number of rows is open, but the compiler decides by this one where threads are worth it. It is not the first
 # call's, so that the cached kernel does not depend on the first call's batch size.
@@ -186,14 +187,6 @@ def writes(target: Any) -> bool:
     return is_operation(target) and bool(target._schema.is_mutable)
 
 
-def given(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
-    """What an operation is given for the argument of that name, or its default; None where it has none."""
-    for place, argument in enumerate(target._schema.arguments):
-        if argument.name == name:
-            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
-    return None
-
-
 def arguments(target: Any) -> list[str]:
     """The names of an operation's arguments, in order."""
     return [argument.name for argument in target._schema.arguments] if is_operation(target) else []
@@ -272,11 +265,6 @@ def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
 uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def is_free(size: int) -> bool:
-    """Whether a size of a traced program is open, and not a number."""
-    return isinstance(size, torch.SymInt)
-
-
 def scan_operator(step: Callable[[Any, Any], Any], xs: Any, state: Any) -> tuple[Tensor, Any]:
     """`state = step(xs[t], state)` for every t, as one operator: the first fields of all states, and the last state."""
     from torch._higher_order_ops.scan import scan
@@ -290,13 +278,6 @@ def scan_operator(step: Callable[[Any, Any], Any], xs: Any, state: Any) -> tuple
     return output, type(state)(*last)
 
 
-def kept_by_identity() -> MutableMapping[Any, Any]:
-    """A dictionary that keeps none of its keys alive, and takes two for one only where they are the same object."""
-    from torch.utils.weak import WeakIdKeyDictionary
-
-    return WeakIdKeyDictionary()
-
-
 def in_memory(tensor: Tensor) -> Tensor:
     """A tensor whose memory holds its numbers: not one whose sign is a mark, nor zeros that have no memory."""
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
@@ -307,6 +288,32 @@ def is_control_flow(error: Exception) -> bool:
     return type(error).__module__ == "torch.utils.checkpoint"
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all within it, each once. Torch's own way takes five times as long, and the hash of each."""
+    found = {id(module): module}
+    left = [module]
+    while left:
+        for inner in left.pop()._modules.values():
+            if inner is not None and id(inner) not in found:
+                found[id(inner)] = inner
+                left.append(inner)
+    return list(found.values())
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """All parameters of a module, each once."""
+    found = [tensor for part in modules_of(module) for tensor in part._parameters.values() if tensor is not None]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def are_hashed(module: nn.Module) -> bool:
+    """Whether a module and all within it have a hash, without which torch cannot list what they hold."""
+    try:
+        return bool(set(modules_of(module)))
+    except Exception:
+        return False
+
+
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip  # noqa: E501
 
 
@@ -315,11 +322,7 @@ def global_hooks() -> bool:
     return any(getattr(nn.modules.module, kind) for kind in _GLOBAL_HOOKS)
 
 
-class _Reads(threading.local):
-    step = False
-
-
-_reads = _Reads()
+_thread = threading.local()
 
 
 def is_read_in_a_step() -> bool:
@@ -327,7 +330,7 @@ def is_read_in_a_step() -> bool:
 
     The tracer calls this and keeps what it gives.
     """
-    return _reads.step
+    return getattr(_thread, "reads_a_step", False)
 
 
 # As `torch.compiler.assume_constant_result` marks it, which imports Dynamo.
@@ -339,7 +342,7 @@ def free_of_rows() -> Iterator[None]:
     """Within it, torch chooses no algorithm by the number of rows: an order of einsum's, a library for convolutions."""
     from torch.backends import nnpack, opt_einsum
 
-    before = torch._C._get_mkldnn_enabled()
+    before = torch._C._get_mkldnn_enabled()  # the public flag of oneDNN sets others too, and warns of them
     torch._C._set_mkldnn_enabled(False)
     try:
         with opt_einsum.flags(enabled=False), nnpack.flags(enabled=False):
@@ -367,11 +370,11 @@ def tracing_settings(side_effects: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")  # the tracer looks at the .grad of what a step takes, leaf or not
         logger = logging.getLogger("torch._guards")  # which tells of what is raised, too
         logger.disabled, before = True, logger.disabled
-        _reads.step = True
+        _thread.reads_a_step = True
         try:
             yield
         finally:
-            _reads.step, logger.disabled = False, before
+            _thread.reads_a_step, logger.disabled = False, before
 
 
 def forget_code(function: Any) -> None:
@@ -417,9 +420,15 @@ def why_untraced(error: Exception) -> str:
         return "the step takes the values of an array; make it a buffer"
     if "ata-dependent" in str(error):
         return "the step branches on a value; use torch.where"
+    first, explained = in_a_line(error).partition(": ")[2].strip().rstrip("."), explanation_in(error)
+    return f"the step cannot be traced: {first}" + ("" if explained.startswith(first) else f": {explained}")
+
+
+def explanation_in(error: Exception) -> str:
+    """What an error of the tracer's says, without its advice and its stack."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
-    return f"the step cannot be traced: {lines[0].rstrip('.')}" + (f": {explained[0]}" if explained else "")
+    marked = (line.partition("Explanation: ")[2] for line in lines if line.startswith("Explanation: "))
+    return next(marked, lines[0])
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from multint.engines import tables
 from multint.engines.by_autograd import Reach, reach
 from multint.engines.capture import Trace, capture
-from multint.engines.failures import RefusedError
-from multint.engines.guarded import Met
+from multint.engines.failures import FailedError, RefusedError
+from multint.engines.guarded import Match
 from multint.engines.kernel import compiles
 from multint.engines.lowering import lower
 from multint.engines.native import machine
@@ -24,7 +24,7 @@ from multint.engines.plan import Plan, plan
 from multint.engines.proof import prove
 from multint.engines.schedule import Call, Schedule
 from multint.engines.sections import Executor, Pieces
-from multint.engines.step import meet, unaware
+from multint.engines.step import match, unaware
 from multint.engines.tables import TRACING, report
 from multint.errors import EngineError, in_a_line
 
@@ -171,26 +171,38 @@ def _proved(schedule: Schedule, reverse: bool) -> tuple[Executor, str]:
     return executor, reason
 
 
-def program_of(cell: nn.Module, x: Any, state: Any, asked: bool) -> tuple[Program, list[Tensor]]:
+def program_of(cell: nn.Module, x: Any, state: Any, by_name: bool) -> tuple[Program, list[Tensor]]:
     """The program for such a cell and such inputs, traced where there is none yet, and the cell's tensors for it.
 
-    Args: as `step.meet` has them.
+    Args: as `step.match` has them.
 
-    Raises: as `step.meet`; EngineError for a program that must not be run again.
+    Raises: as `step.match`; EngineError for a program that must not be run again; FailedError.
     """
-    met = meet(cell, x, state, asked, build)
-    program, places = met.graph.made
+    found = match(cell, x, state, by_name)
+    graph = found.graph
+    if not (graph.program or graph.failure):
+        with TRACING:
+            try:
+                graph.program = build(found, cell)
+            except EngineError as error:  # its message alone: the traceback would hold the inputs
+                graph.failure = str(error)
+            except Exception as error:
+                raise FailedError(error, graph) from error
+    if graph.failure:
+        raise EngineError(graph.failure)
+    tables.graphs.keep(graph, graph)
+    program, places = graph.program
     if program.failure:
         raise EngineError(program.failure)
-    return program, [met.arguments[place] for place in places]
+    return program, [found.arguments[place] for place in places]
 
 
-def build(met: Met, cell: nn.Module, x: Any, state: Any) -> tuple[Program, list[int]]:
+def build(found: Match, cell: nn.Module) -> tuple[Program, list[int]]:
     """The program of a traced step, or one of the same graph; and which of the call's arguments it takes.
 
     Raises: EngineError where there can be none.
     """
-    trace, places = unaware(capture, met, cell, x, state)
+    trace, places = unaware(capture, found, cell)
     signature = _signature(trace)
     program: Program | None = tables.programs.get(signature)
     if program is None or program.failure:

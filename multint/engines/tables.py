@@ -7,16 +7,11 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
-
-from multint.engines import private
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 # Tracing and compiling go by states of the whole process: one thread at a time.
 TRACING = threading.RLock()
@@ -26,23 +21,15 @@ TRACING = threading.RLock()
 MOST = 64
 
 
-class Latest(OrderedDict[K, V]):
-    """The entries that were used last.
+class Latest(OrderedDict[Hashable, Any]):
+    """The entries that were used last; those that go are told to forget."""
 
-    Args:
-        dropped: is called with the key and the value of each that goes.
-    """
-
-    def __init__(self, dropped: Callable[[K, V], None]) -> None:
-        super().__init__()
-        self._dropped = dropped
-
-    def keep(self, key: K, value: V) -> None:
+    def keep(self, key: Hashable, value: Any) -> None:
         """Keep an entry as the last one."""
         self[key] = value
         self.move_to_end(key)
         while len(self) > MOST:
-            self._dropped(*self.popitem(last=False))
+            self.popitem(last=False)[1].forget()
 
 
 class Last(NamedTuple):
@@ -58,14 +45,14 @@ class Record:
     """What is kept of a cell.
 
     Attributes:
-        key, structure, calls: how its step is met; see `step.py`.
+        structure, step, calls: how its step is matched with a graph; see `step.py`.
         last: how its last scan by "auto" or "fused" ran; None before the first.
         stepped: its steps by the loop so far under "auto".
         in_pieces: whether it has no native loops.
     """
 
-    key: Hashable = None
-    structure: Any = None
+    structure: Hashable = None
+    step: Any = None
     calls: dict[Hashable, Any] = field(default_factory=dict)
     last: Last | None = None
     stepped: int = 0
@@ -73,10 +60,10 @@ class Record:
 
 
 # By identity: what a user's cell says of equality and of its hash does not make two cells one.
-_records: MutableMapping[nn.Module, Record] = private.kept_by_identity()
+_records: dict[int, Record] = {}
 
-structures: Latest[Hashable, Any] = Latest(lambda _, structure: structure.forget())
-graphs: Latest[Any, None] = Latest(lambda graph, _: graph.forget())  # that have a program
+steps = Latest()  # guarded ones, by structure
+graphs = Latest()  # that have a program
 programs: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()  # by what their graphs compute
 libraries: dict[str, ctypes.CDLL] = {}  # of native loops, by the names of their files
 told: set[str] = set()  # warnings that were given
@@ -84,9 +71,10 @@ told: set[str] = set()  # warnings that were given
 
 def record_of(cell: nn.Module) -> Record:
     """The cell's record, a new one at the first call."""
-    record = _records.get(cell)  # most calls find one, and to set one is slow
+    record = _records.get(id(cell))
     if record is None:
-        record = _records[cell] = Record()
+        record = _records[id(cell)] = Record()
+        weakref.finalize(cell, _records.pop, id(cell)).atexit = False
     return record
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from multint.cells import Cell, LSTMCell, build_cell
 from multint.engines import Explanation, explain
 from multint.engines.checks import ENGINES
+from multint.engines.explanation import run_both_passes
 from multint.errors import OptionError, ShapeError
 from multint.integrators.checks import flag, positive, probability
 from multint.recurrent.direction import Direction
@@ -222,14 +223,7 @@ class Recurrent(nn.Module):
         one = input.narrow(1 if self.batch_first and input.ndim > self._axes else 0, 0, 1)
         engine, self.engine = self.engine, "fused"
         try:
-            with torch.no_grad():
-                self(one)
-            with torch.enable_grad():
-                output, _ = self(one)
-                if output.requires_grad:
-                    torch.autograd.grad(
-                        output.sum(), [p for p in self.parameters() if p.requires_grad], allow_unused=True
-                    )
+            run_both_passes(lambda: self(one), self)
             return self.explain()
         finally:
             self.engine = engine
