@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from multint import Cell, Recurrent, explain, scan
 from multint.cells import HiddenState, LSTMState
 from multint.engines import checks
+from multint.engines.schedule import At, Call, Contraction, Extent, Product, Schedule
 from multint.errors import EngineError
+from multint.integrators import outermost_integrators
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal, randomise
 
-# Asked for by name, `fused` takes float64, where a law is exact; `auto` takes it by native loops alone.
+# In the order in which they are asked for the same. In float32, since `auto` takes float64 by native loops alone.
+ENGINES = ("auto", "fused")
+# Where each has a test of its own, `fused` is asked in float64, where a law is exact.
 DTYPES = {"fused": torch.float64, "auto": torch.float32}
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -107,8 +111,9 @@ def results(cell: nn.Module, xs: Any, state: Any, engine: str) -> list[Tensor]:
     return [output, *final, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
-def inputs(cell: Any, steps: int = 4, rows: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Any]:
-    """A random input and a random state of the cell."""
+def inputs(cell: Any, steps: int = 4, rows: int = 3, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
+    """A random input and a random state of the cell, of its weights' dtype unless another is given."""
+    dtype = next(cell.parameters()).dtype if dtype is None else dtype
     xs = normal(steps, rows, cell.input_size).to(dtype).requires_grad_()
     return xs, random_state(cell, rows, dtype)
 
@@ -130,21 +135,22 @@ def compare(
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def right_or_refused(cell: Any, xs: Any, state: Any, engine: str, names: str = "") -> list[Tensor]:
-    """The engine gives what the loop gives; only by name may it refuse, by a message that `names` matches.
+def right_or_refused(cell: Any, xs: Any, state: Any, names: str = "") -> list[Tensor]:
+    """Either engine gives what the loop gives; by name it may refuse, by a message that `names` matches.
+
+    `auto` is first: it sees each change of a cell before anybody asks for a program by name.
 
     Returns the loop's results.
     """
     expected = results(cell, xs, state, "loop")
-    try:
-        actual = results(cell, xs, state, engine)
-    except EngineError as error:
-        if engine != "fused" or not re.search(names, str(error)):
-            raise
-    else:
-        close(actual, expected, DTYPES[engine])
-    if engine == "auto":
-        assert tried(cell), "too small, or of a dtype that auto does not take: nothing was tested"
+    for engine in ENGINES:
+        try:
+            close(results(cell, xs, state, engine), expected, expected[0].dtype)
+        except EngineError as error:
+            if engine != "fused" or not re.search(names, str(error)):
+                raise
+        if engine == "auto":
+            assert tried(cell), "too small, or of a dtype that auto does not take: nothing was tested"
     return expected
 
 
@@ -171,7 +177,80 @@ def agree(rnn: Recurrent, xs: Tensor) -> None:
         loss = output.square().sum() + sum(f.sum() for f in final)
         outcomes.append([output, *final, *torch.autograd.grad(loss, [xs, *rnn.parameters()])])
     rnn.engine = engine
-    close(*outcomes, DTYPES[engine])
+    close(*outcomes, xs.dtype)
+
+
+SECTIONS = ("once", "prologue", "entry", "forward", "reverse", "exit")
+
+
+def check(schedule: Schedule) -> None:
+    """Assert what executors rely on.
+
+    Everything is written before it is read. No instruction reads what it writes over, and no value has two writers,
+    except that gradients are added to: the first writer of each, or its clearing, does not add.
+    """
+    buffers = schedule.buffers
+    assert all(name == buffer.name for name, buffer in buffers.items())
+    given = {*schedule.inputs.values(), *schedule.invariants, *schedule.literals}
+    given |= {schedule.output_gradient, *schedule.fields}.intersection(buffers).difference(schedule.states)
+    there = {At(name, None) for name in given} | {At(n) for n in given if buffers[n].extent is Extent.ONE}
+    there = check_section([*schedule.once, *schedule.prologue], there, set())
+    given |= {at.buffer for at in there}
+    there = check_section(schedule.entry, {At(n, later) for n in given for later in (0, None)}, set())
+    given |= {at.buffer for at in there}
+    fixed = {At(name) for name in given if buffers[name].extent in (Extent.ONE, Extent.EACH, Extent.BLOCK)}
+    first = {At(name) for name in schedule.states}
+    after = check_section(schedule.forward, fixed | first, set())
+    assert {At(name, 1) for name in schedule.states} <= after, "a state is not written"
+    if not schedule.reverse:
+        return
+    there = fixed | first | {at for at in after if at.buffer in schedule.kept}
+    carried = {name for name in schedule.summands if buffers[name].extent is Extent.TURNS}
+    cleared = {At(name) for name in schedule.cleared}
+    constant = {At(name, 1) for name in schedule.cleared if buffers[name].extent is Extent.STATES}
+    there |= {At(name, 1) for name in carried} | cleared | constant
+    after = check_section(schedule.reverse, there, cleared)
+    assert {At(name) for name in carried} <= after, "a state's gradient is not written"
+    over_all = {At(at.buffer, None) for at in after if buffers[at.buffer].extent is not Extent.NOW} | after
+    after = check_section(schedule.exit, over_all, set())
+    assert schedule.summands <= {at.buffer for at in after}, "a gradient is not written"
+
+
+def check_section(instructions: list[Any], there: set[At], cleared: set[At]) -> set[At]:
+    """What is there after the instructions, given what is there before them and what may be added to."""
+    there, written = set(there), set(cleared)
+    for instruction in instructions:
+        for read in instruction.reads:
+            assert read in there, f"{read} is read before it is written"
+        for write, adds in instruction.writes.items():
+            assert write not in instruction.reads, f"{write} is read and written by one instruction"
+            assert adds == (write in written), f"{write} has two first writers, or none"
+            assert adds or write not in there, f"{write} is written over"
+        written.update(instruction.writes)
+        there.update(instruction.writes)
+    return there
+
+
+def is_whole(schedule: Schedule, cell: Cell) -> None:
+    """The schedule that gives a cell all its gradients has all that it names, and no weight's gradient in a loop."""
+    check(schedule)
+    assert schedule.gradients.keys() == set(schedule.arguments)
+    instructions = [instruction for section in SECTIONS for instruction in getattr(schedule, section)]
+    named = {at.buffer for instruction in instructions for at in (*instruction.reads, *instruction.writes)}
+    assert named <= schedule.buffers.keys()
+    for instruction in instructions:
+        if isinstance(instruction, Call):
+            graph = instruction.kernel.module.graph
+            assert len([node for node in graph.nodes if node.op == "placeholder"]) == len(instruction.reads)
+            assert len(graph.output_node().args[0]) == len(instruction.writes)
+    # Each matrix has one contraction after the loop.
+    products = [i for i in [*schedule.entry, *schedule.forward] if isinstance(i, Product)]
+    contracted = [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Contraction)]
+    gradients = {gradient for product in products for gradient in schedule.gradients[product.matrix.buffer]}
+    assert len(contracted) == len(set(contracted))
+    assert gradients.issuperset(contracted)
+    recurrent = [cell.get_parameter(f"{k}.{w}") for k, f in outermost_integrators(cell).items() for w in f.z_weights]
+    assert contracted or not any(matrix.requires_grad and matrix.ndim == 2 for matrix in recurrent)
 
 
 @contextlib.contextmanager

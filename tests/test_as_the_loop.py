@@ -20,12 +20,10 @@ from torch import nn
 from multint import Cell, explain, scan
 from multint.cells import HiddenState
 from multint.errors import EngineError
-from tests.both_engines import DTYPES, Free, close, fresh, weight
+from tests.both_engines import ENGINES, Free, close, fresh, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
 pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
-
-every_engine = pytest.mark.parametrize("engine", ["fused", "auto"])
 
 STEPS, ROWS = 5, 40  # more rows than a step is tried on before it is taken
 
@@ -43,25 +41,28 @@ def outcome(cell, xs, state, engine):
     return values, [value.requires_grad for value in values], gradients
 
 
-def as_the_loop(cell, xs, state, engine="auto", refusal=None, calls=2):
-    """The engine gives what the loop gives; by name it may refuse, by a message that matches `refusal`."""
+def as_the_loop(cell, xs, state, engines=("auto", "auto"), refusal=None):
+    """The engines give what the loop gives, one after the other; by name one may refuse, by a message that matches.
+
+    The second call takes what the first one has kept.
+    """
     expected = outcome(cell, xs, state, "loop")
-    for _ in range(calls):  # the second one takes what the first one has kept
+    for engine in engines:
         try:
             actual = outcome(cell, xs, state, engine)
         except EngineError as error:
             if engine != "fused" or refusal is None or not re.search(refusal, str(error)):
                 raise
         else:
-            close(actual, expected, DTYPES[engine])
+            close(actual, expected, torch.float32)
 
 
-def stream(engine="auto", rows=ROWS):
-    return normal(STEPS, rows, INPUT_SIZE).to(DTYPES[engine]).requires_grad_()
+def stream(rows=ROWS):
+    return normal(STEPS, rows, INPUT_SIZE).float().requires_grad_()
 
 
-def first_state(engine="auto", rows=ROWS):
-    return HiddenState(normal(rows, HIDDEN_SIZE, seed=5).to(DTYPES[engine]).requires_grad_())
+def first_state(rows=ROWS):
+    return HiddenState(normal(rows, HIDDEN_SIZE, seed=5).float().requires_grad_())
 
 
 # ---- Names
@@ -111,7 +112,7 @@ def test_no_name_of_an_engines_is_one_that_a_user_writes(kind):
     cell = Named(**{kind: taken}).float()
     xs = {name: normal(STEPS, 3, INPUT_SIZE, seed=i).float() for i, name in enumerate(cell.streams)}
     state = [normal(3, HIDDEN_SIZE, seed=i).float().requires_grad_() for i in range(len(cell.State._fields))]
-    as_the_loop(cell, {name: x.requires_grad_() for name, x in xs.items()}, cell.State(*state), calls=1)
+    as_the_loop(cell, {name: x.requires_grad_() for name, x in xs.items()}, cell.State(*state), engines=("auto",))
     assert explain(cell).engine == "fused", explain(cell)
 
 
@@ -167,15 +168,14 @@ class FirstRows(nn.Module):
 REFUSALS = "the number of rows|rows may interact|cannot be traced|fails when it is traced"
 
 
-@every_engine
 @pytest.mark.parametrize("name", NUMBER_OF_ROWS)
-def test_the_number_of_rows(name, engine):
+def test_the_number_of_rows(name):
     cell = fresh(Free)(NUMBER_OF_ROWS[name])
     cell.register_buffer("table", normal(1000, INPUT_SIZE))
     cell.add_module("part", FirstRows())
-    cell.to(DTYPES[engine])
+    cell.float()
     for rows in (40, 700) if name == "branch" else (40, 17):
-        as_the_loop(cell, stream(engine, rows), first_state(engine, rows), engine, REFUSALS, calls=1)
+        as_the_loop(cell, stream(rows), first_state(rows), ENGINES, REFUSALS)
 
 
 # ---- The first state, and how tensors lie in memory
@@ -216,7 +216,7 @@ def test_a_first_state_of_another_dtype(made):
         cell = kind(line).float()
         k = torch.tensor([0, 1, 2, 3, 5, 100, 300, 1 + 2**-12, 1 / 3, 2**24 + 1], dtype=torch.float64)
         k = k.repeat(ROWS // 10)[:, None].to(getattr(torch, given))
-        as_the_loop(cell, stream(), cell.State(first_state().h, k), calls=1)
+        as_the_loop(cell, stream(), cell.State(first_state().h, k), engines=("auto",))
         assert ("first state's k is" in explain(cell).reason) == (given != made), explain(cell)
 
 
@@ -228,9 +228,9 @@ def test_a_first_state_that_autocast_would_round(worth_compiling):
     third = state._replace(k=torch.full_like(state.k, 1 / 3))
     with torch.autocast("cpu", torch.bfloat16):
         for exact in (state, state._replace(k=torch.full_like(state.k, 0.5))):
-            torch.testing.assert_close(*(scan(cell, stream("auto"), exact, e)[1].k for e in ("fused", "loop")))
+            torch.testing.assert_close(*(scan(cell, stream(), exact, e)[1].k for e in ("fused", "loop")))
         with pytest.raises(EngineError, match=r"first state's k is torch\.float32"):
-            scan(cell, stream("auto"), third, "fused")
+            scan(cell, stream(), third, "fused")
 
 
 def negated(tensor):
@@ -396,17 +396,16 @@ def test_what_has_a_gradient(line):
         xs, first = stream(rows=3).detach().requires_grad_(x), first_state(rows=3).h.detach().requires_grad_(h)
         state = cell.State(first, k.clone().requires_grad_(f and k.is_floating_point()))
         cell.requires_grad_(w)
-        as_the_loop(cell, xs, state, calls=1)
+        as_the_loop(cell, xs, state, engines=("auto",))
         assert explain(cell).engine == "fused", explain(cell)
 
 
 # ---- A call that fails by the caller's fault
 
 
-def own(engine):
+def own():
     """A cell of a class that nobody has run, and what it runs on."""
-    cell = fresh(Free)(mixed).to(DTYPES[engine])
-    return cell, stream(engine, 3), first_state(engine, 3)
+    return fresh(Free)(mixed).float(), stream(3), first_state(3)
 
 
 def inference_tensor(cell, xs, state):
@@ -482,18 +481,18 @@ BAD_CALLS = [inference_tensor, inference_tensor_of_frozen_weights, features_of_a
 @pytest.mark.parametrize("call", BAD_CALLS, ids=lambda call: call.__name__)
 def test_a_bad_call_does_not_count_for_the_next_one(call, when):
     """Neither for this cell nor for another one like it."""
-    cell, xs, state = own("auto")
+    cell, xs, state = own()
     if when == "after":
         scan(cell, xs, state, "auto")
     with contextlib.suppress(Exception):
         call(cell, xs, state)
     for again in (cell, type(cell)(mixed).float()):
-        as_the_loop(again, xs, state, calls=1)
+        as_the_loop(again, xs, state, engines=("auto",))
         assert explain(again).engine == "fused", explain(again)
 
 
 def test_an_error_of_the_callers_is_raised_as_the_loop_raises_it():
-    cell, xs, state = own("fused")
+    cell, xs, state = own()
     with torch.inference_mode():
         bad = xs * 1.0
     for engine in ("loop", "auto"):
@@ -531,9 +530,9 @@ class WithoutHashWithin(Free):
 
 @pytest.mark.parametrize("kind", [WithoutHash, WithoutHashWithin])
 def test_a_cell_without_a_hash_is_looped(kind):
-    cell, xs, state = kind(), stream("fused", 3), first_state("fused", 3)
+    cell, xs, state = kind().float(), stream(3), first_state(3)
     expected = scan(cell, xs, state, "loop")
-    close(scan(cell, xs, state, "auto"), expected, torch.float64)
+    close(scan(cell, xs, state, "auto"), expected, torch.float32)
     assert "no hash" in explain(cell).reason
     with pytest.raises(EngineError, match="no hash"):
         scan(cell, xs, state, "fused")
@@ -549,13 +548,12 @@ class EqualByWidth(Free):
         return hash(self.hidden_size)
 
 
-@every_engine
-def test_cells_that_are_equal_have_their_own_weights(engine):
-    cells = [EqualByWidth(mixed).to(DTYPES[engine]) for _ in range(2)]
+def test_cells_that_are_equal_have_their_own_weights():
+    cells = [EqualByWidth(mixed).float() for _ in range(2)]
     with torch.no_grad():
         cells[1].W.mul_(-2)
     for cell in (*cells, *cells):
-        as_the_loop(cell, stream(engine, 3), first_state(engine, 3), engine)
+        as_the_loop(cell, stream(3), first_state(3), ENGINES)
 
 
 class Keyed(Free):
@@ -571,34 +569,31 @@ class Keyed(Free):
         }
 
 
-@every_engine
-def test_tensors_whose_paths_show_alike(engine):
+def test_tensors_whose_paths_show_alike():
     def line(cell, x, h):
         one, other = (cell.tables[key].to(x) for key in (1, "1"))
         return (x @ cell.tables["a"]["b"].to(x) * one + h @ cell.U * other.exp()).tanh()
 
-    cell = fresh(Keyed)(line).to(DTYPES[engine])
-    as_the_loop(cell, stream(engine, 3), first_state(engine, 3), engine)
+    cell = fresh(Keyed)(line).float()
+    as_the_loop(cell, stream(3), first_state(3), ENGINES)
     cell.tables[1].mul_(3)
-    as_the_loop(cell, stream(engine, 3), first_state(engine, 3), engine)
+    as_the_loop(cell, stream(3), first_state(3), ENGINES)
 
 
-@every_engine
-def test_what_a_step_changes_is_seen_where_paths_show_alike(engine):
+def test_what_a_step_changes_is_seen_where_paths_show_alike():
     def line(cell, x, h):
         cell.tables[1] = cell.tables[1] + 1
         return mixed(cell, x, h) * cell.tables[1].to(x)
 
-    with pytest.raises(EngineError, match="changes the cell") if engine == "fused" else contextlib.nullcontext():
-        cell = fresh(Keyed)(line).to(DTYPES[engine])
-        expected = scan(fresh(Keyed)(line).to(DTYPES[engine]), stream(engine, 3), first_state(engine, 3), "loop")
-        close(scan(cell, stream(engine, 3), first_state(engine, 3), engine), expected, DTYPES[engine])
+    kind, xs, state = fresh(Keyed), stream(3), first_state(3)
+    close(*(scan(kind(line).float(), xs, state, engine) for engine in ("auto", "loop")), torch.float32)
+    with pytest.raises(EngineError, match="changes the cell"):
+        scan(kind(line).float(), xs, state, "fused")
 
 
-@every_engine
-def test_streams_of_any_key(engine):
+def test_streams_of_any_key():
     def line(cell, x, h):
         return (x[0] @ cell.W + (x["0"] * x[None]) @ cell.W + h @ cell.U).tanh()
 
-    xs = {key: stream(engine, 3) * 0.5**i for i, key in enumerate((0, "0", None))}
-    as_the_loop(fresh(Free)(line).to(DTYPES[engine]), xs, first_state(engine, 3), engine)
+    xs = {key: stream(3) * 0.5**i for i, key in enumerate((0, "0", None))}
+    as_the_loop(fresh(Free)(line).float(), xs, first_state(3), ENGINES)

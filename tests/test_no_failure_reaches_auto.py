@@ -15,7 +15,7 @@ from multint.cells import HiddenState
 from multint.engines.failures import RefusedError
 from multint.engines.native import machine
 from multint.errors import EngineError
-from tests.both_engines import DTYPES, Free, close, inputs, replace_everywhere, results, right_or_refused, weight
+from tests.both_engines import ENGINES, Free, close, inputs, replace_everywhere, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
 pytestmark = pytest.mark.usefixtures("worth_compiling")
@@ -47,7 +47,7 @@ class Failure:
         return fail
 
 
-def own_cell(dtype):
+def own_cell():
     """A cell of a class that nobody has run: no program of another test is its."""
 
     class Own(Cell):
@@ -61,7 +61,7 @@ def own_cell(dtype):
         def initial_state(self, batch_size):
             return HiddenState(self.zeros(batch_size, self.hidden_size))
 
-    return Own().to(dtype)
+    return Own().float()
 
 
 def run(cell, xs, state, engine, failure, in_backward):
@@ -88,21 +88,17 @@ def failing(monkeypatch, request):
     return failure, in_backward
 
 
-each_failure = pytest.mark.parametrize(
-    "failing",
-    CASES,
-    indirect=True,
-    ids=lambda case: f"{case[0]}-{case[1].__name__}{'-in-backward' * case[2]}",
-)
+def case_name(case):
+    return f"{case[0]}-{case[1].__name__}{'-in-backward' * case[2]}"
 
 
-@each_failure
+@pytest.mark.parametrize("failing", CASES, indirect=True, ids=case_name)
 @pytest.mark.usefixtures("eager")
 def test_a_failure_within_the_engine_loops_under_auto_with_one_warning(failing):
     """Twice, so that the second call neither fails nor warns again; what was wrong can be read."""
     failure, in_backward = failing
-    cell = own_cell(torch.float32)
-    xs, state = inputs(cell, dtype=torch.float32)
+    cell = own_cell()
+    xs, state = inputs(cell)
     expected = run(cell, xs, state, "loop", Failure(None), False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -117,11 +113,11 @@ def test_a_failure_within_the_engine_loops_under_auto_with_one_warning(failing):
     assert "injected while" in str(explain(cell))
 
 
-@each_failure
+@pytest.mark.parametrize("failing", [case for case in CASES if case[1] is RuntimeError], indirect=True, ids=case_name)
 @pytest.mark.usefixtures("eager")
 def test_a_failure_within_the_engine_is_an_engine_error_by_name(failing):
     failure, in_backward = failing
-    cell = own_cell(torch.float64)
+    cell = own_cell()
     xs, state = inputs(cell)
     with pytest.raises(EngineError, match="injected while") as raised:
         run(cell, xs, state, "fused", failure, in_backward)
@@ -158,8 +154,8 @@ def test_what_is_no_failure_passes(monkeypatch):
     failure = Failure(KeyboardInterrupt())
     replace_everywhere(monkeypatch, *STAGES["tracing"], failure.within)
     failure.on = True
-    cell = own_cell(torch.float32)
-    xs, state = inputs(cell, dtype=torch.float32)
+    cell = own_cell()
+    xs, state = inputs(cell)
     with pytest.raises(KeyboardInterrupt):
         scan(cell, xs, state)
     failure.on = False
@@ -235,21 +231,19 @@ STEP_ERRORS = {
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("engine", ["fused", "auto"])
 @pytest.mark.parametrize("name", STEP_ERRORS)
-def test_the_steps_own_errors_are_raised_as_the_loop_raises_them(name, engine):
+def test_the_steps_own_errors_are_raised_as_the_loop_raises_them(name):
     """Of the same type and message, at every call; with more rows than a trial would take."""
-    dtype = DTYPES[engine]
-    cell = Free(STEP_ERRORS[name]).to(dtype)
-    xs, state = inputs(cell, 4, 9, dtype)
+    cell = Free(STEP_ERRORS[name]).float()
+    xs, state = inputs(cell, 4, 9)
     raised = []
-    for which in ("loop", engine, engine):
+    for which in ("loop", *ENGINES, *ENGINES):
         with pytest.raises(Exception) as caught:  # noqa: PT011
             scan(cell, xs, state, engine=which)
         # How deep the stack was tells where it ran out.
         message = "" if name == "recursion" else str(caught.value)
         raised.append((type(caught.value), message))
-    assert raised[1:] == raised[:1] * 2
+    assert raised[1:] == raised[:1] * 4
 
 
 @pytest.mark.usefixtures("eager")
@@ -282,27 +276,22 @@ class Streams(Cell):
 @pytest.mark.parametrize("shape", [(4, 1, 1), (4, 1, HIDDEN_SIZE), (4,)], ids=str)
 def test_a_stream_of_another_number_of_rows_is_refused_by_name_and_looped_by_auto(shape):
     """It meets the rows of the others by broadcasting."""
-    for engine, dtype in DTYPES.items():
-        cell = Streams().to(dtype)
-        xs = {"x": normal(4, 3, INPUT_SIZE).to(dtype), "y": normal(*shape).to(dtype).requires_grad_()}
-        state = HiddenState(normal(3, HIDDEN_SIZE).to(dtype))
-        for streams in (xs, {"y": xs["y"], "x": xs["x"]}):
-            if engine == "fused":
-                with pytest.raises(EngineError, match="rows"):
-                    scan(cell, streams, state, engine=engine)
-            else:
-                close(results(cell, streams, state, engine), results(cell, streams, state, "loop"), dtype)
+    cell = Streams().float()
+    xs = {"x": normal(4, 3, INPUT_SIZE).float(), "y": normal(*shape).float().requires_grad_()}
+    state = HiddenState(normal(3, HIDDEN_SIZE).float())
+    for streams in (xs, {"y": xs["y"], "x": xs["x"]}):
+        close(results(cell, streams, state, "auto"), results(cell, streams, state, "loop"), torch.float32)
+        with pytest.raises(EngineError, match="rows"):
+            scan(cell, streams, state, engine="fused")
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("engine", ["fused", "auto"])
-def test_streams_whose_rows_do_not_fit_are_a_clear_error(engine):
-    dtype = DTYPES[engine]
-    cell = Streams().to(dtype)
-    xs = {"x": normal(4, 3, INPUT_SIZE).to(dtype), "y": normal(4, 2, 1).to(dtype)}
-    expected = MultintError if engine == "fused" else (MultintError, RuntimeError)
-    with pytest.raises(expected, match=r"rows|batch size|must match the size"):
-        scan(cell, xs, HiddenState(normal(3, HIDDEN_SIZE).to(dtype)), engine=engine)
+@pytest.mark.parametrize(("engine", "kind"), [("fused", MultintError), ("auto", (MultintError, RuntimeError))])
+def test_streams_whose_rows_do_not_fit_are_a_clear_error(engine, kind):
+    cell = Streams().float()
+    xs = {"x": normal(4, 3, INPUT_SIZE).float(), "y": normal(4, 2, 1).float()}
+    with pytest.raises(kind, match=r"rows|batch size|must match the size"):
+        scan(cell, xs, HiddenState(normal(3, HIDDEN_SIZE).float()), engine=engine)
 
 
 @pytest.mark.usefixtures("eager")
@@ -396,12 +385,9 @@ AWKWARD = {
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("engine", ["fused", "auto"])
 @pytest.mark.parametrize("name", AWKWARD)
-def test_attributes_that_nobody_can_walk_or_compare(name, engine):
+def test_attributes_that_nobody_can_walk_or_compare(name):
     """The step does not read them."""
-    dtype = DTYPES[engine]
-    cell = Free(lambda cell, x, h: (x @ cell.W + h @ cell.U).tanh()).to(dtype)
+    cell = Free(lambda cell, x, h: (x @ cell.W + h @ cell.U).tanh()).float()
     cell.extra = AWKWARD[name](cell)
-    for _ in range(2):
-        right_or_refused(cell, *inputs(cell, dtype=dtype), engine)
+    right_or_refused(cell, *inputs(cell))

@@ -14,14 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from multint import Cell, explain, scan
 from multint.cells import HiddenState, LSTMState
 from multint.errors import EngineError
-from tests.both_engines import DTYPES, Free, close, compare, inputs, results, right_or_refused, weight
+from tests.both_engines import ENGINES, Free, close, compare, inputs, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
 pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
 
 ROWS_MEET = "rows .*(see each other|interact|meet)"
-
-every_engine = pytest.mark.parametrize("engine", ["fused", "auto"])
 
 
 def refused(cell, xs, state, message):
@@ -106,21 +104,16 @@ FIX_THE_NUMBER_OF_ROWS = (
 
 
 @pytest.mark.parametrize("name", ROWS_SEE_EACH_OTHER)
-def test_rows_that_see_each_other_are_refused(name):
-    cell = Free(ROWS_SEE_EACH_OTHER[name]).double()
-    or_their_number = "|the number of rows" if name in FIX_THE_NUMBER_OF_ROWS else ""
-    refused(cell, *inputs(cell), ROWS_MEET + or_their_number)
-
-
-@pytest.mark.parametrize("name", ROWS_SEE_EACH_OTHER)
-def test_rows_that_see_each_other_are_the_loops_under_auto(name):
-    """Also where the guard comes into play, as it does for one row of three here."""
+def test_rows_that_see_each_other_are_refused_and_the_loops_under_auto(name):
+    """Also where the guard comes into play, as it does for one row of three in the end."""
     cell = Free(ROWS_SEE_EACH_OTHER[name]).float()
-    xs, state = inputs(cell, dtype=torch.float32)
-    right_or_refused(cell, xs, state, "auto")
+    xs, state = inputs(cell)
+    right_or_refused(cell, xs, state)
+    or_their_number = "|the number of rows" if name in FIX_THE_NUMBER_OF_ROWS else ""
+    refused(cell, xs, state, ROWS_MEET + or_their_number)
     xs = xs.detach().clone()
     xs[1, 1] *= 1e3
-    right_or_refused(cell, xs.requires_grad_(), state, "auto")
+    right_or_refused(cell, xs.requires_grad_(), state)
 
 
 class Symbols(Cell):
@@ -140,10 +133,10 @@ class Symbols(Cell):
         return HiddenState(self.zeros(batch_size, HIDDEN_SIZE))
 
 
-def symbols(dtype):
+def symbols():
     generator = torch.Generator().manual_seed(0)
-    xs = {"symbol": torch.randint(11, (4, 3), generator=generator), "on": normal(4, 3).to(dtype) > 0}
-    return xs, HiddenState(normal(3, HIDDEN_SIZE).to(dtype).requires_grad_())
+    xs = {"symbol": torch.randint(11, (4, 3), generator=generator), "on": normal(4, 3) > 0}
+    return xs, HiddenState(normal(3, HIDDEN_SIZE).float().requires_grad_())
 
 
 SYMBOLS_SEE_EACH_OTHER = {
@@ -156,16 +149,11 @@ SYMBOLS_SEE_EACH_OTHER = {
 }
 
 
-@every_engine
 @pytest.mark.parametrize("name", SYMBOLS_SEE_EACH_OTHER)
-def test_rows_of_integers_and_bools_that_see_each_other(name, engine):
-    dtype = DTYPES[engine]
-    cell = Symbols(SYMBOLS_SEE_EACH_OTHER[name]).to(dtype)
-    xs, state = symbols(dtype)
-    if engine == "fused":
-        refused(cell, xs, state, ROWS_MEET)
-    else:
-        right_or_refused(cell, xs, state, engine)
+def test_rows_of_integers_and_bools_that_see_each_other(name):
+    cell = Symbols(SYMBOLS_SEE_EACH_OTHER[name]).float()
+    right_or_refused(cell, *symbols())
+    refused(cell, *symbols(), ROWS_MEET)
 
 
 def with_gradients_off(cell, x, h):
@@ -340,30 +328,26 @@ def wanting(cell, xs, state, of_inputs, of_weights):
     )
 
 
-@every_engine
 @pytest.mark.parametrize("name", RIGHT_OR_REFUSED)
-def test_what_a_graph_does_not_show_is_right_or_refused(name, engine):
+def test_what_a_graph_does_not_show_is_right_or_refused(name):
     """By one cell, so that what is kept for one circumstance must not serve another; without gradients last."""
-    dtype = DTYPES[engine]
-    cell = Free(RIGHT_OR_REFUSED[name]).to(dtype)
-    xs, state = inputs(cell, dtype=dtype)
+    cell = Free(RIGHT_OR_REFUSED[name]).float()
+    xs, state = inputs(cell)
     for circumstance in CIRCUMSTANCES.values():
-        right_or_refused(cell, *wanting(cell, xs, state, *circumstance), engine)
+        right_or_refused(cell, *wanting(cell, xs, state, *circumstance))
     of_one_row = wanting(cell, xs[:, :1], HiddenState(state.h[:1]), True, True)
-    right_or_refused(cell, *of_one_row, engine)
+    right_or_refused(cell, *of_one_row)
     with torch.no_grad():
-        right_or_refused(cell, *wanting(cell, xs, state, True, True), engine)
+        right_or_refused(cell, *wanting(cell, xs, state, True, True))
 
 
-@every_engine
 @pytest.mark.parametrize("name", RIGHT_OR_REFUSED)
-def test_what_is_first_tried_without_gradients_is_right_or_refused_with_them(name, engine):
-    dtype = DTYPES[engine]
-    cell = Free(RIGHT_OR_REFUSED[name]).to(dtype)
-    xs, state = inputs(cell, dtype=dtype)
+def test_what_is_first_tried_without_gradients_is_right_or_refused_with_them(name):
+    cell = Free(RIGHT_OR_REFUSED[name]).float()
+    xs, state = inputs(cell)
     with torch.no_grad():
-        right_or_refused(cell, xs, state, engine)
-    right_or_refused(cell, xs, state, engine)
+        right_or_refused(cell, xs, state)
+    right_or_refused(cell, xs, state)
 
 
 def swapped_columns(cell, x, h):
@@ -427,12 +411,12 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("size", [HIDDEN_SIZE, 64], ids=lambda size: f"H={size}")
 @pytest.mark.parametrize("name", sorted(set(TAKEN) - {"literals"}))
-def test_what_works_on_each_row_is_taken(name, size):
-    """Of 64 features too: no size of a weight is taken for the number of rows."""
+def test_what_works_on_each_row_is_taken(name):
+    """No size is taken for the number of rows, of which there are 7 or 64 while a step is traced."""
+    cell = Free(TAKEN[name], input_size=7, hidden_size=64).double()
     for rows in (3, 64):
-        compare(Free(TAKEN[name], hidden_size=size).double(), 3, rows)
+        compare(cell, 3, rows)
 
 
 def test_literals_are_taken():
@@ -534,24 +518,22 @@ class Retyped(Cell):
 FORMS = {"another": LSTMState, "tuple": lambda *fields: fields, "list": lambda *fields: list(fields), "own": Both}
 
 
-@every_engine
 @pytest.mark.parametrize("name", FORMS)
-def test_the_final_state_is_of_the_steps_own_type(name, engine):
-    dtype = DTYPES[engine]
-    cell = Retyped(FORMS[name]).to(dtype)
+def test_the_final_state_is_of_the_steps_own_type(name):
+    cell = Retyped(FORMS[name]).float()
     for steps in (1, 4):
-        xs, state = inputs(cell, steps, dtype=dtype)
-        (output, final), (expected, last) = (scan(cell, xs, state, engine=which) for which in (engine, "loop"))
-        assert type(final) is type(last)
-        close([output, *final], [expected, *last], dtype)
-    assert explain(cell).engine == "fused"
+        xs, state = inputs(cell, steps)
+        expected, last = scan(cell, xs, state, engine="loop")
+        for engine in ENGINES:
+            output, final = scan(cell, xs, state, engine)
+            assert type(final) is type(last)
+            close([output, *final], [expected, *last], torch.float32)
+            assert explain(cell).engine == "fused"
 
 
-@every_engine
-def test_a_step_that_goes_by_the_states_type_is_right_or_refused(engine):
-    dtype = DTYPES[engine]
-    cell = Retyped(LSTMState).to(dtype)
+def test_a_step_that_goes_by_the_states_type_is_right_or_refused():
+    cell = Retyped(LSTMState).float()
     step = cell.step
     cell.step = lambda x, state: step(x if isinstance(state, LSTMState) else 2 * x, state)
     for steps in (1, 4):
-        right_or_refused(cell, *inputs(cell, steps, dtype=dtype), engine)
+        right_or_refused(cell, *inputs(cell, steps))
