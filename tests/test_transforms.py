@@ -44,8 +44,8 @@ def test_functional_calls_and_gradients_reach_dropped_weights(kind):
 @pytest.mark.parametrize("cell", ["rnn-mi", "lstm-mi", "lstm-norm", "gru-mi", "gru-after", "own-leaky"])
 def test_double_backward(cell):
     rnn = layer(cell)
-    assert torch.autograd.gradcheck(lambda xs: rnn(xs)[0], normal(3, 2, 5, requires_grad=True))
-    assert torch.autograd.gradgradcheck(lambda xs: rnn(xs)[0], normal(2, 1, 5, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda xs: rnn(xs)[0], normal(3, 2, 5, requires_grad=True), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda xs: rnn(xs)[0], normal(2, 1, 5, requires_grad=True), fast_mode=True)
 
 
 def test_per_sample_gradients_by_vmap():

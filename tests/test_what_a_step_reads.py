@@ -46,8 +46,6 @@ from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal, randomise
 
 pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
 
-every_engine = pytest.mark.parametrize("engine", ["fused", "auto"])
-
 
 class Scaled(Free):
     """A step with a factor, which is a function of the cell."""
@@ -777,7 +775,7 @@ class Counter(Scaled):
         self.count = 0
 
 
-@every_engine
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_attribute_that_changes_at_every_call_is_not_traced_for_ever(engine, programs):
     """Under `auto`, which owes nobody a program; and once it stays, the cell is fused again, by name too."""
     cell = fresh(Counter)().float()
