@@ -124,8 +124,8 @@ def test_every_catalogued_cell_gives_what_the_loop_gives(name, dtype, catalogued
 
     Whatever the schedule is that was run, it is whole.
     """
-    cell = catalogued[name]
-    for steps, rows, threads in ((4, 3, 1), (3, 17, 2), *([(1, 1, 1)] * (name in TYPICAL))):
+    cell, one_row = catalogued[name], name in TYPICAL and dtype == torch.float64  # which is traced apart
+    for steps, rows, threads in ((4, 3, 1), (3, 17, 2), *([(1, 1, 1)] * one_row)):
         xs, state = inputs(cell, steps, rows, dtype)
         before = [field.clone() for field in state]
         expected = results(cell, xs, state, "loop")
