@@ -528,7 +528,7 @@ def test_the_final_state_is_of_the_steps_own_type(name):
             output, final = scan(cell, xs, state, engine)
             assert type(final) is type(last)
             close([output, *final], [expected, *last], torch.float32)
-            assert explain(cell).engine == "fused"
+            assert explain(cell).engine == "fused" or steps == 1  # which is no loop
 
 
 def test_a_step_that_goes_by_the_states_type_is_right_or_refused():
