@@ -14,7 +14,7 @@ from multint.engines.decompositions import plainer
 from multint.engines.failures import RefusedError
 from multint.engines.native.loops import RowFunction, function_of
 from multint.engines.private import StandIns
-from multint.engines.step import unaware
+from multint.engines.step import in_own_thread
 from multint.engines.tables import TRACING, warn_once
 from multint.errors import in_a_line
 
@@ -84,7 +84,7 @@ class Kernel:
         if self._cpp is None:
             with TRACING:
                 try:
-                    graph = unaware(plain, self.module, self._inputs, self._world)
+                    graph = in_own_thread(plain, self.module, self._inputs, self._world)
                     self._cpp = function_of(graph, self.adds)
                 except RefusedError as error:
                     self._cpp = error
@@ -106,7 +106,7 @@ class Kernel:
     def _compile(self) -> Callable[..., Any]:
         stand_ins = [*self._inputs, *(node.meta["val"] for node in self.outputs)]
         try:
-            compiled: Callable[..., Any] = unaware(private.compiled, self.eagerly, stand_ins, self._world)
+            compiled: Callable[..., Any] = in_own_thread(private.compiled, self.eagerly, stand_ins, self._world)
         except Exception as error:
             # Many things can be missing: a C++ compiler, its headers, Inductor's support of an operation.
             warn_once(

@@ -24,7 +24,7 @@ from multint.engines.plan import Plan, plan
 from multint.engines.proof import prove
 from multint.engines.schedule import Call, Schedule
 from multint.engines.sections import Executor, Pieces
-from multint.engines.step import match, unaware
+from multint.engines.step import in_own_thread, match
 from multint.engines.tables import TRACING, report
 from multint.errors import EngineError, in_a_line
 
@@ -53,7 +53,7 @@ class Program:
     def reach(self) -> Reach:
         """The arguments that gradients reach over one step."""
         with TRACING:  # the stand-ins' world is all threads'
-            found: Reach = unaware(reach, self.forward, self.plan.world)
+            found: Reach = in_own_thread(reach, self.forward, self.plan.world)
         return found
 
     def schedule(self, wanted: frozenset[str] | None) -> Schedule:
@@ -67,7 +67,7 @@ class Program:
         if kept is None:
             with TRACING:
                 try:
-                    kept = unaware(lower, self.plan, wanted)
+                    kept = in_own_thread(lower, self.plan, wanted)
                 except EngineError as error:
                     kept = str(error)
                 self._schedules[wanted] = kept
@@ -156,7 +156,7 @@ def _proved(schedule: Schedule, reverse: bool) -> tuple[Executor, str]:
         try:
             executor: Executor = make(schedule, reverse)
             executor.build()
-            unaware(prove, schedule, reverse, executor)
+            in_own_thread(prove, schedule, reverse, executor)
         except EngineError:
             raise
         except RefusedError as error:
@@ -167,7 +167,7 @@ def _proved(schedule: Schedule, reverse: bool) -> tuple[Executor, str]:
         else:
             return executor, reason
     executor = Pieces(schedule, reverse, eager=True)
-    unaware(prove, schedule, reverse, executor)  # where that fails, no other way to run it helps
+    in_own_thread(prove, schedule, reverse, executor)  # where that fails, no other way to run it helps
     return executor, reason
 
 
@@ -202,11 +202,11 @@ def build(found: Match, cell: nn.Module) -> tuple[Program, list[int]]:
 
     Raises: EngineError where there can be none.
     """
-    trace, places = unaware(capture, found, cell)
+    trace, places = in_own_thread(capture, found, cell)
     signature = _signature(trace)
     program: Program | None = tables.programs.get(signature)
     if program is None or program.failure:
-        program = unaware(Program, plan(trace))
+        program = in_own_thread(Program, plan(trace))
         _judge(program.forward)
         tables.programs[signature] = program
     return program, places

@@ -198,7 +198,7 @@ def as_state(kind: type, fields: list[Any]) -> Any:
     return kind._make(fields) if hasattr(kind, "_make") else kind(fields)
 
 
-def unaware(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_own_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a thread of its own, which knows nothing of the caller's modes but autocast and the device.
 
     Inference mode and the hooks of saved tensors, which checkpointing sets, would show in what it does.
