@@ -16,7 +16,6 @@ COMMANDS = {
     "summary": Command("experiments.core.summary", "parameters, work and memory of a network", "--config CONFIG"),
     "plot": Command("experiments.core.curves", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
     "show": Command("experiments.core.show", "what a checkpoint does, in pictures", "CKPT"),
-    "sweep": Command("experiments.sweep.command", "curves over a size, of many short runs", "SWEEP.yaml"),
     "sample": Command("experiments.sample", "text from a checkpoint", "CKPT --prompt TEXT"),
     "export": Command("experiments.core.export", "weights or a program from a checkpoint", "CKPT --format onnx"),
     "study": Command("experiments.study.command", "arms × seeds of a config, compared", "STUDY --jobs 2"),

@@ -14,12 +14,13 @@ from experiments.core.errors import ExperimentError
 from experiments.core.histograms import Histogram, write_histograms
 from experiments.core.result_file import write_result
 from experiments.core.task import Monitor
-from experiments.study.cells import Arm, Cell
+from experiments.study.arms import Arm
 from experiments.study.definition import Cluster, Metric, Published, Study
 from experiments.study.outcomes import State, chosen_metric, compared, outcomes
 from experiments.study.plots import draw_curves, draw_dots
 from experiments.study.recorded import draw_recorded
 from experiments.study.report import write_report
+from experiments.study.runs import Run
 from experiments.study.statistics import difference, estimate, smallest_p
 from experiments.study.tables import notes
 
@@ -91,36 +92,38 @@ SCORES = {
 SEEDS = [0, 1, 2, 3]
 
 
-def fabricate(cell, score):
+def fabricate(run, score):
     """The files of a finished run."""
-    cell.run.checkpoints.mkdir(parents=True)
-    cell.log.write_text("it began\n")
+    run.folder.checkpoints.mkdir(parents=True)
+    run.log.write_text("it began\n")
     result = {
         "metrics": {"test/score": score, "val/score": score},
         "best_step": 2,
         "steps": 4,
         "diverged_at": 3 if math.isnan(score) else None,
         "parameters": 1234567,
-        "seconds_per_step": 0.001 * (1 + cell.seed),
+        "seconds_per_step": 0.001 * (1 + run.seed),
     }
-    write_result(cell.run.result, result)
+    write_result(run.folder.result, result)
     rows = [f"0,{step},{'' if step == 4 else score + step},{score if step == 4 else ''}" for step in (2, 3, 4)]
-    cell.run.metrics.write_text("\n".join(["epoch,step,train/score,val/score", *rows, ""]))
+    run.folder.metrics.write_text("\n".join(["epoch,step,train/score,val/score", *rows, ""]))
 
 
 def made_up(folder):
-    """A study with its arms and its cells, some of which have run."""
+    """A study with its arms and its runs, some of which have run."""
     path = folder / "made_up.yaml"
     path.write_text("# <made up> & not run\n")
     published = {"first": Published(1.25, "A & B <2020>")}
-    study = Study(path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, [], None, Cluster())
+    study = Study(
+        path, path, {}, {name: {} for name in SCORES}, SEEDS, None, published, [], None, Cluster(), {}, {"": {}}
+    )
     arms = [Arm(name, f"key{i}", {}, Monitor("score", "max")) for i, name in enumerate(SCORES)]
-    cells = [Cell(arm, seed, folder / "out") for arm in arms for seed in SEEDS]
-    for cell in cells:
-        cell.of_arm.mkdir(parents=True, exist_ok=True)
-        if cell.seed in SCORES[cell.arm.name]:
-            fabricate(cell, SCORES[cell.arm.name][cell.seed])
-    return study, arms, cells
+    runs = [Run(arm, seed, folder / "out") for arm in arms for seed in SEEDS]
+    for run in runs:
+        run.of_arm.mkdir(parents=True, exist_ok=True)
+        if run.seed in SCORES[run.arm.name]:
+            fabricate(run, SCORES[run.arm.name][run.seed])
+    return study, arms, runs
 
 
 @pytest.fixture
@@ -128,9 +131,9 @@ def study(tmp_path):
     return made_up(tmp_path)
 
 
-def report(study, arms, cells):
+def report(study, arms, runs):
     command = ["study", "made_up.yaml"]
-    return write_report(study, arms, cells, chosen_metric(study, arms), cells[0].root, command)
+    return write_report(study, arms, runs, chosen_metric(study, arms), runs[0].root, command)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +178,7 @@ def test_the_table_says_what_is_left_out_and_what_is_paired(reported):
     assert "few has 2 seeds and first 3: the difference is over the 1 that both have" in text
     assert "With 2 pairs p is at least 0.5." in text
     assert "One seed has no interval" in text
-    rows = read_csv(folder / "cells.csv")
+    rows = read_csv(folder / "runs.csv")
     assert len(rows) == 16
     assert {row["state"] for row in rows} == {"finished", "diverged", "missing"}
 
@@ -196,13 +199,13 @@ def test_the_page_needs_no_other_file_and_shows_text_as_it_is(reported):
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_commands_are_whole_and_say_which_run_they_make(study):
-    definition, arms, cells = study
+    definition, arms, runs = study
     arms[1].settings["threads"] = 3
     chosen, trust = chosen_metric(definition, arms), ["--trust", "mine"]
-    write_report(definition, arms, cells, chosen, cells[0].root, ["study", "s.yaml"], None, trust)
-    page = (cells[0].root / "report.html").read_text()
+    write_report(definition, arms, runs, chosen, runs[0].root, ["study", "s.yaml"], None, trust)
+    page = (runs[0].root / "report.html").read_text()
     assert "<pre>python -m experiments study s.yaml --trust mine</pre>" in page
-    place = f"--trainer.default_root_dir={cells[0].of_arm}"
+    place = f"--trainer.default_root_dir={runs[0].of_arm}"
     command = f"--seed_everything=0 --name=seed_0 {place} --threads={torch.get_num_threads()} --trust mine\n"
     [shown] = re.findall(r"# first, seed 0\npython -m experiments fit --config \S*config.yaml (.*\n)", page)
     assert shown == command
@@ -219,53 +222,53 @@ def test_a_report_made_again_is_the_same(reported):
 
 
 def test_a_metric_that_was_not_logged_is_refused(study):
-    _, _, cells = study
+    _, _, runs = study
     with pytest.raises(ExperimentError, match=r"'test/scor' was not logged by first, seed 0\. .* 'test/score'"):
-        outcomes(cells, "test/scor")
+        outcomes(runs, "test/scor")
 
 
 def test_a_cell_without_the_metric_is_in_no_number_and_refuses_no_other(study):
-    definition, arms, cells = study
-    path = cells[0].run.result
+    definition, arms, runs = study
+    path = runs[0].folder.result
     path.write_text(path.read_text().replace("test/score", "test/other"))
-    of_cells = outcomes(cells, "test/score")
-    assert of_cells[0].state is State.WITHOUT
-    first = next(compared(arms, of_cells, definition))
+    of_runs = outcomes(runs, "test/score")
+    assert of_runs[0].state is State.WITHOUT
+    first = compared(definition, arms, of_runs)[0]
     close((first.mean.mean, first.mean.count), (2.5, 2))
-    said = " ".join(notes([first], of_cells, "test/score", "max"))
+    said = " ".join(notes([first], of_runs, "test/score", "max"))
     assert "Finished without the metric, and in no number here: first, seed 0." in said
 
 
 def test_an_arm_without_a_seed_has_no_sentence_on_its_pairs(study):
-    definition, arms, cells = study
-    of_cells = outcomes([cell for cell in cells if cell.arm.name in ("first", "one|<b>")], "test/score")
-    said = " ".join(notes(list(compared(arms, of_cells, definition)), of_cells, "test/score", "max"))
+    definition, arms, runs = study
+    of_runs = outcomes([run for run in runs if run.arm.name in ("first", "one|<b>")], "test/score")
+    said = " ".join(notes(compared(definition, arms, of_runs), of_runs, "test/score", "max"))
     assert "one|<b> has 1 seeds and first 3" in said
     assert "few has" not in said
 
 
 def test_a_run_without_a_result_and_one_with_a_damaged_one_are_unfinished(study):
-    _, _, cells = study
-    cells[0].run.result.unlink()
-    cells[1].run.result.write_text("metrics: [")
-    found = outcomes(cells, "test/score")
+    _, _, runs = study
+    runs[0].folder.result.unlink()
+    runs[1].folder.result.write_text("metrics: [")
+    found = outcomes(runs, "test/score")
     states = [State.UNFINISHED, State.UNFINISHED, State.FINISHED, State.MISSING]
     assert [outcome.state for outcome in found[:4]] == states
     assert found[0].note == "it began"
 
 
 def test_what_the_runs_recorded_is_drawn(study, monkeypatch):
-    definition, arms, cells = study
+    definition, arms, runs = study
     drawn = []
     monkeypatch.setattr(experiments.study.recorded, "save", lambda figure, stem: drawn.append(figure))
-    by_cell = {("first", 0): [1, 3], ("first", 1): [3, 1], ("first", 2): [4, 0], ("few", 0): [0, 2]}
-    for cell in cells:
-        if counts := by_cell.get((cell.arm.name, cell.seed)):
+    by_run = {("first", 0): [1, 3], ("first", 1): [3, 1], ("first", 2): [4, 0], ("few", 0): [0, 2]}
+    for run in runs:
+        if counts := by_run.get((run.arm.name, run.seed)):
             histograms = [Histogram(2, "", [-1.0, 0.0, 1.0], [9, 9]), Histogram(4, "", [-1.0, 0.0, 1.0], counts)]
-            write_histograms(cell.run.path / "activations.csv", histograms)
-    of_cells = outcomes(cells, "test/score")
-    rows = list(compared(arms, of_cells, definition))
-    draw_recorded(["activations", "val/score"], rows, of_cells, cells[0].root / "recorded")
+            write_histograms(run.folder.path / "activations.csv", histograms)
+    of_runs = outcomes(runs, "test/score")
+    rows = compared(definition, arms, of_runs)
+    draw_recorded(["activations", "val/score"], rows, of_runs, runs[0].root / "recorded")
     [figure] = drawn
     histograms, curves = figure.axes[:2]
     means = {
@@ -276,7 +279,7 @@ def test_what_the_runs_recorded_is_drawn(study, monkeypatch):
     assert (band.values.tolist(), band.baseline.tolist()) == ([1.0, 0.75], [0.25, 0.0])
     lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
     assert lines["first (3)"] == [[4.0, 2.0]]
-    [said] = draw_recorded(["activation", "val/score"], rows, of_cells, cells[0].root / "recorded")
+    [said] = draw_recorded(["activation", "val/score"], rows, of_runs, runs[0].root / "recorded")
     assert "no run has recorded 'activation'. Did you mean 'activations'" in said
     assert [axes.get_title() for axes in drawn[1].axes] == ["val/score"]
 
@@ -290,30 +293,30 @@ def undrawn(monkeypatch):
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_not_recorded_is_a_note_of_the_report(study):
-    definition, arms, cells = study
-    cells[0].run.path.joinpath("damaged.csv").write_text("step\n1\n")
-    cells[0].root.joinpath("recorded.svg").touch()  # of a report before
-    text = report(definition._replace(draw=["val/scor", "damaged"]), arms, cells)
+    definition, arms, runs = study
+    runs[0].folder.path.joinpath("damaged.csv").write_text("step\n1\n")
+    runs[0].root.joinpath("recorded.svg").touch()  # of a report before
+    text = report(definition._replace(draw=["val/scor", "damaged"]), arms, runs)
     assert "Not drawn: no run has recorded 'val/scor'. Did you mean 'val/score'?" in text
     assert "damaged.csv: no file of histograms" in text
-    assert "<h2>Recorded</h2>" not in (cells[0].root / "report.html").read_text()
+    assert "<h2>Recorded</h2>" not in (runs[0].root / "report.html").read_text()
 
 
 def test_names_are_drawn_as_they_are(study, monkeypatch):
-    definition, _, cells = study
+    definition, _, runs = study
     names = ["_first", r"$x_{$ \$5", "one $", "one|<b>"]
-    arms = [cells[4 * i].arm._replace(name=name) for i, name in enumerate(names)]
-    cells = [cell._replace(arm=arms[i // 4]) for i, cell in enumerate(cells)]
-    of_cells = outcomes(cells, "test/score")
-    rows = list(compared(arms, of_cells, definition))
+    arms = [runs[4 * i].arm._replace(name=name) for i, name in enumerate(names)]
+    runs = [run._replace(arm=arms[i // 4]) for i, run in enumerate(runs)]
+    of_runs = outcomes(runs, "test/score")
+    rows = compared(definition, arms, of_runs)
     drawn = []
     for module in (experiments.study.plots, experiments.study.recorded):
         monkeypatch.setattr(module, "save", lambda figure, stem: drawn.append(figure))
     for draw in (draw_curves, draw_dots):
-        draw(rows, of_cells, "test/score", cells[0].root / "picture")
-    draw_recorded(["val/score"], rows, of_cells, cells[0].root / "picture")
-    write_histograms(cells[0].run.path / "$a$.csv", [Histogram(2, "", [-1.0, 0.0, 1.0], [1, 2])])
-    draw_recorded(["$a$"], rows, of_cells, cells[0].root / "picture")
+        draw(rows, of_runs, "test/score", runs[0].root / "picture")
+    draw_recorded(["val/score"], rows, of_runs, runs[0].root / "picture")
+    write_histograms(runs[0].folder.path / "$a$.csv", [Histogram(2, "", [-1.0, 0.0, 1.0], [1, 2])])
+    draw_recorded(["$a$"], rows, of_runs, runs[0].root / "picture")
     for figure in drawn:
         figure.draw_without_rendering()  # which is where a formula would be read
     curves, dots, recorded, histograms = drawn
@@ -326,9 +329,9 @@ def test_names_are_drawn_as_they_are(study, monkeypatch):
 
 
 def test_without_a_finished_cell_there_is_no_report(study):
-    definition, arms, cells = study
-    with pytest.raises(ExperimentError, match="no cell is finished"):
-        report(definition, arms, [cell for cell in cells if cell.seed == 3 and cell.arm.name == "first"])
+    definition, arms, runs = study
+    with pytest.raises(ExperimentError, match="no run is finished"):
+        report(definition, arms, [run for run in runs if run.seed == 3 and run.arm.name == "first"])
 
 
 def test_the_direction_is_the_monitors_or_said(study):
@@ -340,7 +343,7 @@ def test_the_direction_is_the_monitors_or_said(study):
 
 
 def test_a_result_is_read_as_written(study):
-    _, _, cells = study
-    diverged = next(cell for cell in cells if cell.label == "gone, seed 2").result
+    _, _, runs = study
+    diverged = next(run for run in runs if run.label == "gone, seed 2").result
     assert math.isnan(diverged["metrics"]["test/score"])
     assert diverged["versions"]["torch"] == torch.__version__

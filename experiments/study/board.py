@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.study.cells import Arm, Cell
-from experiments.study.outcomes import last_words, without_message
+from experiments.study.outcomes import last_words, scores, without_message
+from experiments.study.runs import Run
 
 _LEFT = re.compile(r"\bleft (?:(\d+) days?, )?(\d+):(\d+):(\d+)")
 _STEP = re.compile(r"\bstep (\d+)\b")
@@ -20,32 +20,30 @@ _LINES_OF_AN_ERROR = 5
 
 
 class Board:
-    """Shows the cells of a study while they run, and remembers those that failed.
+    """Shows the runs of a study while they run, and remembers those that failed.
 
     Args:
-        arms: the rows.
-        cells: all cells.
+        runs: all runs.
         to_run: those that are run now, in the order of the jobs.
-        metric: what is shown of a finished cell.
+        metric: what is shown of a finished run.
         at_once: how many run beside each other.
-        part: the part of the study that these cells are, where they are not the last.
+        part: the part of the study that these runs are, where they are not the last.
     """
 
     def __init__(
         self,
-        arms: Sequence[Arm],
-        cells: Sequence[Cell],
-        to_run: Sequence[Cell],
+        runs: Sequence[Run],
+        to_run: Sequence[Run],
         metric: str,
         at_once: int,
         part: str = "",
     ) -> None:
         self.failed: dict[int, int] = {}  # exit codes
-        self._arms, self._cells, self._to_run, self._metric, self._at_once = arms, cells, to_run, metric, at_once
+        self._runs, self._to_run, self._metric, self._at_once = runs, to_run, metric, at_once
         self._began: dict[int, float] = {}
         self._took: dict[int, float] = {}
-        now = {cell.id for cell in to_run}
-        self._done = {cell.id: self._score(cell) for cell in cells if cell.id not in now}
+        now = {run.id for run in to_run}
+        self._done = {run.id: self._score(run) for run in runs if run.id not in now}
         console = Console()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._drawn_at = 0.0
@@ -68,39 +66,39 @@ class Board:
             print(f"started: {self._to_run[index].label}", flush=True)
 
     def ended(self, index: int, code: int) -> None:
-        cell = self._to_run[index]
+        run = self._to_run[index]
         took = time.monotonic() - self._began[index]
-        if code == 0 or cell.result is not None:  # one that diverged is finished, but no success
+        if code == 0 or run.result is not None:  # one that diverged is finished, but no success
             self._took[index] = took
-            shown = self._done[cell.id] = self._score(cell)
-            self._tell_once_without(cell)
+            shown = self._done[run.id] = self._score(run)
+            self._tell_once_without(run)
         else:
             self.failed[index] = code
-            self._done[cell.id] = "failed"
-            shown = f"failed with exit code {code}: {last_words(cell)}"
+            self._done[run.id] = "failed"
+            shown = f"failed with exit code {code}: {last_words(run)}"
         if self._live is None:
-            print(f"[{self._progress()}] {cell.label}: {shown} after {_clock(took)}; {self._time_left()}", flush=True)
+            print(f"[{self._progress()}] {run.label}: {shown} after {_clock(took)}; {self._time_left()}", flush=True)
 
     def waiting(self) -> None:
         if self._live is not None and time.monotonic() - self._drawn_at > 1:
             self._draw()
 
     def errors(self) -> str:
-        """What the cells that failed said last."""
+        """What the runs that failed said last."""
         shown = []
         for index in sorted(self.failed):
-            cell = self._to_run[index]
-            said = last_words(cell, _LINES_OF_AN_ERROR).replace("\n", "\n    ")
-            shown.append(f"failed: {cell.label} (exit code {self.failed[index]}, log {cell.log})\n    {said}")
+            run = self._to_run[index]
+            said = last_words(run, _LINES_OF_AN_ERROR).replace("\n", "\n    ")
+            shown.append(f"failed: {run.label} (exit code {self.failed[index]}, log {run.log})\n    {said}")
         return "\n".join(shown)
 
     def _draw(self) -> None:
         assert self._live is not None
         self._drawn_at = time.monotonic()
-        seeds = sorted({cell.seed for cell in self._cells})
+        seeds = sorted({run.seed for run in self._runs})
         table = Table("arm", *(f"seed {seed}" for seed in seeds))
         running = {self._to_run[i].id: self._to_run[i] for i in self._running()}
-        for arm in self._arms:
+        for arm in {run.arm.key: run.arm for run in self._runs}.values():
             shown = []
             for seed in seeds:
                 state = self._done.get((arm.key, seed))
@@ -108,7 +106,7 @@ class Board:
                     step = _STEP.search(last_words(running[arm.key, seed]))
                     state = f"step {step[1]}" if step else "running"
                 shown.append(Text(state or "·"))
-            table.add_row(Text(arm.name), *shown)
+            table.add_row(Text(arm.label), *shown)
         self._live.update(Group(table, Text(f"{self._progress()}; {self._time_left()}")), refresh=True)
 
     def _running(self) -> list[int]:
@@ -117,10 +115,10 @@ class Board:
     def _progress(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         of = f"{self._part}: " if self._part else ""
-        return f"{of}{len(self._done)} of {len(self._cells)}{failed}"
+        return f"{of}{len(self._done)} of {len(self._runs)}{failed}"
 
     def _time_left(self) -> str:
-        """From the cells that are through, and what those that run say themselves."""
+        """From the runs that are through, and what those that run say themselves."""
         now, running = time.monotonic(), self._running()
         own = {index: _left(last_words(self._to_run[index])) for index in running}
         whole = list(self._took.values()) or [
@@ -135,23 +133,23 @@ class Board:
             seconds += max(mean - (now - self._began[index]), 0) if left is None else left
         return f"about {_clock(seconds / self._at_once)} left{f' of the {self._part}' if self._part else ''}"
 
-    def _tell_once_without(self, cell: Cell) -> None:
+    def _tell_once_without(self, run: Run) -> None:
         """Say at once that a run is without the metric: its name may be wrong, and the other runs last."""
-        result = cell.result
-        if result is None or result["diverged_at"] is not None or self._metric in result["metrics"]:
+        result = run.result
+        if result is None or result["diverged_at"] is not None or scores(result, self._metric):
             return
         if not self._is_told:
-            print(f"study: {without_message(cell, self._metric, result['metrics'])}", file=sys.stderr)
+            print(f"study: {without_message(run, self._metric, result['metrics'])}", file=sys.stderr)
         self._is_told = True
 
-    def _score(self, cell: Cell) -> str:
-        result = cell.result
+    def _score(self, run: Run) -> str:
+        result = run.result
         if result is None:
             return "no result"
         if result["diverged_at"] is not None:
             return "diverged"
-        value = result["metrics"].get(self._metric)
-        return f"no {self._metric}" if value is None else f"{value:.4f}"
+        values = scores(result, self._metric).values()
+        return ", ".join(f"{value:.4f}" for value in values) or f"no {self._metric}"
 
 
 def _left(line: str) -> float | None:

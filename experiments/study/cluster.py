@@ -1,7 +1,6 @@
-"""Running cells on Ray: on this machine, or on a cluster whose machines share the checkout, the data and the folder."""
+"""Making runs on Ray: on this machine, or on a cluster whose machines share the checkout, the data and the folder."""
 
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from experiments.core.errors import ExperimentError
 from experiments.study.definition import Cluster
 from experiments.study.jobs import Job, Running
+from experiments.study.pool import run_here
 
 try:
     import ray
@@ -44,31 +44,19 @@ def connect(
         )
     # One call for each worker: a run has a process of its own, and what it holds is free afterwards.
     task = ray.remote(num_cpus=each.cpus, num_gpus=each.gpus, max_retries=each.retries, max_calls=1)(_run)
-    # A cluster is given all cells at once: it may grow with what waits.
+    # A cluster is given all runs at once: it may grow with what waits.
     return lambda job: _Task(job, task), at_once if is_local else sys.maxsize
 
 
 def _run(job: Job, folder: str) -> int:
-    """Run the cell in this process, as `python -m experiments` would; return the exit code.
+    """Make the run in this process, as `python -m experiments` would; return the exit code.
 
     In this process, and in none of its own: a run must not go on where its worker died and another repeats it.
     """
-    if job.cell.result is not None:  # its worker died too late to matter
+    if job.run.result is not None:  # its worker died too late to matter
         return 0
     os.chdir(folder)
-    sys.argv = ["experiments", *job.argv()]
-    with job.cell.log.open("a", encoding="utf-8") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
-    try:
-        runpy.run_module("experiments", run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-    return 0
+    return run_here(job.argv(), job.run.log)
 
 
 class _Task:
@@ -76,8 +64,8 @@ class _Task:
 
     def __init__(self, job: Job, task: "ray.remote_function.RemoteFunction") -> None:
         # Absolute: its worker has another working directory.
-        job = job._replace(cell=job.cell._replace(root=job.cell.root.absolute()))
-        self._log = job.cell.log
+        job = job._replace(run=job.run._replace(root=job.run.root.absolute()))
+        self._log = job.run.log
         self._reference = task.remote(job, str(Path.cwd()))
 
     def poll(self) -> int | None:

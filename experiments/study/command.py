@@ -11,25 +11,28 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError
 from experiments.core.parsing import OptionParser
+from experiments.study.arms import Arm, resolved
 from experiments.study.board import Board
-from experiments.study.cells import Arm, Cell, resolved, write_config
 from experiments.study.definition import Study, read_study
 from experiments.study.jobs import Job, Process, Running, run_all
 from experiments.study.lock import locked
 from experiments.study.outcomes import chosen_metric, outcomes
+from experiments.study.over_x import up_to_goal
+from experiments.study.pool import Here, workers
 from experiments.study.report import write_report
+from experiments.study.runs import Run, write_config
 from experiments.study.search import Searched, searched, trials, with_found
 
 
 def main(invocation: Invocation) -> None:
     """Run a study and write its report, or write the report alone.
 
-    Exits with 1 where a cell failed. Raises ExperimentError for a mistake in the study, before anything runs, and where
+    Exits with 1 where a run failed. Raises ExperimentError for a mistake in the study, before anything runs, and where
     nothing is left to report.
     """
     name, *argv = invocation.argv
@@ -40,26 +43,28 @@ def main(invocation: Invocation) -> None:
     given = options.set, invocation.trusted
     tried = trials(study, *given, folder) if study.search is not None else []
     # Where there is a search, what the arms will be is not known before it has ended.
-    arms = [trial.arm for trial in tried] or resolved(study, *given)
-    metric, mode = chosen_metric(study, arms)
+    arms = [trial.arm for trial in tried] or resolved(study, study.conditions(), *given)
+    chosen = chosen_metric(study, arms)
     search, failed = None, False
-    with _running(study, arms, options, invocation.trusted, folder) if name == "study" else nullcontext() as run:
+    with _running(study, arms, options, invocation.trusted, folder) if name == "study" else nullcontext() as make:
         if study.search is not None:
-            if run is not None:
-                of_trials = [cell for trial in tried for cell in trial.cells]
-                failed = run(arms, of_trials, f"val/{arms[0].monitor.name}", "search")
+            if make is not None:
+                of_trials = [run for trial in tried for run in trial.runs]
+                failed = make(of_trials, f"val/{arms[0].monitor.name}", "search")
             search = searched(study.search, tried)
             _tell_left_out(search)
-            study = with_found(study, search)
-            arms = resolved(study, *given)
-        cells = [Cell(arm, seed, folder) for arm in arms for seed in study.seeds]
-        if run is not None:
-            outcomes(cells, metric)  # one that no finished cell has logged is a mistake now
-            failed = run(arms, cells, metric) or failed
-    if run is None or any(cell.result is not None for cell in cells):
+            arms = resolved(study, with_found(study.conditions(), search), *given)
+        every, runs = [Run(arm, seed, folder) for arm in arms for seed in study.seeds], list[Run]()
+        while len(now := up_to_goal(study, every, chosen)) > len(runs):
+            runs = now
+            if make is not None:
+                outcomes(runs, chosen[0])  # one that no finished run has logged is a mistake now
+                failed = make(runs, chosen[0]) or failed
+    if make is None or any(of.result is not None for of in runs):
         command = ["study", str(options.study), *(word for change in options.set for word in ("--set", change))]
         command += ["--output", str(folder)] if options.output else []
-        table = write_report(study, arms, cells, (metric, mode), folder, command, search, _trust(invocation.trusted))
+        arms = list({of.arm.key: of.arm for of in runs}.values())
+        table = write_report(study, arms, runs, chosen, folder, command, search, _trust(invocation.trusted))
         print(f"\n{table}\n\nwritten: {folder / 'report.html'}")
     if failed:
         raise SystemExit(1)
@@ -112,41 +117,45 @@ def _warn_of_the_clock(arms: Sequence[Arm]) -> None:
 def _running(
     study: Study, arms: Sequence[Arm], options: Namespace, trusted: Sequence[str], folder: Path
 ) -> "Iterator[_Runner]":
-    """Within, this process alone runs cells in the folder, and SIGTERM stops them as Ctrl-C does."""
+    """Within, this process alone makes runs in the folder, and SIGTERM stops them as Ctrl-C does."""
     _warn_of_the_clock(arms)
-    with locked(folder) as lock, _terminable():
-        yield _Runner(study, options, trusted, lock)
+    with locked(folder) as lock, _terminable(), workers(1 if study.keep else options.jobs or 1) as pool:
+        start: Callable[[Job], Running] = (
+            partial(Process, lock=lock) if study.keep else lambda job: Here(job.argv(), job.run.log, pool)
+        )
+        yield _Runner(study, options, trusted, start)
 
 
 class _Runner:
-    """Runs the cells that are not finished, on this machine or on a cluster, which it joins once."""
+    """Makes the runs that are not finished, on this machine or on a cluster, which it joins once."""
 
-    def __init__(self, study: Study, options: Namespace, trusted: Sequence[str], lock: IO[str]) -> None:
-        self._cluster, self._options = study.cluster, options
+    def __init__(
+        self, study: Study, options: Namespace, trusted: Sequence[str], start: Callable[[Job], Running]
+    ) -> None:
+        self._study, self._options, self._start = study, options, start
         self._trust = _trust(trusted)
         self._at_once = options.jobs or 1
         self._threads = max(1, len(os.sched_getaffinity(0)) // self._at_once)
-        self._start: Callable[[Job], Running] = partial(Process, lock=lock)
         self._is_joined = False
 
-    def __call__(self, arms: Sequence[Arm], cells: Sequence[Cell], metric: str, part: str = "") -> bool:
-        """Run them, tell what those that failed said, and return whether any did; for `part` see `Board`."""
-        missing = [cell for cell in cells if cell.result is None]
+    def __call__(self, runs: Sequence[Run], metric: str, part: str = "") -> bool:
+        """Make them, tell what those that failed said, and return whether any did; for `part` see `Board`."""
+        missing = [run for run in runs if run.result is None]
         if self._options.cluster and missing and not self._is_joined:
             from experiments.study.cluster import connect  # Ray is an extra
 
-            self._start, self._at_once = connect(self._options.cluster, self._cluster)
-            self._threads, self._is_joined = int(self._cluster.cpus), True
+            self._start, self._at_once = connect(self._options.cluster, self._study.cluster)
+            self._threads, self._is_joined = int(self._study.cluster.cpus), True
         at_once = min(self._at_once, max(1, len(missing)))
-        for cell in missing:
-            write_config(cell)
-        jobs = [Job(cell, [*_threads(cell, self._threads), *self._trust]) for cell in missing]
+        for run in missing:
+            write_config(run)
+        jobs = [Job(run, [*_threads(run, self._threads), *self._trust], self._study.keep) for run in missing]
         print(
-            f"{part and part + ': '}{len(cells)} cells: {len(cells) - len(missing)} finished, {len(missing)} to run, "
+            f"{part and part + ': '}{len(runs)} runs: {len(runs) - len(missing)} finished, {len(missing)} to run, "
             f"{at_once} at once, {self._threads} threads each where the config does not say.",
             flush=True,
         )
-        with Board(arms, cells, missing, metric, at_once, part) as board:
+        with Board(runs, missing, metric, at_once, part) as board:
             run_all(jobs, self._start, at_once, board)
         if board.failed:
             print(f"\n{board.errors()}", file=sys.stderr)
@@ -157,8 +166,8 @@ def _trust(modules: Sequence[str]) -> list[str]:
     return [word for module in modules for word in ("--trust", module)]
 
 
-def _threads(cell: Cell, threads: int) -> list[str]:
-    return [] if cell.arm.settings["threads"] else [f"--threads={threads}"]
+def _threads(run: Run, threads: int) -> list[str]:
+    return [] if run.arm.settings["threads"] else [f"--threads={threads}"]
 
 
 @contextmanager

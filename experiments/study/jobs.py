@@ -1,4 +1,4 @@
-"""Running cells beside each other, in processes of this machine."""
+"""Making runs beside each other, in processes of this machine."""
 
 import os
 import signal
@@ -8,20 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple, Protocol
 
-from experiments.study.cells import Cell, next_command
+from experiments.study.runs import Run, leave_result, next_command
 
 _POLL = 0.2  # seconds
 
 
 class Job(NamedTuple):
-    """A cell to run, and what its command gets beside its own arguments."""
+    """A run to make, and what its command gets beside its own arguments."""
 
-    cell: Cell
+    run: Run
     options: list[str]
+    keep: bool = True  # its folder
 
     def argv(self) -> list[str]:
         """The arguments of `python -m experiments` that make the run, or go on with it; see `next_command`."""
-        return [*next_command(self.cell), *self.options]
+        return [*next_command(self.run), *self.options]
 
 
 class Running(Protocol):
@@ -62,11 +63,13 @@ def run_all(
         while left or running:
             while left and len(running) < at_once:
                 index = left.pop(0)
-                running[index] = start(jobs[index])
                 observer.started(index)
+                running[index] = start(jobs[index])
             for index, job in list(running.items()):
                 if (code := job.poll()) is not None:
                     del running[index]
+                    if not jobs[index].keep:
+                        leave_result(jobs[index].run)
                     codes[index] = code
                     observer.ended(index, code)
             observer.waiting()
@@ -95,13 +98,13 @@ class Process:
     """A job in a process of its own, in its own group: the terminal's Ctrl-C is passed on once, and not twice.
 
     Args:
-        job: the cell.
+        job: the run.
         lock: held open by the process too, so that a study which was killed stays locked while its runs go on.
     """
 
     def __init__(self, job: Job, lock: IO[str]) -> None:
         command = [sys.executable, "-m", "experiments", *job.argv()]
-        with job.cell.log.open("a", encoding="utf-8") as log:
+        with job.run.log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -27,20 +27,20 @@ def draw_curves(
     Raises: ExperimentError where the files cannot be written.
     """
     name = metric.partition("/")[2]
-    read = {outcome.cell.id: {stage: curve(outcome, f"{stage}/{name}") for stage in _STAGES} for outcome in outcomes}
+    read = {outcome.run.id: {stage: curve(outcome, f"{stage}/{name}") for stage in _STAGES} for outcome in outcomes}
     panels = [stage for stage in _STAGES if any(stages[stage] for stages in read.values())] or ["val"]
     figure = new_figure(figsize=(5.5 * len(panels), 4.5))
     for axes, stage in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=f"{stage}/{name}", xlabel="step")
         for i, row in enumerate(rows):
-            of_arm = [outcome for outcome in outcomes if outcome.cell.arm is row.arm]
-            curves = [read[outcome.cell.id][stage] for outcome in of_arm if outcome.state is State.FINISHED]
+            of_arm = [outcome for outcome in outcomes if outcome.run.arm is row.arm]
+            curves = [read[outcome.run.id][stage] for outcome in of_arm if outcome.state is State.FINISHED]
             style: dict[str, Any] = {"color": f"C{i % 10}"}
             draw_band(axes, curves, f"{row.arm.name} ({len(curves)})", style)
             for outcome in of_arm:
                 if outcome.state is State.DIVERGED:
-                    of_run = read[outcome.cell.id][stage]
-                    label = as_label(f"{outcome.cell.label}: diverged")
+                    of_run = read[outcome.run.id][stage]
+                    label = as_label(f"{outcome.run.label}: diverged")
                     axes.plot(list(of_run), list(of_run.values()), ":", **style, label=label)
         axes.legend()
     save(figure, stem)
@@ -64,7 +64,7 @@ def draw_dots(
     for outcome in outcomes:
         if outcome.state is State.FINISHED:
             assert outcome.value is not None
-            by_seed.setdefault(outcome.cell.seed, []).append((place[outcome.cell.arm.key], outcome.value))
+            by_seed.setdefault(outcome.run.seed, []).append((place[outcome.run.arm.key], outcome.value))
     for seed, points in by_seed.items():
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, "-", color="0.8", linewidth=0.8, zorder=1)
@@ -78,7 +78,7 @@ def draw_dots(
     for outcome in outcomes:
         if outcome.state is State.DIVERGED:
             top = axes.get_xaxis_transform()
-            axes.plot(place[outcome.cell.arm.key], 0.97, "x", color="C3", transform=top, clip_on=False)
+            axes.plot(place[outcome.run.arm.key], 0.97, "x", color="C3", transform=top, clip_on=False)
     axes.set_xticks(range(len(rows)), [as_label(row.arm.name) for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set(ylabel=metric)
@@ -95,7 +95,7 @@ def draw_band(axes: Any, curves: list[Curve], label: str, style: dict[str, Any])
 
 def curve(outcome: Outcome, name: str) -> Curve:
     """The finite values that a run logged by this name."""
-    values = ((int(row["step"]), float(row[name])) for row in read_metrics(outcome.cell.run.metrics) if name in row)
+    values = ((int(row["step"]), float(row[name])) for row in read_metrics(outcome.run.folder.metrics) if name in row)
     return {step: value for step, value in values if math.isfinite(value)}
 
 

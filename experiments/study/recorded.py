@@ -64,7 +64,7 @@ def _panels(name: str, finished: Sequence[Outcome]) -> dict[str, Panel]:
     panels: dict[str, Panel] = {}
     for outcome in finished:
         for title, what in _recorded(outcome, name).items():
-            panels.setdefault(title, {}).setdefault(outcome.cell.arm.key, []).append(what)
+            panels.setdefault(title, {}).setdefault(outcome.run.arm.key, []).append(what)
     if not panels:
         raise ExperimentError(f"no run has recorded '{name}'{choices_message(name, _known(finished))}")
     for title, by_arm in panels.items():
@@ -79,7 +79,7 @@ def _recorded(outcome: Outcome, name: str) -> dict[str, Any]:
     if "/" in name:
         of_run = curve(outcome, name)
         return {name: of_run} if of_run else {}
-    last = {histogram.of: histogram for histogram in read_histograms(outcome.cell.run.path / f"{name}.csv")}
+    last = {histogram.of: histogram for histogram in read_histograms(outcome.run.folder.path / f"{name}.csv")}
     return {f"{name}: {of}" if of else name: histogram for of, histogram in last.items()}
 
 
@@ -87,8 +87,8 @@ def _known(finished: Sequence[Outcome]) -> dict[str, None]:
     """The names that can be drawn."""
     known: dict[str, None] = {}
     for outcome in finished:
-        known |= dict.fromkeys(key for row in read_metrics(outcome.cell.run.metrics) for key in row if "/" in key)
-        files = [path for path in sorted(outcome.cell.run.path.glob("*.csv")) if path.name != "metrics.csv"]
+        known |= dict.fromkeys(key for row in read_metrics(outcome.run.folder.metrics) for key in row if "/" in key)
+        files = [path for path in sorted(outcome.run.folder.path.glob("*.csv")) if path.name != "metrics.csv"]
         known |= dict.fromkeys(path.stem for path in files)
     return known
 

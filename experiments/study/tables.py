@@ -4,48 +4,65 @@ import csv
 import io
 from collections.abc import Sequence
 
-from experiments.study.definition import Mode
+from experiments.study.arms import shown
+from experiments.study.definition import PARAMETERS, Mode, Study
 from experiments.study.outcomes import Outcome, Row, State
 from experiments.study.search import Searched
 from experiments.study.statistics import Estimate, smallest_p
 
 DASH = "–"
 _COLUMNS = (
-    "arm", "n", "mean", "low", "high", "pairs", "difference", "difference_low", "difference_high", "p", "parameters",
-    "ms_per_step", "published", "source",
+    "panel", "arm", "x", "n", "mean", "low", "high", "lowest", "highest", "pairs", "difference", "difference_low",
+    "difference_high", "p", "parameters", "ms_per_step", "published", "source",
 )  # fmt: skip
-_SEARCH_COLUMNS = ("arm", "setting", "value", "metric", "score", "chosen")
-_CELL_COLUMNS = ("arm", "seed", "state", "value", "steps", "note", "folder")
+_RUN_COLUMNS = (
+    "panel", "arm", "level", "seed", "state", "value", "parameters", "steps", "note", "key", "folder",
+)  # fmt: skip
 
 
-def headings(rows: Sequence[Row], metric: str) -> list[str]:
+def headings(study: Study, rows: Sequence[Row], metric: str) -> list[str]:
     """The headings of the table."""
-    return [
-        "arm", metric, "95 % interval", "n", f"minus {rows[0].arm.name}", "95 % interval", "pairs", "p", "parameters",
+    shared = [
+        metric, "95 % interval", "n", f"minus {rows[0].arm.name}", "95 % interval", "pairs", "p", "parameters",
         "ms per step", "published",
     ]  # fmt: skip
+    return [*_place_heads(study), *shared]
 
 
-def body(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's cells as text, a list for each arm."""
-    return [_shown(row) for row in rows]
+def body(study: Study, rows: Sequence[Row]) -> list[list[str]]:
+    """The table's cells as text, a list for each row."""
+    return [[*_place(study, row), *_shown(row)] for row in rows]
 
 
-def markdown(rows: Sequence[Row], metric: str) -> str:
+def _place_heads(study: Study) -> list[str]:
+    return [*([study.panel or "panel"] if len(study.panels) > 1 else []), "arm", *([study.x] if _has_x(study) else [])]
+
+
+def _place(study: Study, row: Row) -> list[str]:
+    x = DASH if row.x is None else f"{row.x:g}"
+    return [*([row.arm.panel] if len(study.panels) > 1 else []), row.arm.name, *([x] if _has_x(study) else [])]
+
+
+def _has_x(study: Study) -> bool:
+    return study.x not in (None, PARAMETERS)  # these have a column of their own
+
+
+def markdown(study: Study, rows: Sequence[Row], metric: str) -> str:
     """The table in Markdown."""
-    head = headings(rows, metric)
-    lines = [head, ["---", *["--:"] * (len(head) - 2), "---"], *body(rows)]
+    head = headings(study, rows, metric)
+    lines = [head, ["---", *["--:"] * (len(head) - 2), "---"], *body(study, rows)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def rows_csv(rows: Sequence[Row]) -> str:
+def rows_csv(study: Study, rows: Sequence[Row]) -> str:
     """The numbers of the table, unrounded."""
     lines = []
     for row in rows:
         mean, published = row.mean, row.published
-        line = {"arm": row.arm.name, "n": mean.count if mean else 0}
+        line = {"panel": row.arm.panel, "arm": row.arm.name, "x": row.x, "n": mean.count if mean else 0}
         if mean is not None:
             line |= {"mean": mean.mean, "low": mean.low, "high": mean.high}
+            line |= {"lowest": min(row.values), "highest": max(row.values)}
         if row.difference is not None:
             of_pairs = row.difference.estimate
             line |= {"pairs": of_pairs.count if of_pairs else 0, "p": row.difference.p}
@@ -55,51 +72,84 @@ def rows_csv(rows: Sequence[Row]) -> str:
         if published is not None:
             line |= {"published": published.value, "source": published.source}
         lines.append(line)
-    return _csv(_COLUMNS, lines)
+    return csv_text(_used(study, _COLUMNS), lines)
 
 
-def cells_csv(outcomes: Sequence[Outcome]) -> str:
-    """What came of each cell."""
+def runs_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """What came of each run."""
     lines = []
     for outcome in outcomes:
-        cell, result = outcome.cell, outcome.result or {}
-        line = {"arm": cell.arm.name, "seed": cell.seed, "state": outcome.state.value, "value": outcome.value}
-        lines.append(line | {"steps": result.get("steps"), "note": outcome.note, "folder": str(cell.run.path)})
-    return _csv(_CELL_COLUMNS, lines)
+        run, result = outcome.run, outcome.result or {}
+        lines.append(
+            {
+                "panel": run.arm.panel,
+                "arm": run.arm.name,
+                "level": run.arm.level if outcome.at is None else outcome.at,
+                "seed": run.seed,
+                "state": outcome.state.value,
+                "value": outcome.value,
+                "parameters": result.get("parameters"),
+                "steps": result.get("steps"),
+                "note": outcome.note,
+                "key": run.arm.key,
+                "folder": str(run.folder.path) if run.folder.path.exists() else "",
+            }
+        )
+    return csv_text(_used(study, _RUN_COLUMNS), lines)
+
+
+def _used(study: Study, columns: Sequence[str]) -> list[str]:
+    """The columns without those that a study of one panel, or without x, has nothing for."""
+    unused = {"panel": len(study.panels) == 1, "x": study.x is None, "level": study.x is None}
+    return [column for column in columns if not unused.get(column)]
 
 
 def search_table(result: Searched) -> tuple[list[str], list[list[str]]]:
     """The headings and the lines of the search's scores, an arm each."""
-    head = ["arm", *map(str, result.search.values), result.search.setting]
-    return head, [[of.arm, *(f"{score:.4f}" for score in of.scores), str(of.value)] for of in result.found]
+    head = ["arm", *map(_joined, result.search.candidates), " and ".join(result.search.settings)]
+    lines = [[shown(of.of), *(f"{score:.4f}" for score in of.scores), _joined(of.best)] for of in result.found]
+    return head, lines
 
 
 def search_csv(result: Searched) -> str:
     """The scores of the search, unrounded."""
-    lines = []
+    search, lines = result.search, []
     for of in result.found:
-        for value, score in zip(result.search.values, of.scores, strict=True):
-            line = {"arm": of.arm, "setting": result.search.setting, "value": value, "metric": result.metric}
-            lines.append(line | {"score": score, "chosen": int(value == of.value)})
-    return _csv(_SEARCH_COLUMNS, lines)
+        for candidate, score in zip(search.candidates, of.scores, strict=True):
+            line = {"arm": shown(of.of), **dict(zip(search.settings, candidate, strict=True)), "metric": result.metric}
+            lines.append(line | {"score": score, "chosen": int(candidate == of.best)})
+    return csv_text(("arm", *search.settings, "metric", "score", "chosen"), lines)
 
 
 def search_notes(result: Searched) -> list[str]:
-    """Which value each arm has, and from what; and which arms have none."""
+    """What each arm has, and from what; and which arms have nothing."""
     search = result.search
     seeds = ("seed " if len(search.seeds) == 1 else "seeds ") + ", ".join(map(str, search.seeds))
     steps = "" if search.max_steps is None else f" in {search.max_steps} steps"
-    edges = [v for v in (min, max) if all(not isinstance(value, str) for value in search.values)]
-    ends = {of(search.values): f" (the {of.__name__}imum tried)" for of in edges}
-    given = ", ".join(f"{of.arm} {of.value}{ends.get(of.value, '')}" for of in result.found)
-    tried = ", ".join(map(str, search.values))
-    said = [f"{search.setting} of each arm is the best of {tried} by {result.metric} with {seeds}{steps}: {given}."]
+    ends = []  # of each setting
+    for values in zip(*search.candidates, strict=True):
+        edges = [of for of in (min, max) if all(not isinstance(value, str) for value in values)]
+        ends.append({of(values): f" (the {of.__name__}imum tried)" for of in edges})
+    given = "; ".join(
+        f"{shown(of.of)} {', '.join(f'{v}{end.get(v, str())}' for v, end in zip(of.best, ends, strict=True))}"
+        for of in result.found
+    )
+    are, between = ("is", ", ") if len(search.settings) == 1 else ("are", "; ")
+    said = [
+        f"{' and '.join(search.settings)} of each arm {are} the best of "
+        f"{between.join(map(_joined, search.candidates))} by {result.metric} with {seeds}{steps}: {given}."
+    ]
     said += [
         f"Left out of the study, for its search gave no value: {arm}: {why}." for arm, why in result.left_out.items()
     ]
     if result.first in result.left_out:
-        said.append(f"{result.first}, the study's first arm, is left out: {result.found[0].arm} stands in its place.")
+        first = shown(result.found[0].of)
+        said.append(f"{result.first}, the study's first arm, is left out: {first} stands in its place.")
     return said
+
+
+def _joined(candidate: Sequence[float | str]) -> str:
+    return ", ".join(map(str, candidate))
 
 
 def notes(
@@ -114,7 +164,7 @@ def notes(
     said = [f"{metric} of each run's best checkpoint; {better} is better. Intervals are t-intervals over the seeds."]
     if any(row.mean is not None and row.mean.count == 1 for row in rows):
         said.append(f"One seed has no interval: {DASH}.")
-    if len(rows) > 1:
+    if any(row.difference is not None for row in rows):
         said.append(
             f"Differences are to {first} at the same seed; p is of the two-sided permutation test on them, without "
             "a correction for the number of arms."
@@ -130,17 +180,18 @@ def notes(
 
 
 def _of_pairs(rows: Sequence[Row]) -> list[str]:
-    said, first = [], rows[0]
+    said, first = [], rows[0].arm.name
     counts = set()
-    for row in rows[1:]:
-        assert row.difference is not None
+    for row in rows:
+        if row.difference is None:
+            continue
         pairs = row.difference.estimate.count if row.difference.estimate else 0
         counts.add(pairs)
-        ours, firsts = (of.mean.count if of.mean else 0 for of in (row, first))
-        if pairs and not ours == firsts == pairs:
+        ours = row.mean.count if row.mean else 0
+        if pairs and not ours == row.seeds_of_first == pairs:
             said.append(
-                f"{row.arm.name} has {ours} seeds and {first.arm.name} {firsts}: the difference is over the {pairs} "
-                "that both have, and may not be that of the means."
+                f"{row.arm.label} has {ours} seeds and {first} {row.seeds_of_first}: the difference is over the "
+                f"{pairs} that both have, and may not be that of the means."
             )
     for pairs in sorted(counts - {0, 1}):
         said.append(f"With {pairs} pairs p is at least {smallest_p(pairs):.2g}.")
@@ -148,7 +199,7 @@ def _of_pairs(rows: Sequence[Row]) -> list[str]:
 
 
 def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for each state other than finished, with its cells."""
+    """A sentence for each state other than finished, with its runs."""
     said = []
     what = {
         State.DIVERGED: "Diverged, and in no number here",
@@ -157,11 +208,12 @@ def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
         State.MISSING: "Not run",
     }
     for state, text in what.items():
-        cells = [outcome for outcome in outcomes if outcome.state is state]
-        if cells:
-            named = (
-                f"{c.cell.label} ({c.note})" if c.note and state is State.DIVERGED else c.cell.label for c in cells
-            )
+        named = {
+            f"{of.run.label} ({of.note})" if of.note and state is State.DIVERGED else of.run.label: None
+            for of in outcomes
+            if of.state is state
+        }
+        if named:
             said.append(f"{text}: {'; '.join(named)}.")
     return said
 
@@ -170,11 +222,10 @@ def _shown(row: Row) -> list[str]:
     mean, of_pairs = row.mean, row.difference.estimate if row.difference else None
     p = row.difference.p if row.difference else None
     return [
-        row.arm.name,
-        f"{mean.mean:.4f}" if mean else DASH,
+        _number(mean.mean) if mean else DASH,
         _interval(mean),
         str(mean.count if mean else 0),
-        f"{of_pairs.mean:+.4f}" if of_pairs else DASH,
+        _number(of_pairs.mean, "+") if of_pairs else DASH,
         _interval(of_pairs, "+"),
         str(of_pairs.count if of_pairs else 0) if row.difference else DASH,
         DASH if p is None else f"{p:.2g}",
@@ -185,12 +236,16 @@ def _shown(row: Row) -> list[str]:
 
 
 def _interval(of: Estimate | None, sign: str = "") -> str:
-    return DASH if of is None or of.low is None else f"{of.low:{sign}.4f} to {of.high:{sign}.4f}"
+    return DASH if of is None or of.low is None else f"{_number(of.low, sign)} to {_number(of.high, sign)}"
 
 
-def _csv(columns: Sequence[str], lines: Sequence[dict[str, object]]) -> str:
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if abs(value) >= 0.01 else f"{value:{sign}.2g}"
+
+
+def csv_text(columns: Sequence[str], lines: Sequence[dict[str, object]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
