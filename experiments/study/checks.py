@@ -10,12 +10,14 @@ _OWN = ("seed_everything", "name", "ckpt_path", "config", "base", "trainer.defau
 
 
 def mapping(value: Any, place: str) -> dict[Any, Any]:
+    """The value. Raises ExperimentError for one that is no mapping."""
     if not isinstance(value, dict):
         raise ExperimentError(f"{place}: got {value!r}, expected lines of NAME: VALUE.")
     return value
 
 
 def refuse_unknown(given: Mapping[Any, Any], known: tuple[str, ...], place: str) -> None:
+    """Raises ExperimentError for a key that is none of those known."""
     for key in given:
         if key not in known:
             raise ExperimentError(f"study: {place}there is no key '{key}'{choices_message(str(key), known)}")
@@ -28,6 +30,7 @@ def refuse_own(key: str, place: str) -> None:
 
 
 def read_seeds(given: Any, place: str = "seeds") -> list[int]:
+    """The seeds. Raises ExperimentError for anything but a list of different ones."""
     is_list = isinstance(given, list) and bool(given)
     if not is_list or any(type(seed) is not int or not 0 <= seed < 2**32 for seed in given):
         raise ExperimentError(f"study: {place}: got {given!r}, expected a list of whole numbers from 0 to {2**32 - 1}.")
@@ -37,6 +40,7 @@ def read_seeds(given: Any, place: str = "seeds") -> list[int]:
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is one; a truth value is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

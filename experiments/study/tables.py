@@ -26,25 +26,18 @@ def headings(study: Study, rows: Sequence[Row], metric: str) -> list[str]:
         metric, "95 % interval", "n", f"minus {rows[0].arm.name}", "95 % interval", "pairs", "p", "parameters",
         "ms per step", "published",
     ]  # fmt: skip
-    return [*_place_heads(study), *shared]
+    return [*_place(study, study.panel or "panel", "arm", str(study.x)), *shared]
 
 
 def body(study: Study, rows: Sequence[Row]) -> list[list[str]]:
     """The table's cells as text, a list for each row."""
-    return [[*_place(study, row), *_shown(row)] for row in rows]
+    xs = [DASH if row.x is None else f"{row.x:g}" for row in rows]
+    return [[*_place(study, row.arm.panel, row.arm.name, x), *_shown(row)] for row, x in zip(rows, xs, strict=True)]
 
 
-def _place_heads(study: Study) -> list[str]:
-    return [*([study.panel or "panel"] if len(study.panels) > 1 else []), "arm", *([study.x] if _has_x(study) else [])]
-
-
-def _place(study: Study, row: Row) -> list[str]:
-    x = DASH if row.x is None else f"{row.x:g}"
-    return [*([row.arm.panel] if len(study.panels) > 1 else []), row.arm.name, *([x] if _has_x(study) else [])]
-
-
-def _has_x(study: Study) -> bool:
-    return study.x not in (None, PARAMETERS)  # these have a column of their own
+def _place(study: Study, panel: str, arm: str, x: str) -> list[str]:
+    """What is shown of these: an only panel has no column, and parameters have one of their own."""
+    return [*([panel] if len(study.panels) > 1 else []), arm, *([x] if study.x not in (None, PARAMETERS) else [])]
 
 
 def markdown(study: Study, rows: Sequence[Row], metric: str) -> str:
@@ -78,23 +71,12 @@ def rows_csv(study: Study, rows: Sequence[Row]) -> str:
 def runs_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
     """What came of each run."""
     lines = []
-    for outcome in outcomes:
-        run, result = outcome.run, outcome.result or {}
-        lines.append(
-            {
-                "panel": run.arm.panel,
-                "arm": run.arm.name,
-                "level": run.arm.level if outcome.at is None else outcome.at,
-                "seed": run.seed,
-                "state": outcome.state.value,
-                "value": outcome.value,
-                "parameters": result.get("parameters"),
-                "steps": result.get("steps"),
-                "note": outcome.note,
-                "key": run.arm.key,
-                "folder": str(run.folder.path) if run.folder.path.exists() else "",
-            }
-        )
+    for of in outcomes:
+        arm, result, folder = of.run.arm, of.result or {}, of.run.folder.path
+        line = {"panel": arm.panel, "arm": arm.name, "level": arm.level if of.at is None else of.at, "key": arm.key}
+        line |= {"seed": of.run.seed, "state": of.state.value, "value": of.value, "note": of.note}
+        line |= {name: result.get(name) for name in ("parameters", "steps")}
+        lines.append(line | {"folder": str(folder) if folder.exists() else ""})
     return csv_text(_used(study, _RUN_COLUMNS), lines)
 
 
@@ -244,6 +226,7 @@ def _number(value: float, sign: str = "") -> str:
 
 
 def csv_text(columns: Sequence[str], lines: Sequence[dict[str, object]]) -> str:
+    """The lines, as far as they have these columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
