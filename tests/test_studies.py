@@ -229,7 +229,7 @@ def started(out):
     return [line.partition(": ")[2] for line in out.splitlines() if line.startswith("started: ")]
 
 
-def test_missing_cells_are_run_finished_ones_kept_and_failed_ones_reported(text, tmp_path, capsys, monkeypatch):
+def test_missing_runs_are_made_finished_ones_kept_and_failed_ones_reported(text, tmp_path, capsys, monkeypatch):
     # In this process, which is faster than one of its own.
     monkeypatch.setattr(experiments.study.command, "Process", lambda job, lock: Here(job.argv(), job.run.log, None))
     monkeypatch.setattr(experiments.core.curves, "draw", lambda runs, output: None)  # of each run: it takes a second

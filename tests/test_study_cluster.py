@@ -1,4 +1,4 @@
-"""A study's cells on Ray, here: the same files as without it, also where a worker is killed."""
+"""A study's runs on Ray, here: the same files as without it, also where a worker is killed."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def start(*arguments):
 
 
 def kill_worker(folder, process):
-    """Kill the process that runs the cell, once it has left a checkpoint."""
+    """Kill the process that makes the run, once it has left a checkpoint."""
     while not list(folder.rglob("last.ckpt")) and process.poll() is None:
         time.sleep(0.01)
     workers = []

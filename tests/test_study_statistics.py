@@ -227,7 +227,7 @@ def test_a_metric_that_was_not_logged_is_refused(study):
         outcomes(runs, "test/scor")
 
 
-def test_a_cell_without_the_metric_is_in_no_number_and_refuses_no_other(study):
+def test_a_run_without_the_metric_is_in_no_number_and_refuses_no_other(study):
     definition, arms, runs = study
     path = runs[0].folder.result
     path.write_text(path.read_text().replace("test/score", "test/other"))
@@ -328,7 +328,7 @@ def test_names_are_drawn_as_they_are(study, monkeypatch):
         assert shown[0].startswith("\u200b_first (")
 
 
-def test_without_a_finished_cell_there_is_no_report(study):
+def test_without_a_finished_run_there_is_no_report(study):
     definition, arms, runs = study
     with pytest.raises(ExperimentError, match="no run is finished"):
         report(definition, arms, [run for run in runs if run.seed == 3 and run.arm.name == "first"])
