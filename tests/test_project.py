@@ -8,8 +8,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import multint
+from experiments.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("multint/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("experiments/**/*.py")])
@@ -100,20 +102,49 @@ def test_importing_multint_brings_nothing_heavy():
     assert not brought & {"lightning", "torchmetrics", "jsonargparse", "pooch", "rich", "matplotlib", "triton"}
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(path, language="python"):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_readmes_code_runs():
+@pytest.mark.parametrize("path", ["README.md", "multint/engines/README.md"])
+def test_the_readmes_code_runs(path):
     """One block after the other, as a reader would."""
     namespace = {"__name__": "readme"}
-    assert BLOCKS
-    for code in BLOCKS:
-        exec(compile(code, "README.md", "exec"), namespace)
+    found = blocks(path)
+    assert found
+    for code in found:
+        exec(compile(code, path, "exec"), namespace)
+
+
+def test_the_lstm_by_hand_is_the_librarys():
+    code = next(code for code in blocks("README.md") if "class ByHand" in code)
+    exec(compile(code, "README.md", "exec"), namespace := {"__name__": "readme"})
+    by_hand, layer = namespace["ByHand"](3, 4), multint.LSTM(3, 4)
+    cell = layer.directions[0].cell.gates
+    with torch.no_grad():
+        by_hand.W.weight.copy_(cell.x_projection.weight)
+        by_hand.U.weight.copy_(cell.z_projection.weight)
+        for name in ("alpha", "beta1", "beta2", "bias"):
+            getattr(by_hand, name).copy_(getattr(cell, name))
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(by_hand(x)[0], layer(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+def test_the_example_of_ones_own_task_runs(tmp_path, monkeypatch, capsys):
+    (code,), (config,) = blocks("CONTRIBUTING.md"), blocks("CONTRIBUTING.md", "yaml")
+    (tmp_path / "products.py").write_text(code, encoding="utf-8")
+    (tmp_path / "products.yaml").write_text(config, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", "products.yaml", "--trust", "products", "--trainer.accelerator=cpu"]
+    assert main([*arguments, "--trainer.max_epochs=2"]) == 0
+    assert "test loss" in capsys.readouterr().out
 
 
 def test_the_readmes_custom_cell_is_short():
-    (cell,) = [code for code in BLOCKS if "(Cell)" in code]
+    (cell,) = [code for code in blocks("README.md") if "(Cell)" in code]
     definition = ast.parse(cell).body
     lines = sum(node.end_lineno - node.lineno + 1 for node in definition if isinstance(node, ast.ClassDef))
     assert 0 < lines <= 15

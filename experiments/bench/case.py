@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from experiments.bench import by_jax
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,16 +29,22 @@ class Case:
     dtype: torch.dtype = torch.float32  # of the products, by autocast
     packed: bool = False  # lengths uniform in [T/5, T]
     compiled_step: bool = False  # whether the loop over a step by torch.compile is a rival too
+    jax: str = ""  # which of JAX's scans is a rival too, where JAX is installed
 
     @property
     def rivals(self) -> list[str]:
         """What our layer is measured against; nothing where it cannot run."""
-        return ["vendor", "loop"] + ["compiled step"] * self.compiled_step
+        return ["vendor", "loop"] + ["compiled step"] * self.compiled_step + ["jax"] * self.has_jax
 
     @property
     def references(self) -> list[str]:
         """The rivals that compute the same, to check our layer by."""
-        return ["loop"]
+        return ["loop"] + ["jax"] * self.has_jax
+
+    @property
+    def has_jax(self) -> bool:
+        """Whether JAX's scan can be a rival here."""
+        return bool(self.jax) and not by_jax.why_not()
 
     @property
     def told(self) -> list[str]:
@@ -66,6 +74,8 @@ class Case:
             module = self.vendor(inputs, hidden)
         else:
             module = self.ours(inputs, hidden, engine="fused" if contender == "ours" else "loop")
+        if contender == "jax":
+            return by_jax.contender(self.jax, module, x, cotangent, self.backward)
         if contender == "compiled step":
             torch.compiler.reset()  # its limit of compilations is for all cases together
             for direction in module.directions:

@@ -122,10 +122,11 @@ def _recurrent_cases() -> Iterator[Case]:
     }
     for name, (size, aim) in sizes.items():
         of_loop = 4.0 if size[-1] <= 128 else 1.3
-        yield Case(f"lstm-{name}", size, MI_LSTM, nn.LSTM, aim, of_loop, compiled_step=name in ("128", "512"))
-        yield Case(f"lstm-forward-{name}", size, MI_LSTM, nn.LSTM, 0.8, of_loop, backward=False)
-        yield Case(f"gru-{name}", size, MI_GRU, nn.GRU, 1.0, of_loop)
-        yield Case(f"rnn-{name}", size, MI_RNN, nn.RNN, 1.0, of_loop)
+        compiled_step = name in ("128", "512")
+        yield Case(f"lstm-{name}", size, MI_LSTM, nn.LSTM, aim, of_loop, compiled_step=compiled_step, jax="lstm")
+        yield Case(f"lstm-forward-{name}", size, MI_LSTM, nn.LSTM, 0.8, of_loop, backward=False, jax="lstm")
+        yield Case(f"gru-{name}", size, MI_GRU, nn.GRU, 1.0, of_loop, jax="gru")
+        yield Case(f"rnn-{name}", size, MI_RNN, nn.RNN, 1.0, of_loop, jax="rnn")
 
 
 def cases() -> list[Case]:
