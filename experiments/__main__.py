@@ -5,28 +5,29 @@ from collections.abc import Sequence
 
 from experiments.core.command_line import Command, run
 
-# Whose classes a config may name without their module.
-PACKAGES = ("experiments.tasks", "experiments.data", "experiments.analyses")
+# Whose classes a config may name without their module. What records a training is needed, and imported, by that alone.
+_BUILDING = ("experiments.tasks", "experiments.data")
+_TRAINING = (*_BUILDING, "experiments.analyses")
 
-_TRAINING = "experiments.core.training"
+_CORE, _RUN = "experiments.core", "experiments.core.training"
 COMMANDS = {
-    "fit": Command(_TRAINING, "train, validate, test the best checkpoint", "--config CONFIG"),
-    "validate": Command(_TRAINING, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
-    "test": Command(_TRAINING, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT"),
-    "summary": Command("experiments.core.summary", "parameters, work and memory of a network", "--config CONFIG"),
-    "plot": Command("experiments.core.curves", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
-    "show": Command("experiments.core.show", "what a checkpoint does, in pictures", "CKPT"),
-    "sample": Command("experiments.sample", "text from a checkpoint", "CKPT --prompt TEXT"),
-    "export": Command("experiments.core.export", "weights or a program from a checkpoint", "CKPT --format onnx"),
-    "study": Command("experiments.study.command", "arms × seeds of a config, compared", "STUDY --jobs 2"),
-    "report": Command("experiments.study.command", "the report of a study, from its files", "STUDY"),
+    "fit": Command(_RUN, "train, validate, test the best checkpoint", "--config CONFIG", _TRAINING),
+    "validate": Command(_RUN, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
+    "test": Command(_RUN, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
+    "summary": Command(f"{_CORE}.summary", "layers, work and memory of a network", "--config CONFIG", _BUILDING),
+    "plot": Command(f"{_CORE}.curves", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
+    "show": Command(f"{_CORE}.show", "what a run's network does, in pictures", "RUN", _BUILDING),
+    "sample": Command("experiments.sample", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
+    "export": Command(f"{_CORE}.export.command", "weights or a program from a run", "RUN --format onnx", _BUILDING),
+    "study": Command("experiments.study.command", "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
+    "report": Command("experiments.study.command", "the report of a study, from its files", "STUDY", _TRAINING),
     "bench": Command("experiments.bench.command", "times of the scan engines, side by side", "lstm-512 --quick"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; see `experiments.core.command_line.run`."""
-    return run(sys.argv[1:] if argv is None else argv, COMMANDS, PACKAGES)
+    return run(sys.argv[1:] if argv is None else argv, COMMANDS)
 
 
 if __name__ == "__main__":

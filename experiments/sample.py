@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.core.checkpoints import load_task
-from experiments.core.command_line import Invocation
+from experiments.core.checkpoints import checkpoint_in, load_task
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, building
-from experiments.core.parsing import OptionParser
 from experiments.tasks import LanguageModelling
 
 
@@ -18,9 +17,10 @@ def main(invocation: Invocation) -> None:
     Raises ExperimentError for a file that is no checkpoint of a language model, or a prompt with unknown symbols.
     """
     options = _parser().parse_args(invocation.argv[1:])
-    task = load_task(options.checkpoint)
+    checkpoint = checkpoint_in(options.checkpoint)
+    task = load_task(checkpoint)
     if not isinstance(task, LanguageModelling):
-        raise ExperimentError(f"{options.checkpoint}: the checkpoint of a {type(task).__name__}, which writes no text.")
+        raise ExperimentError(f"{checkpoint}: the checkpoint of a {type(task).__name__}, which writes no text.")
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
@@ -34,7 +34,7 @@ def main(invocation: Invocation) -> None:
 
 def _parser() -> OptionParser:
     parser = OptionParser(prog="python -m experiments sample", description="Text from a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--prompt", default="", help="the text to go on from; of words: with spaces between them")
     parser.add_argument("--length", type=int, default=500, help="characters, bytes or words to write (500)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer text; 0: the likeliest (1.0)")

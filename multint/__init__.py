@@ -3,6 +3,8 @@
 An integrator is a map f(x, z) -> y; a cell is one step in time that uses one; a layer runs a cell over a sequence.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from multint.cells import Cell, GRUCell, LSTMCell, Mogrifier, RNNCell
 from multint.conditional import Conditional, condition
 from multint.engines import explain, scan
@@ -72,3 +74,8 @@ __all__ = [
     # errors
     "MultintError",
 ]
+
+try:
+    __version__ = version("multint")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "unknown"

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from experiments.analyses import GradientNorms, HiddenActivations, StreamNorms
 from experiments.analyses.recording import recorded
-from experiments.core.checkpoints import Checkpoints
+from experiments.core.callbacks import MetricsFile, RandomState
 from experiments.core.errors import ExperimentError
-from experiments.core.histograms import Histogram, read_histograms, write_histograms
-from experiments.core.metrics_file import MetricsFile, read_metrics
-from experiments.core.randomness import RandomState
+from experiments.core.module import DataModule, TaskModule
+from experiments.core.records import Histogram, read_histograms, read_metrics, write_histograms
 from experiments.core.run_folder import RunFolder
+from experiments.core.saving import Checkpoints
 from experiments.data import Adding, CopyMemory, StateMachine, TextData
 from experiments.data.text import Batch
 from experiments.tasks import LanguageModelling, Memory, StateTracking
@@ -237,7 +237,7 @@ def run(folder, text, *callbacks, until, resume=False):
         **quiet,
     )
     data = TextData(path=str(text), batch_size=4, length=20, eval_batch_size=2, eval_length=40)
-    trainer.fit(task, data, ckpt_path=files.last if resume else None, weights_only=True)
+    trainer.fit(TaskModule(task), DataModule(data), ckpt_path=files.last if resume else None, weights_only=True)
     return files
 
 

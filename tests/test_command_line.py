@@ -248,10 +248,11 @@ def stranger(tmp_path, monkeypatch):
     mark = tmp_path / "imported"
     (tmp_path / "stranger.py").write_text(
         f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
-        "from lightning import Callback, LightningModule, LightningDataModule\n"
+        "from lightning import Callback\nfrom experiments.core.data import Data\n"
+        "from experiments.core.task import Task\n"
         "from models import LanguageModel\nfrom multint import Additive, LSTMCell\n"
         "class Mine(Additive): pass\nclass MyCell(LSTMCell): pass\nclass MyNetwork(LanguageModel): pass\n"
-        "class MyTask(LightningModule): pass\nclass MyData(LightningDataModule): pass\n"
+        "class MyTask(Task): pass\nclass MyData(Data): pass\n"
         "class MyCallback(Callback): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

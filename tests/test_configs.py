@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lightning import Trainer
 
 import multint
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS, ready_configs
-from experiments.core.parsed import Parsed
+from experiments.core.run_settings import RunSettings
 from experiments.core.trust import trusting
 from experiments.data.text import Vocabulary
 from experiments.data.text.corpora import pydoc
@@ -49,7 +50,7 @@ COUNTED = {
 
 def built(config, *options):
     with trusting():
-        return Parsed(["fit", "--config", str(config), *options], [])
+        return RunSettings(["fit", "--config", str(config), *options], Trainer)
 
 
 def mlp(sizes):
@@ -94,8 +95,8 @@ MADE = {
 
 @pytest.mark.parametrize("config", READY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config(config):
-    commands = built(config)
-    task, data, name = commands.model, commands.datamodule, commands.config.fit.name
+    settings = built(config)
+    task, data, name = settings.task, settings.data, settings.config.name
     assert name in (config.stem, f"{config.stem}_{config.parent.name}")
     assert config.read_text().splitlines()[0].startswith("# "), "the overview shows the first line"
     with torch.device("meta"):
@@ -161,30 +162,30 @@ NETWORKS = {
 def test_one_option_swaps_a_neural_processs_decoder():
     decoder = "--model.network.decoder"
     options = (f"{decoder}=Conditional", f"{decoder}.integrator=LowRank", f"{decoder}.integrator.rank=16")
-    commands = built(CONFIGS / "functions/protocol_b_np.yaml", *options, f"{decoder}.hidden=144")
+    settings = built(CONFIGS / "functions/protocol_b_np.yaml", *options, f"{decoder}.hidden=144")
     with torch.device("meta"):
-        network = commands.model._build_network(1, 1)
+        network = settings.task._build_network(1, 1)
     assert {layer.rank for layer in network.modules() if type(layer).__name__ == "LowRank"} == {16}
 
 
 def test_one_option_swaps_the_integrator_whatever_the_config_named():
     option = "--model.network.recurrent.cell.integrator"
-    commands = built(CONFIGS / "characters/text8_mi_lstm.yaml", f"{option}=LowRank", f"{option}.rank=16")
+    settings = built(CONFIGS / "characters/text8_mi_lstm.yaml", f"{option}=LowRank", f"{option}.rank=16")
     with torch.device("meta"):
-        cell = commands.model._build_network(27).recurrent.directions[0].cell
+        cell = settings.task._build_network(27).recurrent.directions[0].cell
     assert type(cell.gates).__name__ == "LowRank"
 
 
 def test_an_option_can_be_null():
-    commands = built(CONFIGS / "characters/quickstart.yaml", "--model.network.embedding_size=null")
+    settings = built(CONFIGS / "characters/quickstart.yaml", "--model.network.embedding_size=null")
     with torch.device("meta"):
-        assert commands.model._build_network(97).embedding is None
+        assert settings.task._build_network(97).embedding is None
 
 
 def recurrent(*options):
-    commands = built(CONFIGS / "characters/quickstart.yaml", *options)
+    settings = built(CONFIGS / "characters/quickstart.yaml", *options)
     with torch.device("meta"):
-        return commands.model._build_network(97).recurrent
+        return settings.task._build_network(97).recurrent
 
 
 def test_a_config_normalises_any_integrator_by_a_class():

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from experiments.core.errors import ExperimentError
+from experiments.core.module import DataModule
 from experiments.data import TextData, Vocabulary, Windows
 from experiments.data.text import corpora
 
@@ -224,7 +225,7 @@ def test_training_resumed_anywhere_sees_the_same_batches(
             **limit,
         )
         data = TextData(path=str(text), batch_size=2, length=10)
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, DataModule(data), ckpt_path=checkpoint, weights_only=True)
         return module.seen
 
     text = tmp_path / "text.txt"

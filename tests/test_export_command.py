@@ -13,8 +13,9 @@ from experiments.__main__ import main
 from experiments.core.checkpoints import load_task
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.programs import Example, trace
-from experiments.core.weights import load_network
+from experiments.core.export.programs import trace
+from experiments.core.export.weights import load_network
+from experiments.core.task import Example
 
 # Settings of each network, over those of the quickstart: an embedding and an MI-LSTM.
 NETWORKS = {

@@ -10,10 +10,11 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.testing import assert_close
 
-from experiments.core.checkpoints import Checkpoints
+from experiments.core.callbacks import RandomState
 from experiments.core.errors import ExperimentError
-from experiments.core.randomness import RandomState
+from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder
+from experiments.core.saving import Checkpoints
 from experiments.data import TextData
 from experiments.tasks import LanguageModelling
 from models import LanguageModel
@@ -98,7 +99,7 @@ class SaveFirst(Callback):
 def run(folder, text, *callbacks, ckpt_path=None, **settings):
     record = Record()
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_epochs=2, **settings)
-    of_run.fit(task(halve_after=1), data(text), ckpt_path=ckpt_path, weights_only=True)
+    of_run.fit(TaskModule(task(halve_after=1)), DataModule(data(text)), ckpt_path=ckpt_path, weights_only=True)
     record.best = of_run.checkpoint_callback.best_score
     return record
 
@@ -163,7 +164,7 @@ def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
     def steps(folder, epochs, ckpt_path=None):
         record = Record()
         of_run = trainer(folder, record, ckpt_path=ckpt_path, max_epochs=epochs, check_val_every_n_epoch=2)
-        of_run.fit(task(), data(text), ckpt_path=ckpt_path, weights_only=True)
+        of_run.fit(TaskModule(task()), DataModule(data(text)), ckpt_path=ckpt_path, weights_only=True)
         return record.steps
 
     whole = steps(tmp_path / "whole", 4)
@@ -180,7 +181,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_checkpoint_of_before(text, 
 @pytest.mark.parametrize("cell", [LSTMCell, RNNCell])
 def test_a_checkpoint_holds_values_only(cell, text, tmp_path):
     trained = task(cell=cell)
-    trainer(tmp_path, max_steps=3).fit(trained, data(text))
+    trainer(tmp_path, max_steps=3).fit(TaskModule(trained), DataModule(data(text)))
     checkpoint = torch.load(last(tmp_path), weights_only=True)
     assert checkpoint["global_step"] == 3
     assert checkpoint["task"]["description"] == {"vocabulary": trained.vocabulary.state_dict()}
@@ -190,9 +191,9 @@ def test_a_checkpoint_holds_values_only(cell, text, tmp_path):
 def test_evaluation_is_exact_over_one_stream(text, tmp_path):
     source = data(text)
     evaluated = task()
-    [scores] = trainer(tmp_path).validate(evaluated, source, verbose=False)
+    [scores] = trainer(tmp_path).validate(TaskModule(evaluated), DataModule(source), verbose=False)
     ids = source._streams["valid"].long()
-    evaluated.eval()
+    evaluated.network.eval()
     with torch.no_grad():
         logits, _ = evaluated.network(ids[:-1, None])
     loss = torch.nn.functional.cross_entropy(logits[:, 0], ids[1:]).item()
@@ -204,12 +205,12 @@ def test_evaluation_is_exact_over_one_stream(text, tmp_path):
 def test_validation_leaves_the_carried_state_of_training(text, tmp_path):
     class Watch(Callback):
         def on_validation_start(self, trainer, pl_module):
-            self.before = pl_module._carried.get("train")
+            self.before = pl_module.task._carried.get("train")
 
         def on_validation_end(self, trainer, pl_module):
-            assert_close(pl_module._carried.get("train"), self.before, rtol=0, atol=0)
+            assert_close(pl_module.task._carried.get("train"), self.before, rtol=0, atol=0)
 
-    trainer(tmp_path, Watch(), max_steps=4, val_check_interval=2).fit(task(), data(text))
+    trainer(tmp_path, Watch(), max_steps=4, val_check_interval=2).fit(TaskModule(task()), DataModule(data(text)))
 
 
 def test_the_network_learns_a_tiny_text(tmp_path):
@@ -217,28 +218,30 @@ def test_the_network_learns_a_tiny_text(tmp_path):
     path.write_text("abcdefgh\n" * 400)
     trained = task(lr=0.02, hidden_size=32)
     of_run = trainer(tmp_path / "run", max_epochs=4)
-    of_run.fit(trained, data(path, batch_size=8))
-    [scores] = of_run.test(trained, data(path), verbose=False, weights_only=True)
+    of_run.fit(TaskModule(trained), DataModule(data(path, batch_size=8)))
+    [scores] = of_run.test(TaskModule(trained), DataModule(data(path)), verbose=False, weights_only=True)
     assert scores["test/bpc"] < 0.1
     assert trained.text("abc", 12, temperature=0.0) == "abcdefgh\nabcdef"
 
 
 def test_another_vocabulary_than_the_checkpoints_is_refused(text, tmp_path):
-    trainer(tmp_path, max_steps=2, val_check_interval=2).fit(task(), data(text))
+    trainer(tmp_path, max_steps=2, val_check_interval=2).fit(TaskModule(task()), DataModule(data(text)))
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().upper())
     with pytest.raises(ExperimentError, match="vocabulary"):
-        trainer(tmp_path / "on").test(task(), data(other), ckpt_path=last(tmp_path), weights_only=True)
+        trainer(tmp_path / "on").test(
+            TaskModule(task()), DataModule(data(other)), ckpt_path=last(tmp_path), weights_only=True
+        )
 
 
 def test_a_checkpoint_of_another_task_is_refused():
     with pytest.raises(ExperimentError, match="of no task"):
-        task().on_load_checkpoint({"state_dict": {}})
+        task().take_up({"state_dict": {}}, is_to_train=True)
 
 
 def test_a_symbol_outside_the_vocabulary_is_refused_in_a_prompt(text, tmp_path):
     prompted = task()
-    trainer(tmp_path).validate(prompted, data(text), verbose=False)
+    trainer(tmp_path).validate(TaskModule(prompted), DataModule(data(text)), verbose=False)
     with pytest.raises(ExperimentError, match="é"):
         prompted.text("é", 1)
 
@@ -281,7 +284,7 @@ def averaging_run(folder, text, *callbacks, ckpt_path=None):
     record, averaged = Record(), averaging_task()
     settings = {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 40, "gradient_clip_val": 0.5}
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, **settings)
-    of_run.fit(averaged, data(text), ckpt_path=ckpt_path, weights_only=True)
+    of_run.fit(TaskModule(averaged), DataModule(data(text)), ckpt_path=ckpt_path, weights_only=True)
     return record, averaged
 
 
@@ -296,12 +299,13 @@ def test_the_mean_of_the_weights_begins_where_validation_stops_to_improve(text, 
         mean = torch.stack([weights.of_step[step][name] for step in range(begins + 1, 41)]).mean(0)
         assert_close(checkpoint["state_dict"][name], mean, rtol=1e-4, atol=1e-5)
         assert_close(checkpoint["trained_state_dict"][name], value, rtol=0, atol=0)
-        assert_close(averaged.state_dict()[name], value, rtol=0, atol=0)
+        assert_close(averaged.network.state_dict()[name.removeprefix("network.")], value, rtol=0, atol=0)
     on = trainer(tmp_path / "on")
-    [score] = on.validate(averaging_task(), data(text), ckpt_path=last(tmp_path), weights_only=True, verbose=False)
+    checkpointed = {"ckpt_path": last(tmp_path), "weights_only": True}
+    [score] = on.validate(TaskModule(averaging_task()), DataModule(data(text)), verbose=False, **checkpointed)
     assert score["val/bpc"] == pytest.approx(scores[-1], abs=1e-5)
-    averaged.load_state_dict(checkpoint["trained_state_dict"])
-    [at_the_end] = trainer(tmp_path / "end").validate(averaged, data(text), verbose=False)
+    TaskModule(averaged).load_state_dict(checkpoint["trained_state_dict"])
+    [at_the_end] = trainer(tmp_path / "end").validate(TaskModule(averaged), DataModule(data(text)), verbose=False)
     assert at_the_end["val/bpc"] > score["val/bpc"] + 0.01, "the mean is what is validated, and not the weights"
 
 
@@ -318,4 +322,4 @@ def test_a_resumed_run_with_means_equals_an_uninterrupted_one(text, tmp_path):
 
 def test_means_of_an_optimizer_that_keeps_none_are_refused(text, tmp_path):
     with pytest.raises(ExperimentError, match="the optimizer is Adam, expected ASGD"):
-        trainer(tmp_path, max_steps=1).fit(task(average_after=2), data(text))
+        trainer(tmp_path, max_steps=1).fit(TaskModule(task(average_after=2)), DataModule(data(text)))

@@ -9,8 +9,8 @@ import pytest
 from experiments.__main__ import main
 from experiments.core import curves, training
 from experiments.core.configs import CONFIGS
-from experiments.core.metrics_file import read_metrics
 from experiments.core.progress import _Bar
+from experiments.core.records import read_metrics
 
 SMALL = (
     "--config",
@@ -73,7 +73,8 @@ def test_the_parts_of_the_network_and_an_endless_run_are_told(text, tmp_path, ca
     monkeypatch.setattr(training, "progress_bar", _Bar)
     assert main(["fit", *SMALL, *shown]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^recurrent +[\d,]+$", out, re.MULTILINE)
+    assert re.search(r"^recurrent +Recurrent +[\d,]+$", out, re.MULTILINE)
+    assert re.search(r"^ +gates +\w+ +[\d,]+$", out, re.MULTILINE)
     assert re.search(r"^in all +[\d,]+ parameters$", out, re.MULTILINE)
     assert "FLOPs" not in out
     assert {text.strip() for text in described} == {"Epoch 0"}

@@ -9,15 +9,17 @@ from functools import partial
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.testing import assert_close
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import Checkpoints
+from experiments.core.callbacks import RandomState
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.randomness import RandomState
+from experiments.core.module import DataModule, TaskModule
+from experiments.core.optimisation import LearningRate
 from experiments.core.run_folder import RunFolder
-from experiments.core.schedule import CosineLearningRate
+from experiments.core.saving import Checkpoints
 from experiments.data import Curves, Images, Table, TextData
 from experiments.tasks import NeuralProcesses
 from experiments.tasks.task_scores import Scores, table
@@ -61,7 +63,7 @@ def trainer(folder, *callbacks, ckpt_path=None, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     run_folder = RunFolder(folder, "run", ckpt_path)
     run_folder.make()
-    of_run = [*callbacks, CosineLearningRate(), RandomState(), Checkpoints(run_folder)]
+    of_run = [*callbacks, LearningRate(partial(CosineAnnealingLR, T_max=-1)), RandomState(), Checkpoints(run_folder)]
     return Trainer(callbacks=of_run, accelerator="cpu", **quiet, **settings)
 
 
@@ -102,7 +104,7 @@ class Interrupt(Callback):
 def run(folder, *callbacks, ckpt_path=None, **settings):
     record = Record()
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_steps=14, **settings)
-    of_run.fit(task(), data(), ckpt_path=ckpt_path, weights_only=True)
+    of_run.fit(TaskModule(task()), DataModule(data()), ckpt_path=ckpt_path, weights_only=True)
     return record
 
 
@@ -172,7 +174,7 @@ def test_a_task_overfits_one_batch(data, is_latent, request):
     latent = partial(LatentEncoder, features=8, hidden=32, layers=2, post_layers=1) if is_latent else None
     trained = NeuralProcesses(partial(NeuralProcess, encoder=encoder, latent=latent, decoder=decoder))
     trained.network = trained.build(trained.describe(source))
-    optimizer = torch.optim.Adam(trained.parameters(), fused=True)
+    optimizer = torch.optim.Adam(trained.network.parameters(), fused=True)
     for rate in [5e-3] * 200 + [5e-4] * 50:
         optimizer.param_groups[0]["lr"] = rate
         loss = trained.measure(batch, "train")["loss"].value
@@ -228,9 +230,9 @@ def test_one_task_has_no_interval():
 def test_an_evaluation_is_the_mean_over_its_tasks(tmp_path):
     """And the same whatever was drawn before it."""
     trained, source = task(), data()
-    [first] = trainer(tmp_path).validate(trained, source, verbose=False)
+    [first] = trainer(tmp_path).validate(TaskModule(trained), DataModule(source), verbose=False)
     torch.randn(7)
-    assert trainer(tmp_path).validate(trained, source, verbose=False) == [first]
+    assert trainer(tmp_path).validate(TaskModule(trained), DataModule(source), verbose=False) == [first]
     expected = []
     for batch in source.val_dataloader():
         context, targets = Points(*batch[:3]), Points(*batch[3:6])

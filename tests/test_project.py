@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,37 @@ def test_imports_follow_the_arrows(path):
             assert top in LIBRARIES or top in sys.stdlib_module_names, module
 
 
-@pytest.mark.parametrize("folder", ["integrators", "conditional", "cells", "engines", "engines/native", "recurrent"])
+FOLDERS = [
+    f"multint/{name}" for name in ("integrators", "conditional", "cells", "engines", "engines/native", "recurrent")
+]
+FOLDERS += ["experiments/core", "experiments/core/export", "experiments/data", "experiments/tasks", "experiments/study"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_within_a_folder_run_in_no_circle(folder):
     """Wherever in a file they stand: in a function and for the type checker alone too."""
-    paths = [path for path in MODULES if path.parent == ROOT / "multint" / folder]
+    inside = [path for path in MODULES if ROOT / folder in path.parents]
+    # Folders of data import each other.
+    paths = inside if folder == "experiments/data" else [path for path in inside if path.parent == ROOT / folder]
     dotted = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
     graph = {name: dotted.keys() & set(imports(path)) for name, path in dotted.items()}
     assert any(graph.values())
     TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+LIGHT = ["core.summary", "core.curves", "core.show", "core.export.command", "sample"]
+
+
+def test_commands_that_train_nothing_import_no_lightning():
+    """It takes seconds: in an interpreter of its own, with all that the commands import."""
+    modules = ", ".join(f"experiments.{name}" for name in ("tasks", "data", *LIGHT))
+    code = f"import sys, {modules}; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert not set(out.split()) & {"lightning", "torchmetrics", "matplotlib", "scipy", "torch._dynamo"}
+
+
+def test_the_version_is_that_of_the_package():
+    assert multint.__version__ == version("multint")
 
 
 def test_the_public_names_are_few_exist_and_say_what_they_are():

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import Checkpoints
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.memory import refuse_beyond_memory
-from experiments.core.metrics_file import read_metrics
+from experiments.core.network_size import refuse_beyond_memory
+from experiments.core.records import read_metrics
 from experiments.core.run_folder import RunFolder
+from experiments.core.saving import Checkpoints
 from experiments.data import TextData
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +215,9 @@ def test_a_run_that_is_stopped_in_its_test_goes_on_with_it(finished, command, ca
     assert (finished / "curves.png").is_file()
 
 
-@pytest.mark.parametrize("place", ["experiments.core.training.curves.draw", "experiments.tasks.LanguageModelling.show"])
+@pytest.mark.parametrize(
+    "place", ["experiments.core.run_report.curves.draw", "experiments.tasks.LanguageModelling.show"]
+)
 def test_a_signal_in_the_report_leaves_it_to_who_goes_on(place, command, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(place, lambda *_: signal.raise_signal(signal.SIGTERM))

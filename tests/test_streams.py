@@ -9,6 +9,7 @@ from lightning import Trainer, seed_everything
 from torch.testing import assert_close
 
 from experiments.core.errors import ExperimentError
+from experiments.core.module import DataModule, TaskModule
 from experiments.data import TextData
 from experiments.data.text import Batch
 from experiments.tasks import LanguageModelling
@@ -122,7 +123,7 @@ def test_an_evaluation_warns_of_streams_that_fell_into_a_trap(tmp_path):
     evaluated = LanguageModelling(network)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     with pytest.warns(UserWarning, match="2 of 4 streams take more bits than guessing"):
-        [scores] = Trainer(**quiet).validate(evaluated, text, verbose=False)
+        [scores] = Trainer(**quiet).validate(TaskModule(evaluated), DataModule(text), verbose=False)
     assert scores["val/worst_bpc"] > 10
     assert scores["val/bpc"] == pytest.approx(scores["val/worst_bpc"] / 2, rel=0.1)
 

@@ -24,7 +24,7 @@ import experiments.tasks
 from experiments.__main__ import main
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.result_file import write_result
+from experiments.core.records import write_result
 from experiments.core.task import Monitor
 from experiments.study.arms import Arm, key_of, resolved
 from experiments.study.candidates import read_search

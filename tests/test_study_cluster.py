@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from experiments.core.configs import CONFIGS
-from experiments.core.metrics_file import read_metrics
+from experiments.core.records import read_metrics
 
 ROOT = Path(__file__).parent.parent
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is the extra `cluster`")

@@ -11,8 +11,7 @@ import experiments.study.plots
 import experiments.study.recorded
 import experiments.study.report
 from experiments.core.errors import ExperimentError
-from experiments.core.histograms import Histogram, write_histograms
-from experiments.core.result_file import write_result
+from experiments.core.records import Histogram, write_histograms, write_result
 from experiments.core.task import Monitor
 from experiments.study.arms import Arm
 from experiments.study.definition import Cluster, Metric, Published, Study

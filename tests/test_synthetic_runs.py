@@ -8,10 +8,11 @@ import torch
 from lightning import Trainer, seed_everything
 from torch.testing import assert_close
 
-from experiments.core.checkpoints import Checkpoints
+from experiments.core.callbacks import RandomState
 from experiments.core.errors import ExperimentError
-from experiments.core.randomness import RandomState
+from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder
+from experiments.core.saving import Checkpoints
 from experiments.data import Adding, AffineTasks, CopyMemory, SequentialDigits, StateMachine, TextData
 from experiments.tasks import Memory, Regression, StateTracking
 from models import SequenceLabeller, SequenceReader
@@ -30,15 +31,15 @@ def labeller(symbols, states):
 
 
 def regression():
-    return Regression(partial(Conditional, hidden=16, layers=2), Adam)
+    return Regression(partial(Conditional, hidden=16, layers=2), optimizer=Adam)
 
 
 def tracking():
-    return StateTracking(labeller, Adam)
+    return StateTracking(labeller, optimizer=Adam)
 
 
 def memory():
-    return Memory(partial(SequenceReader, recurrent=partial(Recurrent, hidden_size=16, cell=GRUCell)), Adam)
+    return Memory(partial(SequenceReader, recurrent=partial(Recurrent, hidden_size=16, cell=GRUCell)), optimizer=Adam)
 
 
 def digits(batch_size, epoch, eval_examples):
@@ -67,7 +68,7 @@ def evaluated(task, data):
         enable_model_summary=False,
         accelerator="cpu",
     )
-    [scores] = trainer.test(task, data, verbose=False)
+    [scores] = trainer.test(TaskModule(task), DataModule(data), verbose=False)
     return scores
 
 
@@ -77,8 +78,8 @@ def test_a_task_overfits_a_batch(task, data):
     task, data = task(), data()
     data.setup()
     batch = next(iter(data.train_dataloader()))
-    task._use(task.describe(data), "the data")
-    optimizer = task.configure_optimizers()
+    task.use(task.describe(data), "the data")
+    optimizer = task.optimizer()
     first = task.measure(batch, "train")["loss"].value.item()
     for _ in range(150):
         optimizer.zero_grad()
@@ -99,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(task, data, tmp_path):
         callbacks = [RandomState(), Checkpoints(run_folder)]
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         trainer = Trainer(callbacks=callbacks, max_steps=until, max_epochs=-1, **quiet)
-        trainer.fit(task(), data(), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(TaskModule(task()), DataModule(data()), ckpt_path=checkpoint, weights_only=True)
         return run_folder.last
 
     whole = run(tmp_path / "whole", 8)

@@ -13,20 +13,18 @@ MODULE = '''
 from collections.abc import Callable, Iterable
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.core.means import Mean
-from experiments.core.task import Monitor, Task
+from experiments.core.data import Data
+from experiments.core.task import Mean, Monitor, Task
 
 
-class Points(LightningDataModule):
+class Points(Data):
     """y = 3x, in 8 batches."""
 
     def __init__(self, features: int = 2):
-        super().__init__()
         self.features = features
 
     def train_dataloader(self):
@@ -59,10 +57,10 @@ class Fitting(Task):
         return "three times one is " + str(round(self.network(torch.ones(2))[0].item(), 1))
 
 
-class Untested(Points):
+class Untested(Data):
     """Data without a test."""
 
-    test_dataloader = LightningDataModule.test_dataloader
+    features, train_dataloader, val_dataloader = 2, Points.train_dataloader, Points.train_dataloader
 
 
 class Misnamed(Fitting):

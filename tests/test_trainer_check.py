@@ -98,7 +98,7 @@ def test_of_several_types_the_reason_of_the_one_that_was_meant(reasons, shown):
 
 
 def test_a_package_that_is_not_installed_is_one_message(capsys):
-    assert run(["fit"], {"fit": Command("missing_package.training", "", "")}, ()) == 2
+    assert run(["fit"], {"fit": Command("missing_package.training", "", "")}) == 2
     shown = capsys.readouterr().err
     assert "'missing_package' is not installed" in shown
     assert "pip install" in shown

@@ -12,9 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from experiments.analyses.recording import named, named_stacks
 from experiments.core.errors import ExperimentError
-from experiments.core.histograms import Histogram, write_histograms
 from experiments.core.processes import gathered
-from experiments.core.task import Task
+from experiments.core.records import Histogram, write_histograms
 
 
 class HiddenActivations(Callback):
@@ -49,9 +48,7 @@ class HiddenActivations(Callback):
     ) -> None:
         if trainer.sanity_checking:
             return
-        assert isinstance(pl_module, Task)
-        assert pl_module.network is not None
-        for name, stack in named_stacks(pl_module.network):
+        for name, stack in named_stacks(pl_module.task.network):
             # For the batch alone: who copies the network when the validation has ended copies no hook.
             self._hooks.append(stack.register_forward_hook(partial(self._count, name)))
 
@@ -70,10 +67,8 @@ class HiddenActivations(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        assert isinstance(pl_module, Task)
-        assert pl_module.network is not None
         edges = [2 * i / self.bins - 1 for i in range(self.bins + 1)]
-        for name, _ in named_stacks(pl_module.network):
+        for name, _ in named_stacks(pl_module.task.network):
             counts = self._counts.get(name, torch.zeros(self.bins + 1, dtype=torch.int64))  # others may have all data
             *bins, saturated = torch.stack(gathered(counts)).sum(0).tolist()
             share = saturated / sum(bins) if sum(bins) else float("nan")

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from experiments.analyses.recording import Recording, named, norms, recorded
 from experiments.core.errors import ExperimentError
 from experiments.core.processes import gathered
-from experiments.core.task import Task
 
 
 class BatchAnalysis(Callback):
@@ -43,11 +42,10 @@ class BatchAnalysis(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._batch is None:
             return
-        assert isinstance(pl_module, Task)
         # Lightning evaluates without autograd, and what was made there takes no part in it.
         with torch.inference_mode(False), torch.enable_grad():
             batch = pytree.tree_map_only(Tensor, Tensor.clone, self._batch)
-            values = self.values(recorded(pl_module, batch, self.length))
+            values = self.values(recorded(pl_module.task, batch, self.length))
         self._batch = None
         if trainer.sanity_checking:  # what cannot be looked at is told before the run has cost anything
             return

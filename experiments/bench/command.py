@@ -16,9 +16,8 @@ import torch
 from experiments.bench.case import Case
 from experiments.bench.cases import cases
 from experiments.bench.measure import alone, check, first_calls, side_by_side, vendor_fault
-from experiments.core.command_line import Invocation
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, write_figure, write_text, writing
-from experiments.core.parsing import OptionParser
 from experiments.core.run_folder import new_folder
 
 COLUMNS = (

@@ -8,10 +8,9 @@ import select
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from experiments.core.errors import DivergedError, ExperimentError, choices_message, mistake_in
-from experiments.core.parsing import OptionParser
 
 OVERVIEW = """\
 usage: python -m experiments COMMAND [options]
@@ -35,6 +34,17 @@ class Command(NamedTuple):
     module: str
     what: str
     example: str
+    packages: Sequence[str] = ()  # whose classes a config may name without their module
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argparse parser that raises ExperimentError for a mistake, instead of printing its usage and exiting."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ExperimentError(f"{message}. See {self.prog} --help")
 
 
 class Invocation(NamedTuple):
@@ -44,12 +54,11 @@ class Invocation(NamedTuple):
     trusted: list[str]  # the modules of --trust
 
 
-def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence[str]) -> int:
+def run(argv: Sequence[str], commands: Mapping[str, Command]) -> int:
     """Run one command and return the exit code.
 
     It is 0, 1 for a run that diverged, 2 after the user's mistake, and 128 + N where the signal N stopped it. A mistake
-    is one message on the standard error stream, without a traceback. A config may name the classes of the packages
-    without their module.
+    is one message on the standard error stream, without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,7 +68,7 @@ def run(argv: Sequence[str], commands: Mapping[str, Command], packages: Sequence
         if not rest or rest[0] in ("-h", "--help"):
             print(_overview(commands), end="")
         else:
-            _dispatch(Invocation(rest, trusted), commands, packages)
+            _dispatch(Invocation(rest, trusted), commands)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -97,14 +106,14 @@ def _reader_is_gone() -> bool:
     return bool(output.poll(0))
 
 
-def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages: Sequence[str]) -> None:
-    # Imported here because Lightning takes seconds, which --help must not.
+def _dispatch(invocation: Invocation, commands: Mapping[str, Command]) -> None:
+    # Imported here because it needs a package, whose lack is told.
     from experiments.core.trust import trusting
 
     name = invocation.argv[0]
     if name not in commands:
         raise ExperimentError(f"there is no command '{name}'{choices_message(name, commands)}")
-    for package in packages:
+    for package in commands[name].packages:
         importlib.import_module(package)
     with trusting(invocation.trusted):
         for module in invocation.trusted:
@@ -114,10 +123,13 @@ def _dispatch(invocation: Invocation, commands: Mapping[str, Command], packages:
 
 def _import_trusted(module: str) -> None:
     """Import it now, so that its classes need no module in a config, and a checkpoint of them can be loaded."""
+    from experiments.core.trust import take_classes_for_factories  # it needs a package, whose lack is told
+
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise ExperimentError(f"--trust {module}: {error}") from error
+    take_classes_for_factories(module)
 
 
 def mistake_message(error: Exception) -> str | None:

@@ -104,7 +104,7 @@ def load_yaml(text: str, source: str) -> Any:
     from jsonargparse import get_loader
 
     try:
-        _check_extent(text, source)
+        check_extent(text, source)
         _check_keys(yaml.compose(text, yaml.SafeLoader), source)
         return get_loader("yaml")(text)
     except yaml.MarkedYAMLError as error:
@@ -117,7 +117,7 @@ def load_yaml(text: str, source: str) -> Any:
         raise NoYAMLError(f"{source}: no YAML: {type(error).__name__}, {reason}") from error
 
 
-def _check_extent(text: str, source: str) -> None:
+def check_extent(text: str, source: str) -> None:
     """Raises ExperimentError for too many values or levels, where those of an anchor count wherever it is used.
 
     Neither would come to an end otherwise: libyaml recurses until the process dies.

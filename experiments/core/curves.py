@@ -4,10 +4,9 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.core.command_line import Invocation
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, write_figure
-from experiments.core.metrics_file import read_metrics
-from experiments.core.parsing import OptionParser
+from experiments.core.records import read_metrics
 
 _STYLES = {"train": {"alpha": 0.4, "linewidth": 1.0}, "val": {"marker": ".", "linewidth": 1.5}}
 _ZERO_WIDTH = "\u200b"  # a space that is not seen

@@ -4,6 +4,7 @@ import io
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_OF_LIGHTNING = "MisconfigurationException"
 
 
 class ExperimentError(Exception):
@@ -112,14 +116,13 @@ def write_figure(path: Path, figure: "Figure", **settings: Any) -> None:
 
 def mistake_in(error: BaseException) -> Exception | None:
     """The first exception in the chain that stands for a user's mistake: ours, the library's or Lightning's."""
-    # Imported here because Lightning takes seconds, which --help must not.
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from multint import MultintError
-
+    # Looked up, since importing Lightning takes seconds: what was not imported has raised nothing.
+    kinds = [ExperimentError]
+    for module, name in (("multint", "MultintError"), ("lightning.pytorch.utilities.exceptions", _OF_LIGHTNING)):
+        kinds += [getattr(sys.modules[module], name)] if module in sys.modules else []
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, ExperimentError | MultintError | MisconfigurationException):
+        if isinstance(link, tuple(kinds)):
             return link
         link = link.__cause__ or link.__context__
     return None

@@ -6,56 +6,69 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, Timer
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def progress_bar() -> ProgressBar:
-    """The bar where the output is a terminal, else the lines."""
-    return _Bar() if sys.stdout.isatty() else Lines()
+def progress_bar(speed: "Speed") -> ProgressBar:
+    """The bar where the output is a terminal, else the lines. The speed must come before it among the callbacks."""
+    return _Bar(speed) if sys.stdout.isatty() else Lines(speed)
 
 
-class _Speed:
-    """What is trained on in a second, and how long the training still takes; validations are not counted."""
+class Speed(Callback):
+    """How fast the training is: validations and a process's first step, which compiles, are left out."""
 
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._last = time.monotonic()
-        self._seconds, self._weight, self._steps = 0.0, 0, 0
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._batches, self._weight = 0.0, 0, 0, 0
+        self._last: tuple[float, int] | None = None  # when the last batch ended, and the steps done by then
 
-    def pause(self) -> None:
-        """The time since the last batch was no training."""
-        self._last = time.monotonic()
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None where there were too few steps to tell."""
+        return self._seconds / self._steps if self._steps else None
 
-    def count(self, trainer: Trainer, outputs: Any) -> None:
-        """Take in a batch that was trained on."""
-        now = time.monotonic()
-        if self._steps == 0:
-            # The first step compiles: its time says nothing of the others'.
-            self._last = now
-        self._steps += 1
-        self._seconds, self._last = self._seconds + now - self._last, now
-        self._weight += (outputs or {}).get("weight", 0) * trainer.world_size * (self._steps > 1)
-
-    def shown(self, trainer: Trainer) -> dict[str, str]:
+    def shown(self, trainer: Trainer, unit: str) -> dict[str, str]:
         """Such as {"symbols/s": "31,000", "left": "0:02:10"}; empty before there is something to tell from."""
         if not self._seconds:
             return {}
-        speed = {f"{self._unit}/s": f"{_rounded(self._weight / self._seconds):,}"}
-        left = self._seconds / (self._steps - 1) * _batches_left(trainer)
+        speed = {f"{unit}/s": f"{_rounded(self._weight / self._seconds):,}"}
+        left = self._seconds / self._batches * _batches_left(trainer)
         for timer in trainer.callbacks:
             if isinstance(timer, Timer) and (remaining := timer.time_remaining()) is not None:
                 left = min(left, remaining)
         return speed if math.isinf(left) else speed | {"left": str(timedelta(seconds=max(0, round(left))))}
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if self._last is not None:
+            self._seconds += now - self._last[0]
+            self._steps += trainer.global_step - self._last[1]
+            self._batches += 1
+            self._weight += outputs["weight"] * trainer.world_size
+        self._last = now, trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last is not None:
+            self._last = time.monotonic(), self._last[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds, "steps": self._steps, "batches": self._batches, "weight": self._weight}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds, self._steps = state_dict["seconds"], state_dict["steps"]
+        self._batches, self._weight = state_dict["batches"], state_dict["weight"]
+
 
 class Lines(ProgressBar):
     """A line every ten seconds and one after each validation, for files and other places without a cursor."""
 
-    def __init__(self) -> None:
+    def __init__(self, speed: Speed) -> None:
         super().__init__()
+        self._speed = speed
         self._enabled = True
         self._printed_at = -math.inf
 
@@ -65,20 +78,15 @@ class Lines(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._speed = _Speed(_unit(pl_module))
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._speed.count(trainer, outputs)
         if time.monotonic() - self._printed_at > _SECONDS_BETWEEN_LINES:
             self._line(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._line(trainer, pl_module)
-            self._speed.pause()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if not trainer.sanity_checking:
@@ -97,7 +105,8 @@ class Lines(ProgressBar):
         metrics = {
             name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items() if isinstance(value, float)
         }
-        shown = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics, **self._speed.shown(trainer)}
+        shown = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
+        shown |= self._speed.shown(trainer, pl_module.task.unit)
         if self._enabled:
             print("  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
@@ -105,23 +114,9 @@ class Lines(ProgressBar):
 class _Bar(RichProgressBar):
     """Lightning's bar, with the speed and the time that the whole training still takes."""
 
-    _speed: _Speed | None = None  # while it trains
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._speed = _Speed(_unit(pl_module))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._speed is not None
-        self._speed.count(trainer, outputs)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if self._speed is not None:
-            self._speed.pause()
+    def __init__(self, speed: Speed) -> None:
+        super().__init__()
+        self._speed = speed
 
     def _get_train_description(self, current_epoch: int) -> str:
         description = super()._get_train_description(current_epoch)
@@ -129,11 +124,7 @@ class _Bar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return metrics if self._speed is None else metrics | self._speed.shown(trainer)
-
-
-def _unit(pl_module: LightningModule) -> str:
-    return getattr(pl_module, "unit", "examples")
+        return metrics | self._speed.shown(trainer, pl_module.task.unit)
 
 
 def _batches_left(trainer: Trainer) -> float:

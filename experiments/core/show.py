@@ -1,13 +1,11 @@
 """The command `show`: what a checkpoint's task has to show, as text and as pictures beside the metrics."""
 
 from pathlib import Path
-from typing import Any
 
-from experiments.core.checkpoints import load_task
-from experiments.core.command_line import Invocation
+from experiments.core.checkpoints import checkpoint_in, load_task
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, write_figure, writing
-from experiments.core.parsing import OptionParser
-from experiments.core.training import TrainingCommands
+from experiments.core.run_settings import RunSettings
 
 
 def main(invocation: Invocation) -> None:
@@ -19,23 +17,23 @@ def main(invocation: Invocation) -> None:
     parser = OptionParser(
         prog="python -m experiments show", description="What a checkpoint does, in text and pictures."
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--config", type=Path, help="whose data to show (config.yaml of the checkpoint's run)")
     parser.add_argument("--output", type=Path, help="the pictures' folder (that of the checkpoint's run)")
     options = parser.parse_args(invocation.argv[1:])
-    task = load_task(options.checkpoint)
-    run = options.checkpoint.absolute().parent.parent
+    checkpoint = checkpoint_in(options.checkpoint)
+    task = load_task(checkpoint)
+    run = checkpoint.absolute().parent.parent
     config = options.config or run / "config.yaml"
     if not config.is_file():
         raise ExperimentError(f"{config}: there is no config of the checkpoint's run. Give one by --config CONFIG.")
-    argv = ["validate", "--config", str(config), "--ckpt_path", str(options.checkpoint)]
-    data = _Data(argv, invocation.trusted).datamodule
+    data = RunSettings(["validate", "--config", str(config)]).data
     if data is not None:
         data.prepare_data()
         data.setup("test")
     figures, text = task.pictures(data), task.show()
     if not (figures or text):
-        raise ExperimentError(f"{options.checkpoint}: a {type(task).__name__} has nothing to show.")
+        raise ExperimentError(f"{checkpoint}: a {type(task).__name__} has nothing to show.")
     if text:
         print(text)
     folder = options.output or run
@@ -45,10 +43,3 @@ def main(invocation: Invocation) -> None:
         path = folder / f"{name}.png"
         write_figure(path, figure, dpi=150)
         print(path)
-
-
-class _Data(TrainingCommands):
-    """Builds what a config names, and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> Any:
-        pass

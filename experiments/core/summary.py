@@ -3,19 +3,34 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.core.command_line import Invocation
+from experiments.core.command_line import Invocation, OptionParser
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building
-from experiments.core.model_table import parameter_rows, table
-from experiments.core.parsed import Parsed
-from experiments.core.parsing import OptionParser
+from experiments.core.network_size import layer_table, layers, table, without_memory
+from experiments.core.run_settings import RunSettings
 from experiments.core.task import Task
+
+# By torch's optimizers: the numbers kept of each parameter, and the settings that add one each.
+_KEPT = {
+    "ASGD": (1,),
+    "Adadelta": (2,),
+    "Adagrad": (1,),
+    "Adam": (2, "amsgrad"),
+    "AdamW": (2, "amsgrad"),
+    "Adamax": (2,),
+    "NAdam": (2,),
+    "RAdam": (2,),
+    "RMSprop": (1, "momentum", "centered"),
+    "Rprop": (2,),
+    "SGD": (0, "momentum"),
+}
 
 
 def main(invocation: Invocation) -> None:
-    """Print the parameters by part, the multiply-adds, and the bytes that training keeps for the parameters.
+    """Print the layers with their parameters, the multiply-adds, and the bytes that training keeps for the parameters.
 
     Raises ExperimentError for a config that cannot be built, or one that needs its data to be.
     """
@@ -25,58 +40,73 @@ def main(invocation: Invocation) -> None:
     if rest in ([], ["-h"], ["--help"]):
         print("usage: python -m experiments summary --config CONFIG [--vocabulary_size V] [the options of fit]")
         return
-    commands = Parsed(["fit", *rest], invocation.trusted)
+    settings = RunSettings(["fit", *rest])
     given = {name: size for name, size in vars(sizes).items() if size is not None}
     for name, size in given.items():
         if size < 1:
             raise ExperimentError(f"--{name}: got {size}, expected at least 1.")
-    print(_summary(commands.model, commands.datamodule, given))
+    print(_summary(settings.task, settings.data, given))
 
 
-def _summary(task: Task, data: Any, sizes: dict[str, int]) -> str:
-    with torch.device("meta"), building(f"{type(task).__name__}: the network"):
+def _summary(task: Task, data: Data | None, sizes: dict[str, int]) -> str:
+    with without_memory(), building(f"{type(task).__name__}: the network"):
         task.network = task.build(task.imagined(data, sizes)).eval()
-        optimizer = task.configure_optimizers()
-    rows = parameter_rows(task.network) | _work(task)
+    shapes, work, in_all = _called(task)
+    rows = {f"for each of its {task.unit}": f"{in_all} multiply-adds forward"} if in_all else {}
     size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
-    moments, name = _moments(optimizer), type(optimizer).__name__
+    name, moments = _moments(task.settings["optimizer"])
     kept = f"parameters {_bytes(size)}, gradients {_bytes(size)}, {name}"
     if moments is None:
         rows["in memory"] = f"{kept}'s own not known"
     else:
         rows["in memory"] = f"{_bytes((2 + moments) * size)}: {kept} {_bytes(moments * size)}"
-    return table(rows)
+    columns = {"output": shapes, "multiply-adds": work} if shapes else {}
+    return f"{layer_table(task.network, columns)}\n{table(rows)}"
 
 
-def _work(task: Task) -> dict[str, str]:
-    """The multiply-adds of products, forward, for each of what the task counts; nothing where it cannot be called."""
-    try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            example = task.example()
-            counter.flop_counts.clear()
-            assert task.network is not None
-            task.network(*example.arguments)
-    except ExperimentError:
-        return {}
-    return {
-        f"for each of its {task.unit}": f"{counter.get_total_flops() // 2 // example.count:,} multiply-adds forward"
-    }
+def _called(task: Task) -> tuple[dict[str, str], dict[str, str], str]:
+    """The shapes that the layers give in the task's example call, and the multiply-adds of their products, forward.
 
-
-def _moments(optimizer: torch.optim.Optimizer) -> int | None:
-    """The numbers that the optimiser keeps of each parameter, seen on one of its own kind.
-
-    None for one that keeps other shapes, as Adafactor does, or does not step by gradients alone, as LBFGS.
+    The work is that for each of what the task counts: of every layer, and of the whole network. All are empty where the
+    task knows no call.
     """
-    parameter = nn.Parameter(torch.zeros(5, 7))
-    small = type(optimizer)([parameter], **optimizer.defaults)
-    parameter.grad = torch.ones(5, 7)
+    network = task.network
+    assert network is not None
+    shapes: dict[str, str] = {}
+
+    def note(name: str, result: Any) -> None:
+        first = pytree.tree_leaves(result)[0]
+        shapes[name] = " × ".join(map(str, first.shape)) if isinstance(first, torch.Tensor) else ""
+
     try:
-        small.step()
-    except (RuntimeError, TypeError):
-        return None
-    sizes = [value.numel() for value in small.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sizes.count(35) if set(sizes) <= {1, 35} else None
+        with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            example = task.example()
+            hooks = [
+                layer.module.register_forward_hook(lambda *call, name=layer.name: note(name, call[-1]))
+                for layer in layers(network)
+            ]
+            counter.flop_counts.clear()
+            network(*example.arguments)
+    except ExperimentError:
+        return {}, {}, ""
+    for hook in hooks:
+        hook.remove()
+    work = {
+        name.partition(".")[2]: f"{sum(counts.values()) // 2 // example.count:,}"
+        for name, counts in counter.flop_counts.items()
+        if "." in name
+    }
+    return shapes, work, f"{counter.get_total_flops() // 2 // example.count:,}"
+
+
+def _moments(optimizer: dict[str, Any]) -> tuple[str, int | None]:
+    """The optimizer's name, and how many numbers it keeps of each parameter; None for one that keeps other shapes.
+
+    A table, since to make an optimizer imports torch's whole compiler.
+    """
+    name, given = optimizer["class_path"].rpartition(".")[2], optimizer.get("init_args", {})
+    extra = sum(bool(given.get(setting)) for setting in _KEPT.get(name, (0,))[1:])
+    return name, _KEPT[name][0] + extra if name in _KEPT else None
 
 
 def _bytes(count: int) -> str:

@@ -1,21 +1,17 @@
 """What a task is: the frame trains, evaluates, saves and reports any of them, and knows none."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
-from experiments.core.averaging import AverageWeights
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building
-from experiments.core.means import Mean, StreamMeans
-from experiments.core.memory import refuse_beyond_memory
-from experiments.core.processes import averaged
-from experiments.core.programs import Example
-from experiments.core.schedule import HalveLearningRate
-from experiments.core.settings import refuse_other_settings
+from experiments.core.network_size import refuse_beyond_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,15 +26,40 @@ class Monitor(NamedTuple):
     mode: Literal["min", "max"]
 
 
-class Task(LightningModule, ABC):
+class Mean(NamedTuple):
+    """A mean and what it is over: symbols, examples, episodes. A batch of nothing has the weight 0."""
+
+    value: Tensor  # ()
+    weight: int
+
+
+class Example(NamedTuple):
+    """A call of a network, and what its tensors are called.
+
+    Of the tensors in the arguments, in order, `inputs` has the names, each with the axes whose size is free; `outputs`
+    has the names of the tensors in the result.
+    """
+
+    arguments: tuple[Any, ...]  # tensors, or tuples of them such as a state
+    inputs: dict[str, Mapping[int, str]]
+    outputs: tuple[str, ...]
+    count: int  # of what the task counts, in this call
+
+    def shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """The sizes of each input, free ones by their names."""
+        tensors = pytree.tree_leaves(self.arguments)
+        return {
+            name: tuple(axes.get(i, size) for i, size in enumerate(tensor.shape))
+            for (name, axes), tensor in zip(self.inputs.items(), tensors, strict=True)
+        }
+
+
+class Task(ABC):
     """A network, what it learns from a batch, and the metrics that say how well.
 
     A task states `monitor`, `describe`, `build` and `measure`, and where it has more to say `metrics` and `show`. Its
-    data come from a LightningDataModule. One without such data, as a policy that plays episodes, gives Lightning's
-    `train_dataloader` (its rollouts) and `val_dataloader` (its evaluations) itself, and its config has no `data`.
-
-    The metrics are logged as `train/NAME`, `val/NAME` and `test/NAME`: in training those of a batch, in evaluation
-    those of all that was seen, exactly, in all processes together.
+    data are of a subclass of `Data`. One without data, as a policy that plays episodes, gives `train_dataloader` (its
+    rollouts) and `val_dataloader` (its evaluations) itself, and its config has no `data`.
 
     Args:
         optimizer: factory `(parameters) -> Optimizer`.
@@ -59,26 +80,21 @@ class Task(LightningModule, ABC):
         halve_after: int | None = None,
         average_after: int | None = None,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)
-        if "_instantiator" not in self.hparams:
-            # Built in Python, not from a config: the factories are code, and a checkpoint holds values only.
-            self.hparams.clear()
+        for name, after in {"halve_after": halve_after, "average_after": average_after}.items():
+            if after is not None and after < 1:
+                raise ExperimentError(f"{name} is {after}, expected at least 1, or null.")
+        self.halve_after, self.average_after = halve_after, average_after
         self.network: nn.Module | None = None
         self.description: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}  # that it was built from, for checkpoints; none if built in Python
+        self.is_trial = False  # whether an evaluation is the trial before the training, whose metrics nobody sees
         self._build_optimizer = optimizer
-        self._schedules: list[Callback] = []
-        if halve_after is not None:
-            self._schedules.append(HalveLearningRate(halve_after, self.monitored, self.monitor.mode))
-        if average_after is not None:
-            self._schedules.append(AverageWeights(average_after, self.monitored, self.monitor.mode))
-        self._means = StreamMeans()  # of the evaluation under way
 
     @abstractmethod
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+    def describe(self, data: Data | None) -> dict[str, Any]:
         """What the network must know of the data, which are set up, as plain values: a checkpoint holds them."""
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
         """The description from the data's settings and the sizes given alone, as if the data were there, for `summary`.
 
         Raises ExperimentError where that does not say enough, or the task does not know how.
@@ -112,7 +128,7 @@ class Task(LightningModule, ABC):
         """What is printed of the best checkpoint when a run has ended: a sample of text, for example."""
         return ""
 
-    def pictures(self, data: LightningDataModule | None) -> "Mapping[str, Figure]":
+    def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
         """What the command `show` draws for data that are set up, by name."""
         return {}
 
@@ -128,7 +144,7 @@ class Task(LightningModule, ABC):
         """What a checkpoint holds beside the parameters, as plain values. Called in every process."""
         return {}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:  # noqa: B027
         """Take up what `saved` gave."""
 
     @property
@@ -136,60 +152,20 @@ class Task(LightningModule, ABC):
         """The name under which the monitored metric of the validation is logged."""
         return f"val/{self.monitor.name}"
 
-    def setup(self, stage: str) -> None:
-        """Build the network for the data, if it is not there yet."""
-        self._use(self.describe(self.trainer.datamodule), "the data given")
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        tensors = [] if self.network is None else [*self.network.parameters(), *self.network.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
 
-    def configure_optimizers(self) -> Optimizer:
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the network's parameters, which must be there. Raises ExperimentError for its settings."""
+        assert self.network is not None
         with building(f"{type(self).__name__}: the optimizer"):
-            return self._build_optimizer(self.parameters())
+            return self._build_optimizer(self.network.parameters())
 
-    def configure_callbacks(self) -> list[Callback]:
-        return self._schedules
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        means = self.measure(batch, "train")
-        if "loss" not in means:
-            raise ExperimentError(
-                f"{type(self).__name__}: measure gives {', '.join(means)}, expected a loss in training."
-            )
-        # A metric of the processes' mean loss, which is not the mean of their metrics.
-        reduced = {name: averaged(mean.value) for name, mean in means.items()}
-        self._log("train", self.metrics(reduced, "train"))
-        objective = means["loss"].value
-        if "penalty" in means:
-            objective = objective + means["penalty"].value
-        return {"loss": objective, "weight": means["loss"].weight}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._means.update(self.measure(batch, "val"))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._means.update(self.measure(batch, "test"))
-
-    def on_validation_epoch_end(self) -> None:
-        self._log("val", self.metrics(self._means.compute(), "val"))
-
-    def on_test_epoch_end(self) -> None:
-        self._log("test", self.metrics(self._means.compute(), "test"))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task"] = {
-            "name": type(self).__name__,
-            "description": self.description,
-            "saved": self.saved(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        task = checkpoint.get("task", {})
-        if task.get("name") != type(self).__name__:
-            of = f"of the task {task['name']}" if "name" in task else "of no task"
-            raise ExperimentError(f"{type(self).__name__}: the checkpoint is {of}. Give one that this task wrote.")
-        self._use(task["description"], "the checkpoint's")
-        refuse_other_settings(self, checkpoint)
-        self.restore(task["saved"])
-
-    def _use(self, description: dict[str, Any], whose: str) -> None:
+    def use(self, description: dict[str, Any], whose: str) -> None:
+        """Build the network for the data of a description, or raise ExperimentError where it is there for others'."""
         if self.network is None:
             with building(f"{type(self).__name__}: the network"):
                 refuse_beyond_memory(lambda: self.build(description))
@@ -201,15 +177,51 @@ class Task(LightningModule, ABC):
                 "Give the data that the checkpoint was trained on."
             )
 
-    def _log(self, stage: Stage, metrics: Mapping[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            shown = name == self.monitor.name or (stage == "train" and name == "loss")
-            # Every process has the same value already; Lightning warns unless told to average.
-            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=stage != "train")
+    def checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds of the task beside the weights, as plain values. Called in every process."""
+        of_task = {"name": type(self).__name__, "description": self.description, "saved": self.saved()}
+        return {"task": of_task, "hyper_parameters": self.settings} if self.settings else {"task": of_task}
+
+    def take_up(self, checkpoint: dict[str, Any], is_to_train: bool) -> None:
+        """Build the network that a checkpoint is of, whose weights are to be loaded, and restore what was saved.
+
+        Raises ExperimentError for a checkpoint of another task, of other data, or of other settings; to evaluate,
+        settings may differ that change no weight.
+        """
+        of_task = checkpoint.get("task", {})
+        if of_task.get("name") != type(self).__name__:
+            of = f"of the task {of_task['name']}" if "name" in of_task else "of no task"
+            raise ExperimentError(f"{type(self).__name__}: the checkpoint is {of}. Give one that this task wrote.")
+        self.use(of_task["description"], "the checkpoint's")
+        self._refuse_other_settings(checkpoint, is_to_train)
+        self.restore(of_task["saved"])
+
+    def _refuse_other_settings(self, checkpoint: dict[str, Any], is_to_train: bool) -> None:
+        # Training goes on with the checkpoint's optimiser state, learning rate included: other settings would silently
+        # have no effect. Evaluation needs the same parameters only.
+        assert self.network is not None
+        saved = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name[0] != "_"}
+        asked = {name: value for name, value in self.settings.items() if name[0] != "_"}
+        differences = list(_differences(saved, asked)) if saved and asked else []
+        shapes = {f"network.{name}": tuple(value.shape) for name, value in self.network.state_dict().items()}
+        saved_shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if differences and (is_to_train or shapes != saved_shapes):
+            raise ExperimentError(
+                f"{type(self).__name__}: the checkpoint is of a run with other settings. Give those, or train anew "
+                f"without --ckpt_path. They differ in {'; '.join(differences)}."
+            )
+        if misfits := [name for name in (shapes | saved_shapes) if shapes.get(name) != saved_shapes.get(name)]:
+            name = misfits[0]
+            raise ExperimentError(
+                f"{type(self).__name__}: the checkpoint's weights do not fit the network: {name} is "
+                f"{saved_shapes.get(name, 'missing')}, expected {shapes.get(name, 'no such weight')}. "
+                "Give the checkpoint of a network that was built from the same settings."
+            )
 
 
-class NetworkFirst(Callback):
-    """Builds the task's network before the callbacks after this one are set up: some copy it, or look into it."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.setup(stage)
+def _differences(saved: Any, asked: Any, path: str = "model") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        for key in sorted(saved.keys() | asked.keys()):
+            yield from _differences(saved.get(key), asked.get(key), f"{path}.{key}")
+    elif saved != asked:
+        yield f"{path} (saved {saved!r}, asked {asked!r})"

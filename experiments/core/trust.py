@@ -5,8 +5,11 @@ wherever it stands and however short it is written, must lie in a trusted module
 leads to is checked again by where it is defined: `torch.os.system` is `os.system`.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import set_parsing_settings
 
@@ -73,3 +76,30 @@ def trusting(
     finally:
         _added.clear()
         set_parsing_settings(import_path_denylist=[module for module in modules if module not in TRUSTED])
+
+
+def take_classes_for_factories(module: str) -> None:
+    """Let a constructor's `type[Integrator]` mean `Callable[[int, int, int], Integrator]` in a config.
+
+    jsonargparse takes the one for a class without settings, and a config could not give it any. The sizes that a caller
+    gives are those that the class itself requires. Of the constructors in a module and in those below it.
+    """
+    below = [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]
+    for name in below:
+        for cls in vars(sys.modules[name]).values():
+            if isinstance(cls, type) and cls.__module__ == name and "__init__" in vars(cls):
+                _take_for_factories(vars(cls)["__init__"])
+
+
+def _take_for_factories(constructor: Any) -> None:
+    try:
+        hints = get_type_hints(constructor)
+    except Exception:  # of a name that is imported for type checkers alone: jsonargparse will say what it lacks
+        return
+    for name, hint in hints.items():
+        base = get_args(hint)[0] if get_origin(hint) is type else None
+        if isinstance(base, type):
+            given = [p for p in inspect.signature(base).parameters.values() if p.annotation in (int, "int")]
+            sizes = [int for parameter in given if parameter.default is parameter.empty]
+            if sizes:
+                constructor.__annotations__[name] = Callable[sizes, base]

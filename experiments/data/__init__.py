@@ -5,12 +5,12 @@ from experiments.data.synthetic import (
     Adding,
     AffineTasks,
     CopyMemory,
-    DrawnData,
     Pairs,
     Recall,
     Sequences,
     SequentialDigits,
     StateMachine,
+    SyntheticData,
     Teacher,
 )
 from experiments.data.text import Batch, TextData, Vocabulary, Windows, WordData, WordVocabulary, vocabulary_from
@@ -21,7 +21,7 @@ __all__ = [
     "Batch",
     "CopyMemory",
     "Curves",
-    "DrawnData",
+    "SyntheticData",
     "FunctionData",
     "Images",
     "Pairs",

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from experiments.core.command_line import Invocation
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError
-from experiments.core.parsing import OptionParser
 from experiments.study.arms import Arm, resolved
 from experiments.study.board import Board
 from experiments.study.definition import Study, read_study

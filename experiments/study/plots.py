@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.core.curves import as_label
 from experiments.core.errors import write_figure
-from experiments.core.metrics_file import read_metrics
+from experiments.core.records import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 
 _STAGES = ("train", "val")

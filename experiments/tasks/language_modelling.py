@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.means import Mean
 from experiments.core.processes import gathered, rank
-from experiments.core.programs import Example
-from experiments.core.task import Monitor, Stage, Task
+from experiments.core.task import Example, Mean, Monitor, Stage, Task
 from experiments.data.text import Batch, Vocabulary, WordVocabulary, vocabulary_from
 from models import Features, LanguageModel, sample, softmax_cross_entropy, symbol_losses
 
@@ -71,13 +69,13 @@ class LanguageModelling(Task):
         self._carried: dict[Stage, Any] = {}
         self._stream_losses: dict[Stage, Tensor] = {}  # (B,), of the evaluation under way
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
         size = sizes.get("vocabulary_size") or getattr(data, "known_vocabulary_size", None)
         if size is None:
             raise ExperimentError("the vocabulary's size is not known without the data: give --vocabulary_size V.")
         return {"vocabulary_size": size}
 
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+    def describe(self, data: Data | None) -> dict[str, Any]:
         vocabulary = getattr(data, "vocabulary", None)
         if vocabulary is None:
             raise ExperimentError(
@@ -141,7 +139,7 @@ class LanguageModelling(Task):
             return {}
         bits = of_streams / of_streams.mean() * loss.cpu() / math.log(2)
         lost = int((bits > math.log2(len(self.vocabulary))).sum())
-        if lost and rank() == 0 and not self.trainer.sanity_checking:
+        if lost and rank() == 0 and not self.is_trial:
             warnings.warn(
                 f"{lost} of {len(bits)} streams take more bits than guessing: they may have fallen into a state that "
                 "training never met. Raise --model.restart, or learn the initial state (learnt_state).",

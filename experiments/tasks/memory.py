@@ -1,20 +1,18 @@
 """Memory: answer at the end of a sequence what was in it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from experiments.core.errors import ExperimentError
-from experiments.core.means import Mean
-from experiments.core.task import Monitor, Stage, Task
-from experiments.data.synthetic import DrawnData, Recall
+from experiments.core.task import Mean, Monitor, Stage
+from experiments.data.synthetic import Recall
+from experiments.tasks.synthetic_task import SyntheticTask
 from models import SequenceReader
 
 
-class Memory(Task):
+class Memory(SyntheticTask):
     """Minimises the mean loss of the answers at the last steps of each sequence.
 
     Of numbers it is the squared error; of classes −log p(class), and `accuracy` is logged too, the share that is right.
@@ -27,28 +25,13 @@ class Memory(Task):
     monitor = Monitor("loss", "min")
     unit = "answers"
 
-    def __init__(
-        self,
-        network: Callable[[int, int], SequenceReader],
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
-        halve_after: int | None = None,
-    ) -> None:
-        super().__init__(optimizer, halve_after)
-        self._build_network = network
+    sizes_key, expected = "inputs", "Adding, CopyMemory or SequentialDigits"
 
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
-        learnt = data.learnt() if isinstance(data, DrawnData) else {}
-        if "inputs" not in learnt:
-            raise ExperimentError(
-                f"Memory: the data are {type(data).__name__}, expected Adding, CopyMemory or SequentialDigits."
-            )
-        return learnt
+    def __init__(self, network: Callable[[int, int], SequenceReader], **settings: Any) -> None:
+        super().__init__(network, **settings)
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
-        return self.describe(data)
-
-    def build(self, description: dict[str, Any]) -> SequenceReader:
-        return self._build_network(description["inputs"], description["outputs"])
+    def sizes_of(self, description: dict[str, Any]) -> tuple[int, ...]:
+        return description["inputs"], description["outputs"]
 
     def last_loss(self, network: nn.Module, batch: Recall, steps: int) -> Tensor:
         """See `Task`. The answers stand at the end: the sequences of the data must have so many steps."""

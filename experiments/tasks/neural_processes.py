@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.means import Mean
 from experiments.core.processes import gathered
-from experiments.core.task import Monitor, Stage, Task
+from experiments.core.task import Mean, Monitor, Stage, Task
 from experiments.data.functions import Batch, FunctionData
 from experiments.tasks.task_scores import Scores, TaskScores, table
 from models import NeuralProcess, Points, elbo, importance_weighted, log_likelihood
@@ -79,10 +78,10 @@ class NeuralProcesses(Task):
         self._scores = TaskScores()  # of the evaluation under way
         self._tested: Mapping[str, Scores] = {}
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
         return self.describe(data)
 
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+    def describe(self, data: Data | None) -> dict[str, Any]:
         if not isinstance(data, FunctionData):
             raise ExperimentError(
                 f"NeuralProcesses: the data are {type(data).__name__}, expected functions, as Curves, Images or Table."
@@ -132,7 +131,7 @@ class NeuralProcesses(Task):
             ["\n".join(head), *(table(name, scores, self.buckets) for name, scores in self._tested.items())]
         )
 
-    def pictures(self, data: LightningDataModule | None) -> "Mapping[str, Figure]":
+    def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
         assert isinstance(data, FunctionData)
         return data.pictures(self.predict)
 

@@ -1,20 +1,18 @@
 """State tracking: tell the state of a machine after every symbol that it reads."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from experiments.core.errors import ExperimentError
-from experiments.core.means import Mean
-from experiments.core.task import Monitor, Stage, Task
-from experiments.data.synthetic import Sequences, StateMachine
+from experiments.core.task import Mean, Monitor, Stage
+from experiments.data.synthetic import Sequences
+from experiments.tasks.synthetic_task import SyntheticTask
 from models import SequenceLabeller
 
 
-class StateTracking(Task):
+class StateTracking(SyntheticTask):
     """Minimises −Σ log p(q_t | symbol_1 … symbol_t) over all steps, on sequences of one length.
 
     Logged are the loss in nats per step and `accuracy`, the share of steps whose state is right. In the test it is told
@@ -30,25 +28,13 @@ class StateTracking(Task):
     monitor = Monitor("loss", "min")
     unit = "steps"
 
-    def __init__(
-        self,
-        network: Callable[[int, int], SequenceLabeller],
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
-        halve_after: int | None = None,
-    ) -> None:
-        super().__init__(optimizer, halve_after)
-        self._build_network = network
+    sizes_key, expected = "symbols", "StateMachine"
 
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
-        if not isinstance(data, StateMachine):
-            raise ExperimentError(f"StateTracking: the data are {type(data).__name__}, expected StateMachine.")
-        return data.learnt()
+    def __init__(self, network: Callable[[int, int], SequenceLabeller], **settings: Any) -> None:
+        super().__init__(network, **settings)
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
-        return self.describe(data)
-
-    def build(self, description: dict[str, Any]) -> SequenceLabeller:
-        return self._build_network(description["symbols"], description["states"])
+    def sizes_of(self, description: dict[str, Any]) -> tuple[int, ...]:
+        return description["symbols"], description["states"]
 
     def last_loss(self, network: nn.Module, batch: Sequences, steps: int) -> Tensor:
         if len(batch.symbols) < steps:

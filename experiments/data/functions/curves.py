@@ -3,50 +3,17 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from experiments.core.errors import ExperimentError
-from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Sizes
-from experiments.data.functions.function_data import FunctionData, Functions, Observed, Predict
+from experiments.data.functions.function_data import FunctionData
+from experiments.data.functions.function_sets import Functions, GaussianProcess, Predict
 from experiments.data.functions.kernels import RBF, Kernel, Range
+from experiments.data.functions.pictures import curves as draw_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Interval = tuple[int, int]  # these included
-
-
-class GaussianProcess(Functions):
-    """Curves y = f(x) + noise at uniform x, f from a Gaussian process of mean 0, its hyper-parameters new for each."""
-
-    x_features = y_features = 1
-    count = None
-
-    def __init__(self, kernel: Kernel, noise: float, x_range: Range) -> None:
-        self.kernel, self.noise, self.x_range = kernel, noise, x_range
-
-    def available(self, functions: Tensor) -> Tensor:
-        return torch.full((len(functions),), 2**31)
-
-    def observe(self, functions: Tensor, points: int, generator: torch.Generator) -> Observed:
-        count, (low, high) = len(functions), self.x_range
-        x = low + (high - low) * torch.rand(count, points, dtype=torch.float64, generator=generator)
-        covariance = self.covariance(x, self.kernel.parameters(count, generator))
-        noise = torch.randn(count, points, 1, dtype=torch.float64, generator=generator)
-        y = gaussian_process.cholesky(covariance) @ noise
-        return Observed(x.float().unsqueeze(-1), y.float(), covariance)
-
-    def covariance(
-        self,
-        x: Tensor,  # (B, N)
-        parameters: tuple[Tensor, ...],
-    ) -> Tensor:  # (B, N, N)
-        """The covariance of observations at x, with their noise."""
-        covariance = self.kernel.covariance(x.unsqueeze(-1) - x.unsqueeze(-2), parameters)
-        covariance.diagonal(dim1=-2, dim2=-1).add_(self.noise**2)
-        return covariance
 
 
 class Curves(FunctionData):
@@ -129,9 +96,7 @@ class Curves(FunctionData):
         return {"train": curves(self.kernel), "valid": curves(self.kernel), "test": test}
 
     def pictures(self, predict: Predict) -> "dict[str, Figure]":
-        from experiments.data.functions.drawing import curves
-
         sets = {
             name: functions for name, functions in self._sets["test"].items() if isinstance(functions, GaussianProcess)
         }
-        return {"predictions": curves(sets, self.eval_sizes, predict, self.eval_seed)}
+        return {"predictions": draw_curves(sets, self.eval_sizes, predict, self.eval_seed)}

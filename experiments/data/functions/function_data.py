@@ -1,54 +1,25 @@
 """What the data of all neural processes share: functions, and tasks of their points."""
 
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.data.drawn_batches import Draw, FixedBatches, TrainingBatches
+from experiments.data.batch_streams import Draw, FixedBatches, TrainingBatches
 from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Batch, Sizes, shared_out
+from experiments.data.functions.function_sets import Functions, Predict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# (context x, context y, x) -> means (K, B, N, Y) of K samples, and their standard deviations.
-Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-class Observed(NamedTuple):
-    """Points of B functions, in random order."""
-
-    x: Tensor  # (B, P, X)
-    y: Tensor  # (B, P, Y)
-    covariance: Tensor | None = None  # (B, P, P) of y given x, in float64, where that is known
-
-
-class Functions(ABC):
-    """A set of functions to draw tasks from.
-
-    `x_features` and `y_features` are the sizes of a point, `count` the number of functions, None where there is no end.
-    """
-
-    x_features: int
-    y_features: int
-    count: int | None
-
-    @abstractmethod
-    def available(self, functions: Tensor) -> Tensor:
-        """How many points each of these functions has, (B,) int64."""
-
-    @abstractmethod
-    def observe(self, functions: Tensor, points: int, generator: torch.Generator) -> Observed:
-        """At least so many points of each of these functions, or all it has; the rest is padding."""
-
-
-class FunctionData(LightningDataModule, ABC):
+class FunctionData(Data):
     """Tasks of functions: from a context of a function's points its values at targets are to be predicted.
 
     A subclass gives `_functions`, the sets of each split. In training the tasks are new ones at every step, drawn from
@@ -70,7 +41,6 @@ class FunctionData(LightningDataModule, ABC):
         seed: int | None,
         eval_seed: int,
     ) -> None:
-        super().__init__()
         numbers = {
             "batch_size": batch_size,
             "epoch": epoch,
@@ -151,16 +121,6 @@ class FunctionData(LightningDataModule, ABC):
             return _drawn(functions, chosen, self.eval_sizes, self.ragged, generator, name, index, with_ceiling=True)
 
         return draw
-
-    def _processes(self) -> tuple[int, int]:
-        """This process's rank, and how many train together."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _position(self) -> tuple[int, int]:
-        """The pass under way and its first batch to draw: Lightning's counts, right once that pass has begun."""
-        assert self.trainer is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self.trainer.current_epoch, done
 
 
 def _drawn(

@@ -10,37 +10,13 @@ from torch import Tensor
 from experiments.core.errors import ExperimentError
 from experiments.data.functions.batches import Sizes
 from experiments.data.functions.curves import Interval
-from experiments.data.functions.function_data import FunctionData, Functions, Observed, Predict
+from experiments.data.functions.function_data import FunctionData
+from experiments.data.functions.function_sets import Functions, Pictures, Predict
 from experiments.data.functions.image_files import held_out, read_idx, read_omniglot
+from experiments.data.functions.pictures import completions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class Pictures(Functions):
-    """Grey images: x is the pixel's row and column in [−1, 1]², y its brightness in [0, 1]."""
-
-    x_features, y_features = 2, 1
-
-    def __init__(
-        self,
-        images: Tensor,  # (N, H, W) uint8
-    ) -> None:
-        self.images = images
-        self.count: int | None = len(images)
-        places = (torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in images.shape[1:])
-        self.places = torch.cartesian_prod(*places)  # (H·W, 2)
-
-    def available(self, functions: Tensor) -> Tensor:
-        return torch.full((len(functions),), len(self.places))
-
-    def observe(self, functions: Tensor, points: int, generator: torch.Generator) -> Observed:
-        drawn = torch.rand(len(functions), len(self.places), generator=generator).argsort(-1)[:, :points]
-        return Observed(self.places[drawn], self.values(functions).gather(1, drawn.unsqueeze(-1)))
-
-    def values(self, functions: Tensor) -> Tensor:
-        """The brightness of all pixels of these images, (B, H·W, 1)."""
-        return self.images[functions].flatten(1).unsqueeze(-1) / 255
 
 
 class Images(FunctionData):
@@ -141,8 +117,6 @@ class Images(FunctionData):
         return {"train": images[: -2 * cut], "valid": images[-2 * cut : -cut], "test": images[-cut:]}
 
     def pictures(self, predict: Predict) -> "dict[str, Figure]":
-        from experiments.data.functions.drawing import completions
-
         [functions] = self._sets["test"].values()
         assert isinstance(functions, Pictures)
         return {"predictions": completions(functions, self.eval_sizes, predict, self.eval_seed)}

@@ -10,42 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from experiments.core.errors import ExperimentError, choices_message
 from experiments.data.functions.batches import Sizes
 from experiments.data.functions.curves import Interval
-from experiments.data.functions.function_data import FunctionData, Functions, Observed, Predict
+from experiments.data.functions.function_data import FunctionData
+from experiments.data.functions.function_sets import Functions, Groups, Predict
+from experiments.data.functions.pictures import groups as draw_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = dict[str, tuple[Tensor, Tensor]]  # by group: x (N, X) and y (N, Y), float64
-
-
-class Groups(Functions):
-    """Groups of rows with ragged sizes."""
-
-    def __init__(
-        self,
-        rows: list[tuple[Tensor, Tensor]],  # x (N_g, X) and y (N_g, Y) of each group
-        names: list[str],
-    ) -> None:
-        self.names = names
-        self.count: int | None = len(rows)
-        self.sizes = torch.tensor([len(x) for x, _ in rows])
-        self.x, self.y = (pad_sequence([pair[i] for pair in rows], batch_first=True).float() for i in range(2))
-        self.x_features, self.y_features = self.x.shape[-1], self.y.shape[-1]
-
-    def available(self, functions: Tensor) -> Tensor:
-        return self.sizes[functions]
-
-    def observe(self, functions: Tensor, points: int, generator: torch.Generator) -> Observed:
-        order = torch.rand(len(functions), self.x.shape[1], generator=generator)
-        order = order.masked_fill(torch.arange(self.x.shape[1]) >= self.sizes[functions].unsqueeze(-1), math.inf)
-        drawn = order.argsort(-1)[:, :points].unsqueeze(-1)
-        x, y = self.x[functions], self.y[functions]
-        return Observed(*(values.gather(1, drawn.expand(-1, -1, values.shape[-1])) for values in (x, y)))
 
 
 class Table(FunctionData):
@@ -139,12 +115,10 @@ class Table(FunctionData):
         }
 
     def pictures(self, predict: Predict) -> "dict[str, Figure]":
-        from experiments.data.functions.drawing import groups
-
         [functions] = self._sets["test"].values()
         assert isinstance(functions, Groups)
         x_name, y_name = (f"{name}, standardised" if self.standardise else name for name in (self.x[0], self.y[0]))
-        return {"predictions": groups(functions, self.eval_sizes, predict, self.eval_seed, x_name, y_name)}
+        return {"predictions": draw_groups(functions, self.eval_sizes, predict, self.eval_seed, x_name, y_name)}
 
     def _check(self, groups: Rows) -> None:
         least = 1 if self.sizes.targets is None else self.sizes.targets[0]

@@ -5,18 +5,18 @@ from typing import Any
 import torch
 
 from experiments.core.errors import ExperimentError
-from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.recall import Recall
+from experiments.data.synthetic.synthetic_data import SyntheticData
 
 
-class Adding(DrawnData):
+class Adding(SyntheticData):
     """Numbers of U(0, 1), each beside a mark: 1 at one step in each half of the sequence, else 0. The sum of the two.
 
     Who answers 1 has a mean squared error of 1/6.
 
     Args:
         length: T.
-        batch_size, epoch, eval_examples, seed: see `DrawnData`.
+        batch_size, epoch, eval_examples, seed: see `SyntheticData`.
 
     Raises ExperimentError for a length below 2.
     Source: Hochreiter and Schmidhuber 1997, with the marks of Arjovsky et al. 2016.

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from experiments.data.drawn_batches import generator_of
-from experiments.data.synthetic.drawn_data import DrawnData
+from experiments.data.batch_streams import generator_of
 from experiments.data.synthetic.pairs import Pairs
+from experiments.data.synthetic.synthetic_data import SyntheticData
 
 
-class AffineTasks(DrawnData):
+class AffineTasks(SyntheticData):
     """y = (A_k x + b_k) / √2 for the task k that z tells, with normal x and independent normal A_k / √X and b_k.
 
     Every task answers the same x in another way: who does not heed z has an error of about 1. z is √K times the one-hot
@@ -19,7 +19,7 @@ class AffineTasks(DrawnData):
     Args:
         tasks: K.
         x_features, out_features: X and O.
-        batch_size, epoch, eval_examples, seed: see `DrawnData`.
+        batch_size, epoch, eval_examples, seed: see `SyntheticData`.
     """
 
     def __init__(

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.recall import Recall
+from experiments.data.synthetic.synthetic_data import SyntheticData
 
 
-class CopyMemory(DrawnData):
+class CopyMemory(SyntheticData):
     """A word of random symbols, blanks, a bell, and as many blanks as the word is long, at which it is to be repeated.
 
     x is √X times the one-hot code of the K symbols, the blank and the bell, X = K + 2, of unit second moment. Who
@@ -20,7 +20,7 @@ class CopyMemory(DrawnData):
         symbols: K.
         length: of the word.
         delay: steps between the word's end and the first symbol asked for, of which the last is the bell's.
-        batch_size, epoch, eval_examples, seed: see `DrawnData`.
+        batch_size, epoch, eval_examples, seed: see `SyntheticData`.
 
     Source: Hochreiter and Schmidhuber 1997, as in Arjovsky et al. 2016, who have 8 symbols, 10 of them and a delay of
     100 to 500.

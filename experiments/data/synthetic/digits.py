@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.data.synthetic.drawn_data import DrawnData
 from experiments.data.synthetic.recall import Recall
+from experiments.data.synthetic.synthetic_data import SyntheticData
 
 _HELD_OUT = 300  # images of 1797, for validation, and as many for the test
 _BRIGHTEST = 16
 
 
-class SequentialDigits(DrawnData):
+class SequentialDigits(SyntheticData):
     """Scikit-learn's 1797 handwritten digits of 8 × 8 pixels, each a sequence whose class is asked for at its end.
 
     The images of the validation and of the test, 300 each, are the same for every seed; training draws from the other
@@ -21,7 +21,7 @@ class SequentialDigits(DrawnData):
 
     Args:
         read: "pixels", T = 64 of 1 feature, or "rows", T = 8 of 8 features, brightness in [0, 1].
-        batch_size, epoch, seed: see `DrawnData`.
+        batch_size, epoch, seed: see `SyntheticData`.
 
     Raises ExperimentError in `setup` without scikit-learn (extra `digits`).
     Source: Alpaydin and Kaynak 1998 for the images; Le et al. 2015 for reading them pixel by pixel.

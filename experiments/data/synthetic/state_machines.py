@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.data.drawn_batches import generator_of
-from experiments.data.synthetic.drawn_data import DrawnData
+from experiments.data.batch_streams import generator_of
+from experiments.data.synthetic.synthetic_data import SyntheticData
 
 Machine = Literal["addition", "maps", "permutations"]
 _DRAWS = 1000
@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
         return Sequences(*(stream[:, rank::processes] for stream in self))
 
 
-class StateMachine(DrawnData):
+class StateMachine(SyntheticData):
     """Uniformly random symbols, and the states q_t = δ(symbol_t, q_{t−1}) of a machine that starts in state 0.
 
     Args:
@@ -35,7 +35,7 @@ class StateMachine(DrawnData):
         symbols: S; None for as many as states.
         length: T in training and validation.
         test_length: T in the test.
-        batch_size, epoch, eval_examples, seed: see `DrawnData`. The seed draws the machine, too.
+        batch_size, epoch, eval_examples, seed: see `SyntheticData`. The seed draws the machine, too.
 
     Raises ExperimentError for additions with another number of symbols, and for a test shorter than the training.
     """

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import building
-from experiments.data.drawn_batches import generator_of
-from experiments.data.synthetic.drawn_data import DrawnData
+from experiments.data.batch_streams import generator_of
 from experiments.data.synthetic.pairs import Pairs
+from experiments.data.synthetic.synthetic_data import SyntheticData
 from multint import Integrator
 
 _SCALED_ON = 2**14  # examples
 
 
-class Teacher(DrawnData):
+class Teacher(SyntheticData):
     """y = (f(x, z) − μ) / σ for normal x and z, where f is a network drawn from the seed: any integrator.
 
     μ and σ are the outputs' means and deviations over 2¹⁴ examples, so that predicting 0 has an error of about 1.
@@ -24,7 +24,7 @@ class Teacher(DrawnData):
     Args:
         teacher: factory `(X, Z, O) -> Integrator` of f.
         x_features, z_features, out_features: X, Z and O.
-        batch_size, epoch, eval_examples, seed: see `DrawnData`.
+        batch_size, epoch, eval_examples, seed: see `SyntheticData`.
     """
 
     def __init__(

@@ -2,15 +2,15 @@
 
 import sys
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import pooch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
 from experiments.data.text.vocabulary import Vocabulary
 from experiments.data.text.windows import Windows
@@ -27,10 +27,10 @@ class Encoded(NamedTuple):
     is_cut: bool  # by the fractions --data.valid and --data.test, where the text has no split of its own
 
 
-class StreamData(LightningDataModule, ABC):
+class StreamData(Data):
     """A text, named or from disk, as windows over parallel contiguous streams.
 
-    A subclass says what a symbol is: it gives `_encoded`, the text as indices, and Lightning's `prepare_data`. Its
+    A subclass says what a symbol is: it gives `_encoded`, the text as indices, and `prepare_data`. Its
     arguments are those here, and `corpus`, the name of a text.
     Raises ExperimentError at construction for a setting out of range, and in `setup` for a text that cannot be used.
     """
@@ -50,7 +50,6 @@ class StreamData(LightningDataModule, ABC):
         eval_batch_size: int,
         eval_length: int,
     ) -> None:
-        super().__init__()
         for name, place in (("path", path), ("root", root)):
             if place == "":
                 # As from an unset shell variable; it would mean the current folder.
@@ -123,10 +122,6 @@ class StreamData(LightningDataModule, ABC):
     def _windows(self, split: str) -> Windows:
         return Windows(self._streams[split], self.eval_batch_size, self.eval_length, None, *self._processes())
 
-    def _processes(self) -> tuple[int, int]:
-        """This process's rank, and how many train together."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def _check_lengths(self, got: dict[str, int], is_cut: bool) -> None:
         needed = self.batch_size * self.length
         if got["train"] < needed:
@@ -150,9 +145,9 @@ class StreamData(LightningDataModule, ABC):
 
     def _resume_at(self) -> int:
         """The window that a restarted epoch goes on at: Lightning's count, right once that epoch has begun."""
-        assert self.trainer is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        _, done = self._position()
         # Restarting after an epoch's last batch, Lightning may ask for one more before it sees that the epoch is over.
+        assert self.trainer is not None
         return done if done < self.trainer.num_training_batches else sys.maxsize
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from experiments.core.checkpoints import load_task, read_checkpoint
-from experiments.core.command_line import Invocation
+from experiments.core.checkpoints import checkpoint_in, load_task, read_checkpoint
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, replacing, write_text
-from experiments.core.parsing import OptionParser
-from experiments.core.programs import Example, trace, write_onnx, write_program
-from experiments.core.weights import settings_path, write_weights
+from experiments.core.export.programs import trace, write_onnx, write_program
+from experiments.core.export.weights import settings_path, write_weights
+from experiments.core.task import Example
 
 
 class _Exported(NamedTuple):
@@ -63,14 +63,15 @@ def main(invocation: Invocation) -> None:
     options = _parser().parse_args(invocation.argv[1:])
     kind = FORMATS[options.format]
     _check_libraries(options.format, kind)
-    path = options.output or options.checkpoint.with_suffix(kind.suffix)
+    checkpoint = checkpoint_in(options.checkpoint)
+    path = options.output or checkpoint.with_suffix(kind.suffix)
     if not path.parent.is_dir():
         raise ExperimentError(f"{path}: cannot be written: there is no folder {path.parent}")
     if path.suffix != kind.suffix:
         raise ExperimentError(f"{path}: expected a name that ends with {kind.suffix}.")
-    given = _of(options.checkpoint, needs_example=options.format != "safetensors")
+    given = _of(checkpoint, needs_example=options.format != "safetensors")
     for written in (path, settings_path(path)):
-        if written.exists() and written.samefile(options.checkpoint):
+        if written.exists() and written.samefile(checkpoint):
             raise ExperimentError(f"{written}: this is the checkpoint itself, expected another --output.")
     with replacing(path) as aside:
         kind.write(given, aside)
@@ -124,7 +125,7 @@ def _summary(given: _Exported, name: str, path: Path) -> str:
 
 def _parser() -> OptionParser:
     parser = OptionParser(prog="python -m experiments export", description="A checkpoint's network in other forms.")
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument(
         "--format",
         choices=FORMATS,

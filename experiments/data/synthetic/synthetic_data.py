@@ -1,16 +1,16 @@
 """What all made data share: an endless stream to train on, and fixed sets to evaluate on."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.data.drawn_batches import FixedBatches, TrainingBatches
+from experiments.data.batch_streams import FixedBatches, TrainingBatches
 
 
-class DrawnData(LightningDataModule, ABC):
+class SyntheticData(Data):
     """Examples drawn from a seed: new ones at every step of training, the same ones at every evaluation.
 
     The seed decides what is to be learnt, too. A run that goes on has the examples of an uninterrupted one.
@@ -31,7 +31,6 @@ class DrawnData(LightningDataModule, ABC):
         eval_examples: int,
         seed: int | None,
     ) -> None:
-        super().__init__()
         self.check(batch_size=batch_size, epoch=epoch, eval_examples=eval_examples)
         self.batch_size, self.epoch, self.eval_examples, self.seed = batch_size, epoch, eval_examples, seed
 
@@ -93,12 +92,3 @@ class DrawnData(LightningDataModule, ABC):
 
         counts = {split: -(-self.eval_examples // size)}
         return FixedBatches({split: draw}, counts, (split, self.seed), *self._processes())
-
-    def _processes(self) -> tuple[int, int]:
-        """This process's rank, and how many train together."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _position(self) -> tuple[int, int]:
-        """The pass under way and its first batch to draw: Lightning's counts, right once that pass has begun."""
-        assert self.trainer is not None
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -60,5 +60,5 @@ def _build(settings: dict[str, Any], trust: Sequence[str]) -> nn.Module:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--network", type=nn.Module)
     with trusting(trust), building("the network"):
-        network: nn.Module = parser.instantiate_classes(parser.parse_object({"network": settings})).network
+        network: nn.Module = parser.instantiate(parser.parse_object({"network": settings})).network
     return network

@@ -3,10 +3,9 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +13,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from experiments.core.errors import ExperimentError
+from experiments.core.task import Example
 from multint import MultintError
-
-Axes = Mapping[int, str]
-
-
-class Example(NamedTuple):
-    """A call of a network, and what its tensors are called.
-
-    Of the tensors in the arguments, in order, `inputs` has the names, each with the axes whose size is free; `outputs`
-    has the names of the tensors in the result.
-    """
-
-    arguments: tuple[Any, ...]  # tensors, or tuples of them such as a state
-    inputs: dict[str, Axes]
-    outputs: tuple[str, ...]
-    count: int  # of what the task counts, in this call
-
-    def shapes(self) -> dict[str, tuple[int | str, ...]]:
-        """The sizes of each input, free ones by their names."""
-        tensors = pytree.tree_leaves(self.arguments)
-        return {
-            name: tuple(axes.get(i, size) for i, size in enumerate(tensor.shape))
-            for (name, axes), tensor in zip(self.inputs.items(), tensors, strict=True)
-        }
 
 
 class _OfTensors(nn.Module):

@@ -6,24 +6,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from experiments.data.drawn_batches import generator_of
+from experiments.data.batch_streams import generator_of
 from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Sizes
-from experiments.data.functions.function_data import Predict
+from experiments.data.functions.function_sets import GaussianProcess, Groups, Pictures, Predict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from experiments.data.functions.curves import GaussianProcess
-    from experiments.data.functions.images import Pictures
-    from experiments.data.functions.table import Groups
 
 _COLUMNS = 4  # context sizes in a picture
 _GRID = 200
 _SHOWN = 8  # draws of z
 
 
-def curves(sets: Mapping[str, "GaussianProcess"], sizes: Sizes, predict: Predict, seed: int) -> "Figure":
+def curves(sets: Mapping[str, GaussianProcess], sizes: Sizes, predict: Predict, seed: int) -> "Figure":
     """A curve of each set by context size: prediction and samples, the exact process's prediction, and the truth."""
     figure, panels = _panels(len(sets), contexts := _context_sizes(sizes))
     for (name, functions), row in zip(sets.items(), panels, strict=True):
@@ -57,7 +53,7 @@ def curves(sets: Mapping[str, "GaussianProcess"], sizes: Sizes, predict: Predict
     return figure
 
 
-def completions(functions: "Pictures", sizes: Sizes, predict: Predict, seed: int, images: int = 3) -> "Figure":
+def completions(functions: Pictures, sizes: Sizes, predict: Predict, seed: int, images: int = 3) -> "Figure":
     """Images as they are, and for each context size what is seen, the predicted brightness and its deviation."""
     from matplotlib.figure import Figure
 
@@ -93,7 +89,7 @@ def completions(functions: "Pictures", sizes: Sizes, predict: Predict, seed: int
     return figure
 
 
-def groups(functions: "Groups", sizes: Sizes, predict: Predict, seed: int, x_name: str, y_name: str) -> "Figure":
+def groups(functions: Groups, sizes: Sizes, predict: Predict, seed: int, x_name: str, y_name: str) -> "Figure":
     """Groups by context size: of one input the curve that is predicted, of several predicted against true values."""
     assert functions.count is not None
     contexts = _context_sizes(sizes)
