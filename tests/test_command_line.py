@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,37 @@ def test_sample_goes_on_from_its_prompt(run_folder, capsys):
     greedy = sampled(capsys, run_folder, "--temperature=0")
     assert greedy == sampled(capsys, run_folder, "--top_k=1")
     assert sampled(capsys, run_folder) != sampled(capsys, run_folder)
+
+
+def test_a_runs_folder_means_its_best_checkpoint(run_folder, capsys, tmp_path):
+    outputs = []
+    for place in (run_folder, run_folder / "checkpoints/best.ckpt"):
+        assert main(["sample", str(place), "--seed=1"]) == 0
+        outputs.append(capsys.readouterr().out)
+        assert main(["export", str(place), "--format=safetensors", f"--output={tmp_path}/net.safetensors"]) == 0
+        assert "parameters" in capsys.readouterr().out
+        assert main(["show", str(place)]) == 0
+        capsys.readouterr()
+    assert outputs[0] == outputs[1]
+
+
+OWN_CELL = """
+from multint import Additive, Integrator, RNNCell
+
+
+class OwnCell(RNNCell):
+    def __init__(self, input_size: int, hidden_size: int, integrator: type[Integrator] = Additive) -> None:
+        super().__init__(input_size, hidden_size, integrator)
+"""
+
+
+def test_a_factory_may_be_annotated_as_a_class(capsys, tmp_path, monkeypatch):
+    (tmp_path / "owncells.py").write_text(OWN_CELL)
+    monkeypatch.syspath_prepend(tmp_path)
+    cell = "--model.network.recurrent.cell"
+    options = [f"{cell}=OwnCell", f"{cell}.integrator=LowRank", f"{cell}.integrator.rank=3", "--trust", "owncells"]
+    assert main(["summary", "--config", QUICKSTART, "--vocabulary_size=9", *options]) == 0
+    assert re.search(r"OwnCell.*\n.*LowRank", capsys.readouterr().out)
 
 
 def test_sample_refuses_symbols_outside_the_vocabulary(run_folder, capsys):
@@ -328,7 +360,7 @@ def test_a_damaged_checkpoint_is_refused(run_folder, capsys, tmp_path):
     for content, part in ((whole[: len(whole) // 2], "damaged"), (b"no checkpoint", "damaged"), (b"", "empty")):
         damaged.write_bytes(content)
         assert f"{damaged}: {part}" in message(capsys, "sample", str(damaged))
-    assert f"{run_folder}: a folder" in message(capsys, "sample", str(run_folder))
+    assert f"{run_folder.parent}: a folder" in message(capsys, "sample", str(run_folder.parent))
     right = read_checkpoint(run_folder / "checkpoints" / "last.ckpt")
     refused = 0
     for place in [chance.randrange(len(whole)) for _ in range(200)]:

@@ -131,6 +131,19 @@ FILES = {
     "anchors.yaml": "data: {batch_size: &n 4, length: *n}",
     "sgd.yaml": "model: {optimizer: {class_path: SGD, init_args: {lr: 1e-2, momentum: 0.9}}}",
     "cell.yaml": "{class_path: RNNCell, init_args: {integrator: Additive, activation: torch.relu}}",
+    "warm_up.yaml": """
+        trainer:
+          callbacks:
+            class_path: experiments.core.optimisation.LearningRate
+            init_args:
+              schedule:
+                class_path: experiments.core.optimisation.InTurn
+                init_args:
+                  schedules:
+                    - {class_path: LinearLR, init_args: {start_factor: 0.1, total_iters: 100}}
+                    - {class_path: CosineAnnealingLR, init_args: {T_max: -1}}
+                  milestones: [100]
+        """,
     "whole.yaml": "config: stopping.yaml",
     "lstm.yaml": "model: {network: {recurrent: {class_path: multint.LSTM, init_args: {hidden_size: 8, "
     "zoneout: {h: 0.1, c: 0.2}, weight_drop: 0.4, memory_norm: torch.nn.LayerNorm, device: cpu}}}}",
@@ -161,6 +174,7 @@ VALID = [
     ["--config=stopping.yaml", "--trainer.callbacks+=LearningRateMonitor"],
     ["--config=stopping.yaml", "--config=more.yaml", "--trainer.callbacks.logging_interval=step"],
     ["--config=whole.yaml"],
+    ["--config=warm_up.yaml"],
     ["--config={data: {corpus: ptb}}"],
     [f"{CELL}=cell.yaml"],
     [f"--trainer.callbacks={STOPPING}"],

@@ -1,5 +1,6 @@
 """Every ready config: it parses, its model builds, and its size is the published one."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -238,7 +239,7 @@ def test_a_config_names_a_drop_in_with_its_options(kind, tmp_path):
 def test_the_summary_counts_without_data(config, count, capsys):
     assert main(["summary", "--config", str(CONFIGS / "words" / f"{config}.yaml")]) == 0
     out = capsys.readouterr().out
-    assert f"in all                   {count} parameters" in out
+    assert f"in all  {count} parameters" in out
     assert "Adam" in out
 
 
@@ -248,7 +249,10 @@ def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
     assert "--vocabulary_size" in capsys.readouterr().err
     assert main(quickstart) == 0, "pydoc is Python's own"
     symbols = len(Vocabulary.of(pydoc()))
-    assert f"{character_model(symbols, 64, 256, gates=4):,} parameters" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{character_model(symbols, 64, 256, gates=4):,} parameters" in out
+    # 4·256·(64 + 256) of two products, and α, β1, β2 and b.
+    assert re.search(r"^ +gates +MultiplicativeIntegration +2 × 1024 +327,680 +331,776$", out, re.MULTILINE)
     assert main([*quickstart, "--vocabulary_size=97", "--model.network.embedding_size=null"]) == 0
     # 4·256·(97 + 256) of the recurrent layer and 256·97 of the softmax, and no embedding.
     assert "386,304 multiply-adds" in capsys.readouterr().out

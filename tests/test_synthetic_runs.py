@@ -5,12 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, ReduceLROnPlateau
 from torch.testing import assert_close
 
 from experiments.core.callbacks import RandomState
 from experiments.core.errors import ExperimentError
 from experiments.core.module import DataModule, TaskModule
+from experiments.core.optimisation import InTurn, LearningRate
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
 from experiments.data import Adding, AffineTasks, CopyMemory, SequentialDigits, StateMachine, TextData
@@ -89,25 +91,79 @@ def test_a_task_overfits_a_batch(task, data):
     assert loss.item() < 0.02 * first
 
 
+class Rates(Callback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def run(folder, task, data, until, checkpoint=None, callbacks=()):
+    seed_everything(1, verbose=False)
+    run_folder = RunFolder(folder, "run", checkpoint)
+    run_folder.make()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    of_run = [*callbacks, RandomState(), Checkpoints(run_folder)]
+    trainer = Trainer(callbacks=of_run, max_steps=until, max_epochs=-1, **quiet)
+    trainer.fit(TaskModule(task()), DataModule(data()), ckpt_path=checkpoint, weights_only=True)
+    return run_folder.last
+
+
 @every_task
 def test_a_resumed_run_equals_an_uninterrupted_one(task, data, tmp_path):
     """Stopped after the fifth of eight steps: in the middle of an epoch."""
-
-    def run(folder, until, checkpoint=None):
-        seed_everything(1, verbose=False)
-        run_folder = RunFolder(folder, "run", checkpoint)
-        run_folder.make()
-        callbacks = [RandomState(), Checkpoints(run_folder)]
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        trainer = Trainer(callbacks=callbacks, max_steps=until, max_epochs=-1, **quiet)
-        trainer.fit(TaskModule(task()), DataModule(data()), ckpt_path=checkpoint, weights_only=True)
-        return run_folder.last
-
-    whole = run(tmp_path / "whole", 8)
-    stopped = run(tmp_path / "stopped", 5)
-    resumed = run(tmp_path / "stopped", 8, stopped)
+    whole = run(tmp_path / "whole", task, data, 8)
+    stopped = run(tmp_path / "stopped", task, data, 5)
+    resumed = run(tmp_path / "stopped", task, data, 8, stopped)
     states = [torch.load(path, weights_only=True)["state_dict"] for path in (whole, resumed)]
     assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def cosine(step, steps):
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# Schedules of torch, with the rates that they mean over 8 steps, of 0.02.
+WARM_UP = partial(LinearLR, start_factor=0.25, total_iters=-1)
+TO_THE_END = partial(CosineAnnealingLR, T_max=-1)
+SCHEDULES = [
+    (TO_THE_END, [cosine(step, 8) for step in range(8)]),
+    (partial(ExponentialLR, gamma=0.5), [0.5**step for step in range(8)]),
+    (
+        partial(InTurn, schedules=[WARM_UP, TO_THE_END], milestones=[3]),
+        [0.25, 0.5, 0.75, *(cosine(step, 5) for step in range(5))],
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), SCHEDULES, ids=["cosine", "exponential", "warm-up and cosine"])
+def test_the_rate_follows_a_schedule_of_torch_and_is_resumed(schedule, expected, tmp_path):
+    data = partial(AffineTasks, 2, 2, 2, **SMALL)
+    rates = Rates()
+    last = run(tmp_path, regression, data, 8, None, [LearningRate(schedule), rates])
+    assert_close(torch.tensor(rates.seen), 0.02 * torch.tensor(expected))
+    resumed = Rates()
+    run(tmp_path, regression, data, 12, last, [LearningRate(schedule), resumed])
+    longer = Rates()
+    run(tmp_path / "longer", regression, data, 12, None, [LearningRate(schedule), longer])
+    assert_close(torch.tensor(resumed.seen), torch.tensor(longer.seen[8:]))
+
+
+def test_a_schedule_that_a_run_cannot_follow_is_refused(tmp_path):
+    data = partial(AffineTasks, 2, 2, 2, **SMALL)
+    for schedule, part in (
+        (partial(CosineAnnealingLR, T_max=-1), "T_max is -1 and the run has no end"),
+        (partial(ReduceLROnPlateau, mode="max"), "the mode is max, expected min"),
+        (partial(ExponentialLR, gama=1), "the schedule cannot be built"),
+    ):
+        callbacks = [LearningRate(schedule)]
+        with pytest.raises(ExperimentError, match=part):
+            run(tmp_path, regression, data, -1, None, callbacks)
+    with pytest.raises(ExperimentError, match="two schedules"):
+        run(tmp_path, lambda: Regression(Bilinear, halve_after=1), data, 2, None, [LearningRate(TO_THE_END)])
 
 
 class Zero(Integrator):

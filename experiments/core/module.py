@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.optimisation import AverageWeights, halving
+from experiments.core.optimisation import AverageWeights, LearningRate, halving
 from experiments.core.processes import averaged, summed
 from experiments.core.task import Mean, Stage, Task
 
@@ -45,6 +45,8 @@ class TaskModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         task, callbacks = self.task, list[Callback]()
         if task.halve_after is not None:
+            if any(isinstance(callback, LearningRate) for callback in self.trainer.callbacks):
+                raise ExperimentError("LearningRate: the run has two schedules, halve_after is the other. Give one.")
             callbacks.append(halving(task.halve_after, task.monitor.mode))
         if task.average_after is not None:
             callbacks.append(AverageWeights(task.average_after, task.monitored, task.monitor.mode))

@@ -41,7 +41,7 @@ class LearningRate(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sum(isinstance(callback, LearningRate) for callback in trainer.callbacks) > 1:
-            raise ExperimentError("LearningRate: the run has two schedules, halve_after among them, expected one.")
+            raise ExperimentError("LearningRate: the run has two schedules, expected one.")
         self._schedules = [
             self._started(optimizer, trainer, pl_module.task.monitor) for optimizer in trainer.optimizers
         ]

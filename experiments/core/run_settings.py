@@ -23,6 +23,7 @@ from experiments.core.configs import check_extent, expanded
 from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building, mistake_in
 from experiments.core.task import Task
+from multint import MultintError
 
 register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are
 
@@ -75,6 +76,16 @@ class RunSettings:
     def data(self) -> Data | None:
         """The data; None for a task without."""
         return self.built.get("data")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Words a network that cannot be built within, where our own walk finds the class that does not fit."""
+        try:
+            yield
+        except ExperimentError as error:
+            if isinstance(error.__cause__, TypeError):
+                explain(self._parser, self._argv)
+            raise
 
 
 def built_task(spec: dict[str, Any]) -> Task:
@@ -142,8 +153,8 @@ def _explained(parser: ArgumentParser, argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # A constructor's own word of its settings says more than a walk along signatures.
-        if mistake_in(error) is None or isinstance(error, ExperimentError):
+        # What a constructor says of its settings says more than a walk along signatures.
+        if not isinstance(mistake_in(error), MultintError):
             explain(parser, argv)
         raise
 

@@ -83,10 +83,14 @@ class _Run:
         """Train, then test the best checkpoint and say what came of it; or evaluate a checkpoint."""
         data = None if self._settings.data is None else DataModule(self._settings.data)
         model = TaskModule(self._settings.task)
-        if self._command == "fit":
-            self._fit(self._trainer(), model, data)
-            return
         trainer = self._trainer()
+        with self._settings.explained():
+            if self._command == "fit":
+                self._fit(trainer, model, data)
+            else:
+                self._evaluate(trainer, model, data)
+
+    def _evaluate(self, trainer: Trainer, model: TaskModule, data: DataModule | None) -> None:
         with warnings.catch_warnings():  # of callbacks that only training has
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
