@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import pkgutil
 import re
 import zipfile
 from pathlib import Path
@@ -67,6 +68,12 @@ def load_task(path: Path) -> Task:
         raise ExperimentError(f"{path}: not a checkpoint of a task that `fit` wrote (it names no task).")
     if reason := refusal(name):
         raise ExperimentError(f"{path}: not a checkpoint of a task that `fit` wrote ({reason}).")
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise ExperimentError(
+            f"{path}: not a checkpoint of a task that `fit` wrote (this version has no task {name})."
+        ) from error
     given = {key: value for key, value in settings.items() if key[0] != "_"}
     try:
         task = built_task({"class_path": name, "init_args": given})
