@@ -9,6 +9,7 @@ from lightning import Trainer
 
 import multint
 from experiments.__main__ import main
+from experiments.core import summary
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.run_settings import RunSettings
 from experiments.core.trust import trusting
@@ -256,6 +257,25 @@ def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
     assert main([*quickstart, "--vocabulary_size=97", "--model.network.embedding_size=null"]) == 0
     # 4·256·(97 + 256) of the recurrent layer and 256·97 of the softmax, and no embedding.
     assert "386,304 multiply-adds" in capsys.readouterr().out
+
+
+OPTIMIZERS = [(name, {}) for name in summary._KEPT]
+OPTIMIZERS += [
+    ("SGD", {"momentum": 0.9}),
+    ("Adam", {"amsgrad": True}),
+    ("RMSprop", {"momentum": 0.9, "centered": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OPTIMIZERS, ids=str)
+def test_the_summary_knows_how_many_numbers_an_optimizer_keeps(name, settings):
+    parameter = torch.nn.Parameter(torch.zeros(5, 7))
+    optimizer = getattr(torch.optim, name)([parameter], lr=0.1, **settings)
+    parameter.grad = torch.ones(5, 7)
+    optimizer.step()
+    kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    expected = sum(value.numel() == parameter.numel() for value in kept)
+    assert summary._moments({"class_path": f"torch.optim.{name}", "init_args": settings}) == (name, expected)
 
 
 def test_the_overview_shows_the_commands_and_the_configs(capsys):
