@@ -147,7 +147,7 @@ def test_the_ready_studies_can_be_read(study):
 def test_the_networks_of_the_short_studies_can_be_built_and_their_results_are_taken_over(name):
     study = read_study(STUDIES / f"{name}.yaml")
     last = {(of.panel, of.arm): of for of in study.conditions() if of.panel == list(study.panels)[-1]}.values()
-    arms = resolved(study, {of: parts for of, parts in study.conditions().items() if of in last}, [], [])
+    arms = resolved(study, {of: parts for of, parts in study.conditions().items() if of in last}, [])
     runs = [Run(arm, seed, STUDIES.parent / "results" / name) for arm in arms for seed in study.seeds]
     made = [run for run in runs if run.result is not None]
     assert len(made) == len(runs)
@@ -169,7 +169,7 @@ RECURRENT = {
 def test_the_arms_of_the_memory_studies_are_what_they_are_called():
     adding, *others = (read_study(STUDIES / f"memory_{name}.yaml") for name in ("adding", "copy", "digits"))
     found = {}
-    for arm in resolved(adding, adding.conditions(), [], []):
+    for arm in resolved(adding, adding.conditions(), []):
         recurrent = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]
         assert recurrent["engine"] == "fused"
         cell = outer = recurrent["cell"]
@@ -211,7 +211,7 @@ def test_equal_settings_are_the_same_run_however_they_are_written(tmp_path):
     keys = set()
     for base, of_arm in zip(("base.yaml", str(CONFIGS / "regression/affine_tasks.yaml")), settings, strict=True):
         study = read_study(written(tmp_path, base=base, arms={"A": of_arm}))
-        [arm] = resolved(study, study.conditions(), [], [])
+        [arm] = resolved(study, study.conditions(), [])
         keys.add(arm.key)
     assert len(keys) == 1
 
@@ -221,7 +221,7 @@ def test_arms_with_equal_settings_are_refused(tmp_path):
     base = str(CONFIGS / "regression/affine_tasks.yaml")
     study = read_study(written(tmp_path, base=base, panels=panels, x="parameters"))
     with pytest.raises(ExperimentError, match="arms 'a, MI' and 'b, MI' have the same settings"):
-        resolved(study, study.conditions(), [], [])
+        resolved(study, study.conditions(), [])
 
 
 def started(out):
@@ -302,7 +302,7 @@ class MadeUp:
 def made_up(monkeypatch):
     """Runs whose scores are made up, by learning rate, and what is started of them."""
 
-    def resolved(study, conditions, changes, trusted):  # as they are: to parse the settings takes a second for each
+    def resolved(study, conditions, changes):  # as they are: to parse the settings takes a second for each
         common = {"trainer": {"max_time": None}, "threads": 1}
         settings = {
             of: {key: value for part in parts for key, value in part.items()} for of, parts in conditions.items()
@@ -358,7 +358,7 @@ def test_every_arm_gets_what_was_best_for_it_with_other_seeds(tmp_path, capsys, 
 
 def test_values_that_are_nearly_equal_are_searched_each(tmp_path, made_up):
     search = {"settings": {LR: [0.12345671, 0.12345672]}, "seeds": [7]}
-    of_trials = experiments.study.search.trials(read_study(written(tmp_path, search=search)), [], [], tmp_path)
+    of_trials = experiments.study.search.trials(read_study(written(tmp_path, search=search)), [], tmp_path)
     assert [trial.runs[0].label for trial in of_trials] == ["MI, 0.12345671, seed 7", "MI, 0.12345672, seed 7"]
     assert len({trial.arm.key for trial in of_trials}) == 2
 
@@ -399,7 +399,7 @@ def test_a_search_may_have_shorter_runs_than_the_study(tmp_path, capsys, made_up
     arms = {"MI": {"trainer": {"max_steps": 500, "max_time": None}}}
     path = written(tmp_path, arms=arms, search={"settings": {LR: [0.001, 0.02]}, "seeds": [7], "max_steps": 50})
     study = read_study(path)
-    for trial in experiments.study.search.trials(study, [], [], tmp_path):
+    for trial in experiments.study.search.trials(study, [], tmp_path):
         assert list(trial.arm.settings)[-2:] == ["trainer.max_steps", LR], "after the arm's own, over which they are"
         assert trial.arm.settings["trainer.max_steps"] == 50
     made_up.scores[0.02] = 2.0

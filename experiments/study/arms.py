@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import yaml
-from lightning import LightningDataModule
+from lightning import Trainer
 
 from experiments.core.command_line import mistake_message
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building
-from experiments.core.parsed import Parsed
+from experiments.core.network_size import without_memory
+from experiments.core.run_settings import RunSettings
 from experiments.core.task import Monitor, Task
 from experiments.study.checks import refuse_own
 from experiments.study.definition import Condition, Settings, Study
@@ -49,7 +50,6 @@ def resolved(
     study: Study,
     conditions: Mapping[Condition, Sequence[Settings]],
     changes: Sequence[str],  # KEY=VALUE, for all arms
-    trusted: list[str],
 ) -> list[Arm]:
     """The arms with all their settings; their tasks, data and where its size is known their networks are built once.
 
@@ -66,7 +66,7 @@ def resolved(
     for condition, parts in conditions.items():
         # Each key by itself, so that one can choose a class and the next a setting of it.
         given = [_as_option(key, value) for part in parts for key, value in part.items()]
-        arm = _arm(condition, ["fit", "--config", str(study.base), *given, *options], trusted)
+        arm = _arm(condition, ["fit", "--config", str(study.base), *given, *options])
         if arm.key in arms:
             raise ExperimentError(
                 f"study: the arms '{arms[arm.key].label}' and '{arm.label}' have the same settings, expected a "
@@ -80,26 +80,26 @@ def _as_option(key: str, value: Any) -> str:
     return f"--config={yaml.safe_dump({key: value}, default_flow_style=True, width=float('inf')).strip()}"
 
 
-def _arm(condition: Condition, argv: list[str], trusted: list[str]) -> Arm:
+def _arm(condition: Condition, argv: list[str]) -> Arm:
     try:
-        parsed = Parsed(argv, trusted)
-        _check_network(parsed.model, parsed.datamodule)
+        parsed = RunSettings(argv, Trainer)
+        _check_network(parsed.task, parsed.data)
     except Exception as error:
         if (message := mistake_message(error)) is None:
             raise
         raise ExperimentError(f"study: arm '{shown(condition)}': {message}") from error
-    settings = parsed.settings
+    settings = parsed.plain
     panel, name, level = condition
-    return Arm(name, key_of(settings), settings, parsed.model.monitor, panel, level)
+    return Arm(name, key_of(settings), settings, parsed.task.monitor, panel, level)
 
 
-def _check_network(task: Task, data: LightningDataModule | None) -> None:
+def _check_network(task: Task, data: Data | None) -> None:
     """Raises ExperimentError for a network that cannot be built, where it can be known without the data."""
     try:
         description = task.imagined(data, {})
     except ExperimentError:
         return
-    with torch.device("meta"), building(f"{type(task).__name__}: the network"):
+    with without_memory(), building(f"{type(task).__name__}: the network"):
         task.build(description)
 
 

@@ -39,10 +39,9 @@ def main(invocation: Invocation) -> None:
     _check(options)
     study = read_study(options.study)
     folder = options.output or Path("runs/studies") / study.path.stem
-    given = options.set, invocation.trusted
-    tried = trials(study, *given, folder) if study.search is not None else []
+    tried = trials(study, options.set, folder) if study.search is not None else []
     # Where there is a search, what the arms will be is not known before it has ended.
-    arms = [trial.arm for trial in tried] or resolved(study, study.conditions(), *given)
+    arms = [trial.arm for trial in tried] or resolved(study, study.conditions(), options.set)
     chosen = chosen_metric(study, arms)
     search, failed = None, False
     with _running(study, arms, options, invocation.trusted, folder) if name == "study" else nullcontext() as make:
@@ -52,7 +51,7 @@ def main(invocation: Invocation) -> None:
                 failed = make(of_trials, f"val/{arms[0].monitor.name}", "search")
             search = searched(study.search, tried)
             _tell_left_out(search)
-            arms = resolved(study, with_found(study.conditions(), search), *given)
+            arms = resolved(study, with_found(study.conditions(), search), options.set)
         every, runs = [Run(arm, seed, folder) for arm in arms for seed in study.seeds], list[Run]()
         while len(now := up_to_goal(study, every, chosen)) > len(runs):
             runs = now

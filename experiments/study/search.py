@@ -46,7 +46,6 @@ class Searched(NamedTuple):
 def trials(
     study: Study,
     changes: Sequence[str],  # see `resolved`
-    trusted: list[str],
     folder: Path,
 ) -> list[Trial]:
     """The runs of the study's search: every arm with every candidate and each of the search's seeds.
@@ -67,7 +66,7 @@ def trials(
             conditions[of._replace(arm=name)] = [*parts, steps, dict(zip(search.settings, candidate, strict=True))]
     return [
         Trial(*of, arm, [Run(arm, seed, folder) for seed in search.seeds])
-        for of, arm in zip(tried, resolved(study, conditions, changes, trusted), strict=True)
+        for of, arm in zip(tried, resolved(study, conditions, changes), strict=True)
     ]
 
 
