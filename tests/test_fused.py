@@ -339,7 +339,7 @@ REFUSED_STEPS = {
     r"rows may interact: .*aten.*batch_norm": lambda cell, x, h: (
         nn.functional.batch_norm(x, None, None, training=True) @ cell.W
     ),
-    "complex numbers": lambda cell, x, h: torch.view_as_real(torch.complex(h, h) * 1j).sum(-1),
+    "aten.view_as_real": lambda cell, x, h: torch.view_as_real(torch.complex(h, h) * 1j).sum(-1),
 }
 
 

@@ -74,7 +74,7 @@ class Together:
         self.programs = []  # kept alive
         for cell in cells:
             xs, state = inputs(cell, dtype=dtype)
-            self.programs.append(program_of(cell, xs[0], state, asked=True)[0])
+            self.programs.append(program_of(cell, xs[0], state, by_name=True)[0])
             for reverse in (False, True):
                 with contextlib.suppress(RefusedError):
                     text = Loop(self.programs[-1].whole(), reverse)._text

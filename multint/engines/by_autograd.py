@@ -70,12 +70,13 @@ def reach(schedule: Schedule, world: StandIns) -> Reach:
     """
     buffers = schedule.buffers
     device = buffers[schedule.states[0]].device
+    may = schedule.may_learn.union(schedule.states)
     with world.mode, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         given = {}
         for name in schedule.arguments:
             shape = (1, *buffers[name].shape) if buffers[name].has_rows else buffers[name].shape
             value = torch.empty(shape, dtype=buffers[name].dtype, device=buffers[name].device)
-            given[name] = value.requires_grad_(value.is_floating_point())
+            given[name] = value.requires_grad_(name in may and value.is_floating_point())
         values = {At(name, later): value for name, value in given.items() for later in (0, None)}
         interpret(schedule.entry, values)
         values |= {At(at.buffer): value for at, value in values.items()}

@@ -101,6 +101,7 @@ COMPOSITE = """
 def plainer() -> dict[Any, Callable[..., Any]]:
     """For the operations that are composed of those that C++ has rules for."""
     found = private.decompositions(COMPOSITE.split())
+    del found[aten._native_batch_norm_legit.no_stats]  # of training, where rows see each other
     for name, value in _AT_NAN.items():
         derivative = getattr(aten, name).default
         found[derivative] = _with_nan(found[derivative], value)
