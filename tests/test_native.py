@@ -221,6 +221,9 @@ WITHIN_ROWS = {
     ),
     "places": (lambda p, x, h: h.roll(2, -1) + h.flip(-1) + h.repeat(1, 2)[:, 3:10] + F.pad(h[:, :-1], (1, 0))),
     "every-second-in-place": (lambda p, x, h: h.slice_scatter(x[:, :3], 1, 1, None, 2) + h[:, ::2].repeat(1, 2)[:, :7]),
+    "written-through-a-transposed-view": (
+        lambda p, x, h: (v := h.unsqueeze(1) + h.unsqueeze(2), v.mT[:, 0].mul_(2), v.view(-1, 49))[2][:, 3:10]
+    ),
     "batch-in-the-middle": (
         lambda p, x, h: torch.stack([h, h.sin(), h * p], 0).transpose(0, 1).reshape(-1, 21)[:, ::3],
         7,

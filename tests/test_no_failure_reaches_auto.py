@@ -25,7 +25,7 @@ STAGES = {
     "tracing": ("multint.engines.capture", "capture"),
     "planning": ("multint.engines.plan", "plan"),
     "lowering": ("multint.engines.lowering", "lower"),
-    "running": ("multint.engines.pieces", "Pieces.over"),
+    "running": ("multint.engines.sections", "Pieces.over"),
 }
 ERRORS = (RuntimeError, KeyError, ImportError, AssertionError, RecursionError, MemoryError, NotImplementedError)
 

@@ -308,6 +308,9 @@ RIGHT_OR_REFUSED = {
     "version": lambda cell, x, h: base(cell, x, h) * (1 + x._version),
     "strides": lambda cell, x, h: base(cell, x, h) * (0.5 if x.is_contiguous() else 2.0),
     "more-rows-than-one": lambda cell, x, h: base(cell, x, h) * (0.5 if x.shape[0] > 1 else 2.0),
+    "squeezed": lambda cell, x, h: (
+        base(cell, x, h) * (h.unsqueeze(2).squeeze().unsqueeze(1) * h.unsqueeze(2)).sum(1) / 10
+    ),
 }
 
 CIRCUMSTANCES = {

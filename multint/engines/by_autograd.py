@@ -16,6 +16,8 @@ from multint.engines.schedule import At, Call, Extent, Instruction, Product, Sch
 
 Reach: TypeAlias = dict[str, frozenset[str]]
 
+_ROWS = 5  # of stand-ins: any number but 1, with which a step may do something else
+
 
 def interpret(instructions: Sequence[Instruction], values: dict[At, Tensor]) -> None:
     """Run instructions once, operation by operation, so that autograd sees each."""
@@ -74,7 +76,7 @@ def reach(schedule: Schedule, world: StandIns) -> Reach:
     with world.mode, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         given = {}
         for name in schedule.arguments:
-            shape = (1, *buffers[name].shape) if buffers[name].has_rows else buffers[name].shape
+            shape = (_ROWS, *buffers[name].shape) if buffers[name].has_rows else buffers[name].shape
             value = torch.empty(shape, dtype=buffers[name].dtype, device=buffers[name].device)
             given[name] = value.requires_grad_(name in may and value.is_floating_point())
         values = {At(name, later): value for name, value in given.items() for later in (0, None)}

@@ -108,6 +108,7 @@ def plainer() -> dict[Any, Callable[..., Any]]:
     return found | {
         **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _with_factor(torch.add)),
         **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _with_factor(torch.sub)),
+        aten.view.default: _view,
         aten.pow.Tensor_Scalar: _power,
         aten.clamp.default: _clamp,
         aten.slice_scatter.default: _slice_scatter,
@@ -191,6 +192,11 @@ def _product_in_each_row(x: Tensor, y: Tensor) -> Tensor:
     if isinstance(y.stride(-1), int) and isinstance(y.stride(-2), int) and y.stride(-1) > y.stride(-2):
         return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
     return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
+
+
+def _view(x: Tensor, size: Any) -> Any:
+    """Of a copy where what is composed of plainer operations lies in another order than what it stands for."""
+    return NotImplemented if x.is_contiguous() else x.contiguous().view(size)
 
 
 def _dims(x: Tensor, dim: Any) -> list[int]:

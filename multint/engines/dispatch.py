@@ -97,6 +97,7 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         record = record_of(cell)
         record.last = Last(reason)
         record.stepped += size_of(xs)[0]
+    failed = cause = None  # whose tracebacks have this frame, and so the result
     return result or loop(cell, xs, state)
 
 

@@ -121,7 +121,8 @@ class Match(NamedTuple):
             elif isinstance(value, int | torch.SymInt | torch.SymBool | torch.Size):
                 names[node] = private.for_rows(value, 1)
             else:
-                lines.append(f"{node.target} {fx.node.map_arg((node.args, node.kwargs), names.get)}")
+                shape = private.for_rows(value.shape, 1) if isinstance(value, Tensor) else ""
+                lines.append(f"{node.target} {fx.node.map_arg((node.args, node.kwargs), names.get)} {shape}")
                 names[node] = f"%{len(lines)}"
         new = [names[value] if isinstance(value, fx.Node) else order.get(id(value), id(value)) for value in self.new]
         return "\n".join([*lines, str(new)])

@@ -180,10 +180,11 @@ def program_of(cell: nn.Module, x: Any, state: Any, by_name: bool) -> tuple[Prog
     """
     found = match(cell, x, state, by_name)
     graph = found.graph
-    if not (graph.program or graph.failure):
+    made = graph.program  # another thread may drop it
+    if not (made or graph.failure):
         with TRACING:
             try:
-                graph.program = build(found, cell)
+                made = graph.program = build(found, cell)
             except EngineError as error:  # its message alone: the traceback would hold the inputs
                 graph.failure = str(error)
             except Exception as error:
@@ -191,7 +192,7 @@ def program_of(cell: nn.Module, x: Any, state: Any, by_name: bool) -> tuple[Prog
     if graph.failure:
         raise EngineError(graph.failure)
     tables.graphs.keep(graph, graph)
-    program, places = graph.program
+    program, places = made
     if program.failure:
         raise EngineError(program.failure)
     return program, [found.arguments[place] for place in places]

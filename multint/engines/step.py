@@ -22,8 +22,9 @@ from multint.engines.tables import MOST, TRACING
 from multint.errors import EngineError
 
 # A trace takes as long as some hundred calls. So many in a row are made at once, of a step that changes and of one that
-# is refused; then the calls between two of them double up to 2 to that power.
-_FREE_MISSES, _FREE_REFUSALS, _MOST_WAITS = 8, 2, 10
+# is refused; then the calls between two of them double up to 2 to that power. Who has asked for the engine may have
+# repaired the step in a way that no guard tells, so there they are few.
+_FREE_MISSES, _FREE_REFUSALS, _MOST_WAITS, _MOST_WAITS_BY_NAME = 8, 2, 10, 3
 
 
 @dataclass
@@ -48,8 +49,8 @@ def match(cell: nn.Module, x: Any, state: Any, by_name: bool) -> Match:
 
     Args:
         x: the streams at one step, as the step takes them.
-        by_name: whether the engine was asked for by name: then every change of the cell is traced, as far as it is
-            seen of a step that was refused.
+        by_name: whether the engine was asked for by name: then every change of the cell is traced; but of a step that
+            was refused only those of its classes are, and others some calls later.
 
     Raises: EngineError where there is none; StepError where the step itself may have failed.
     """
@@ -67,7 +68,7 @@ def match(cell: nn.Module, x: Any, state: Any, by_name: bool) -> Match:
         if calls.waits and (not by_name or (calls.refused_by is step and not step.is_changed())):
             calls.waits -= 1
             raise EngineError(calls.reason)
-        return _new(step, calls, cell, x, state)
+        return _new(step, calls, cell, x, state, _MOST_WAITS_BY_NAME if by_name else _MOST_WAITS)
     calls.misses = 0
     return found
 
@@ -84,7 +85,7 @@ def _guarded(structure: Structure) -> GuardedStep:
     return step
 
 
-def _new(step: GuardedStep, calls: _Calls, cell: nn.Module, x: Any, state: Any) -> Match:
+def _new(step: GuardedStep, calls: _Calls, cell: nn.Module, x: Any, state: Any, most_waits: int) -> Match:
     """Trace the step. Where it is refused, or each call needs that anew, do so ever more rarely."""
     again, free = calls.step is not None, _FREE_MISSES
     calls.refused_by, calls.reason = None, "fused: the attributes of the cell's modules change from call to call"
@@ -99,7 +100,7 @@ def _new(step: GuardedStep, calls: _Calls, cell: nn.Module, x: Any, state: Any) 
     finally:
         if again:
             calls.misses += 1
-            calls.waits = 2 ** min(calls.misses, _MOST_WAITS) if calls.misses > free else 0
+            calls.waits = 2 ** min(calls.misses, most_waits) if calls.misses > free else 0
 
 
 def _find(step: GuardedStep, cell: nn.Module, x: Any, state: Any) -> Match:
@@ -175,7 +176,8 @@ def _new_kinds(new: Any, state: Any) -> list[Kind]:
     Raises: EngineError for a new state that is none, or of another shape.
     """
     if not isinstance(new, tuple | list) or not all(isinstance(value, fx.Node | Tensor) for value in new):
-        raise EngineError(f"fused: the step gives a {type(new).__name__}, and not a tuple of tensors")
+        kind = "Tensor" if isinstance(new, fx.Node) else type(new).__name__
+        raise EngineError(f"fused: the step gives a {kind}, and not a tuple of tensors")
     if len(new) != len(state):
         raise EngineError(f"fused: the step gives {len(new)} tensors for a state of {len(state)}")
     found = []
