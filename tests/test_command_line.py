@@ -270,7 +270,7 @@ def test_a_mistake_in_a_config_is_one_message(yaml, parts, capsys, tmp_path):
 
 def test_an_unknown_command_is_one_message(capsys):
     assert "Did you mean 'fit'" in message(capsys, "fitt")
-    assert "CKPT" in message(capsys, "sample")
+    assert "RUN" in message(capsys, "sample")
     assert "no such checkpoint" in message(capsys, "sample", "nowhere")
 
 

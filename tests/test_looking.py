@@ -61,7 +61,7 @@ def test_the_curves_of_a_run_are_called_by_its_name(text, tmp_path, monkeypatch)
     monkeypatch.setattr(curves, "write_figure", lambda path, figure, dpi: drawn.append(figure) or write(path, figure))
     run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--name=_a$b$", "--trainer.max_steps=2")
     assert main(["fit", *SMALL, *run]) == 0
-    shown = [label.get_text() for label in drawn[0].axes[0].get_legend().get_texts()]
+    shown = [label.get_text() for label in drawn[0].legends[0].get_texts()]
     assert [label.replace(r"\$", "$").strip("\u200b") for label in shown] == ["_a$b$/version_0 val"]
 
 

@@ -119,7 +119,7 @@ def test_a_config_names_it(written, tmp_path):
     path.write_text(f"model:\n  network:\n    recurrent:\n      cell: {written}")
     commands = built(CONFIGS / "characters/quickstart.yaml", "--config", str(path))
     with torch.device("meta"):
-        cell = commands.model._build_network(97).recurrent.directions[0].cell
+        cell = commands.task._build_network(97).recurrent.directions[0].cell
     kind, rounds, rank = IN_YAML[written]
     expected = Mogrifier(64, 256, kind, rounds, rank)
     assert type(cell) is Mogrifier

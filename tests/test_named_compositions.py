@@ -49,7 +49,7 @@ def cells(*options, cell="LSTMCell"):
     """The cell of the quickstart with these options."""
     commands = built(CONFIGS / "characters/quickstart.yaml", f"--model.network.recurrent.cell={cell}", *options)
     with torch.device("meta"):
-        return commands.model._build_network(97).recurrent.directions[0].cell
+        return commands.task._build_network(97).recurrent.directions[0].cell
 
 
 def own_config(folder, integrator, cell="LSTMCell"):

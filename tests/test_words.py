@@ -410,7 +410,7 @@ def test_words_are_put_together_as_one_writes_them(words, text):
 def writer(*words):
     torch.manual_seed(0)
     task = LanguageModelling(lambda size: LanguageModel(size, lambda x: Recurrent(x, 4, RNNCell), 4))
-    task._use({"vocabulary": WordVocabulary(words).state_dict()}, "the test's")
+    task.use({"vocabulary": WordVocabulary(words).state_dict()}, "the test's")
     return task
 
 

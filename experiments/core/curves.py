@@ -45,15 +45,19 @@ def draw(
     panels = sorted({metric for of_run in curves.values() for metric, _ in of_run})
     if len(panels) > _MOST_PANELS:
         raise ExperimentError(f"{output}: {len(panels)} metrics, expected at most {_MOST_PANELS}.")
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    labels = {(name, stage): as_label(f"{name} {stage}") for name, run in curves.items() for _, stage in run}
+    # One legend below all panels: runs' paths may be longer than a panel is wide.
+    figure = Figure(figsize=(5 * len(panels), 4 + 0.25 * len(labels)), layout="constrained")
+    shown = {}
     for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=metric, xlabel="step")
         for color, (name, of_run) in enumerate(curves.items()):
             for stage, style in _STYLES.items():
                 if (metric, stage) in of_run:
                     steps, values = zip(*of_run[metric, stage], strict=True)
-                    axes.plot(steps, values, color=f"C{color % 10}", label=as_label(f"{name} {stage}"), **style)
-        axes.legend()
+                    [line] = axes.plot(steps, values, color=f"C{color % 10}", **style)
+                    shown[labels[name, stage]] = line
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center")
     write_figure(output, figure, dpi=150)
 
 

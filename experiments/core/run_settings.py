@@ -143,6 +143,8 @@ def _parsed(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     for name in _NEVER_EMPTY:
         if config.get(name) == "":
             raise ExperimentError(f"{name}: '' is empty. Give a name, or leave the option out.")
+    if not isinstance(config.trainer, Namespace | dict):  # a number, which jsonargparse takes for settings as they are
+        raise ExperimentError(f"trainer: '{config.trainer}' does not fit: expected settings, NAME: VALUE")
     config.base = None  # its settings are here now
     return config
 
