@@ -22,6 +22,8 @@ from experiments.tasks import LanguageModelling, Memory, StateTracking
 from models import LanguageModel, SequenceLabeller, SequenceReader
 from multint import Additive, Concat, GRUCell, LowRank, LSTMCell, MultiplicativeIntegration, Recurrent, RNNCell
 
+pytestmark = pytest.mark.runs
+
 V, T, B, H = 5, 7, 3, 4
 concat = partial(RNNCell, integrator=Concat)
 

@@ -23,7 +23,7 @@ from multint.errors import EngineError
 from tests.both_engines import ENGINES, Free, close, fresh, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
-pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")]
 
 STEPS, ROWS = 5, 40  # more rows than a step is tried on before it is taken
 

@@ -16,6 +16,8 @@ from experiments.core.errors import ExperimentError
 from multint import LSTM, Additive, Bilinear, LSTMCell, from_torch
 from multint.engines.kernel import eager_pieces
 
+pytestmark = pytest.mark.runs
+
 SMALL = Case("small", (4, 3, 5, 6), LSTM, torch.nn.LSTM)
 
 

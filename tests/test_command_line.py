@@ -16,6 +16,8 @@ from experiments.core.checkpoints import read_checkpoint
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(CONFIGS / "characters/quickstart.yaml")
 INTEGRATOR = "--model.network.recurrent.cell.integrator"

@@ -31,6 +31,8 @@ from tests.both_engines import (
 from tests.both_engines import results as both_passes
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, normal
 
+pytestmark = pytest.mark.compiles
+
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 T, B = 12, 5

@@ -7,6 +7,8 @@ from experiments.core.configs import CONFIGS, ready_configs
 from tests.test_command_line import INTEGRATOR, QUICKSTART, SMALL, message
 from tests.test_configs import built
 
+pytestmark = pytest.mark.runs
+
 READY = [path for task in ("characters", "words") for path in ready_configs()[task]]
 CELL = "--model.network.recurrent.cell"
 # Forty lines that stand for 2^40 values.

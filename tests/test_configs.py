@@ -18,6 +18,8 @@ from experiments.data.text.corpora import pydoc
 from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, StateTracking
 from models import Points, log_likelihood
 
+pytestmark = pytest.mark.runs
+
 READY = [path for paths in ready_configs().values() for path in paths]
 VOCABULARY = {"pydoc": 97, "ptb": 50, "text8": 27, "enwik8": 205, "ptb-words": 10_000, "wikitext-103": 267_735}
 PAPERS_MILLIONS = {"text8_mi_rnn": 4.3, "text8_mi_lstm": 4.3, "hutter_mi_lstm": 18.9}

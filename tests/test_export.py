@@ -16,6 +16,8 @@ from multint.cells import HiddenState
 from multint.errors import EngineError, OptionError
 from tests.catalogue import INPUT_SIZE, INTEGRATORS, Sizes, initial_state, layer, normal, randomise
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).parent.parent
 FREE = Dim.DYNAMIC
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -17,6 +17,8 @@ from experiments.core.export.programs import trace
 from experiments.core.export.weights import load_network
 from experiments.core.task import Example
 
+pytestmark = pytest.mark.runs
+
 # Settings of each network, over those of the quickstart: an embedding and an MI-LSTM.
 NETWORKS = {
     "lstm-mi": "{recurrent: {hidden_size: 9}}",

@@ -25,7 +25,7 @@ from multint.errors import EngineError, OptionError
 from tests.both_engines import Free, built, close, compare, fresh, inputs, random_state, results, weight
 from tests.catalogue import CELLS, HIDDEN_SIZE, IN_CELLS, INPUT_SIZE, LAYERS, layer, normal, randomise
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned")]
 
 
 MODES = {

@@ -1,6 +1,10 @@
 """Some random cells under the compiled scan, as `python -m tests.fuzz_scan` tries more of them."""
 
+import pytest
+
 from tests.fuzz_scan import fuzz
+
+pytestmark = pytest.mark.compiles
 
 
 def test_random_cells():

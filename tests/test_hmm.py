@@ -13,6 +13,8 @@ from models import HiddenMarkovModel
 from multint import Hadamard, MultintError, MultiplicativeIntegration, RNNCell, scan
 from multint.cells import HiddenState
 
+pytestmark = pytest.mark.compiles
+
 S, K = 3, 4
 
 

@@ -12,6 +12,8 @@ from multint.errors import EngineError
 from tests.both_engines import DTYPES, ConvLSTM, close
 from tests.catalogue import normal, randomise
 
+pytestmark = pytest.mark.compiles
+
 T, B, X, H, SIDES = 4, 3, 2, 3, ConvLSTM.SIDES
 
 

@@ -20,7 +20,7 @@ from experiments.tasks import LanguageModelling
 from models import LanguageModel
 from multint import LSTMCell, Recurrent, RNNCell
 
-pytestmark = pytest.mark.usefixtures("interruptible")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("interruptible")]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from multint.engines.schedule import Extent
 from tests.both_engines import close, results, weight
 from tests.catalogue import normal
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned")]
 
 X, H, D, S = 3, 4, 5, 6
 

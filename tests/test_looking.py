@@ -12,6 +12,8 @@ from experiments.core.configs import CONFIGS
 from experiments.core.progress import _Bar
 from experiments.core.records import read_metrics
 
+pytestmark = pytest.mark.runs
+
 SMALL = (
     "--config",
     str(CONFIGS / "characters/quickstart.yaml"),

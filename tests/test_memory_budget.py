@@ -10,7 +10,7 @@ from multint.engines import kernel, run
 from tests.both_engines import built, compare, inputs, results
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
-pytestmark = pytest.mark.usefixtures("poisoned", "eager")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned", "eager")]
 
 T, B = 7, 3
 

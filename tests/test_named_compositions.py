@@ -15,6 +15,8 @@ from multint.integrators import ScaledOf, SumOf, SwappedOf, ThroughOf, outermost
 from tests.catalogue import normal, randomise
 from tests.test_configs import built
 
+pytestmark = pytest.mark.runs
+
 INTEGRATOR = "--model.network.recurrent.cell.integrator"
 X, H = 64, 256  # the quickstart's
 

@@ -39,7 +39,10 @@ from tests.both_engines import (
 )
 from tests.catalogue import CELLS, HIDDEN_SIZE, INPUT_SIZE, TYPICAL, normal, randomise
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="a native loop needs a C++ compiler")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="a native loop needs a C++ compiler"),
+]
 
 # One stage; a piece before a stage; norms, which sum within a row and over the rows; a stage's left side that is a
 # product in each row.

@@ -12,7 +12,10 @@ import torch
 from multint.engines import decompositions, kernel, private
 from multint.engines.native import elements, loops, machine
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="native code needs a C++ compiler")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="native code needs a C++ compiler"),
+]
 
 aten = torch.ops.aten
 

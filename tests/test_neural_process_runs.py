@@ -36,7 +36,7 @@ from models import (
 from models.neural_process import joined
 from multint import Conditional, MultiplicativeIntegration
 
-pytestmark = pytest.mark.usefixtures("interruptible")
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("interruptible")]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from multint.errors import EngineError
 from tests.both_engines import ENGINES, Free, close, inputs, replace_everywhere, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
-pytestmark = pytest.mark.usefixtures("worth_compiling")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("worth_compiling")]
 
 # What can fail within the engine, by module and name.
 STAGES = {

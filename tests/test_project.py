@@ -131,6 +131,7 @@ def blocks(path, language="python"):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("path", ["README.md", "multint/engines/README.md"])
 def test_the_readmes_code_runs(path):
     """One block after the other, as a reader would."""
@@ -155,6 +156,7 @@ def test_the_lstm_by_hand_is_the_librarys():
     torch.testing.assert_close(by_hand(x)[0], layer(x)[0])
 
 
+@pytest.mark.runs
 @pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 def test_the_example_of_ones_own_task_runs(tmp_path, monkeypatch, capsys):
     (code,), (config,) = blocks("CONTRIBUTING.md"), blocks("CONTRIBUTING.md", "yaml")

@@ -17,6 +17,7 @@ from tests.both_engines import Free, bfloat16_by_default, close, inputs, replace
 from tests.catalogue import INPUT_SIZE
 
 pytestmark = [
+    pytest.mark.compiles,
     pytest.mark.skipif(shutil.which("g++") is None, reason="a native loop needs a C++ compiler"),
     pytest.mark.usefixtures("no_inductor", "poisoned", "worth_compiling"),
 ]

@@ -17,7 +17,7 @@ from multint.errors import EngineError
 from tests.both_engines import ENGINES, Free, close, compare, inputs, results, right_or_refused, weight
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal
 
-pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")]
 
 ROWS_MEET = "rows .*(see each other|interact|meet)"
 

@@ -24,6 +24,8 @@ from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
 from experiments.data import TextData
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(CONFIGS / "characters/quickstart.yaml")
 SMALL = (

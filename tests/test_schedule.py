@@ -11,6 +11,8 @@ from multint.engines.schedule import Call, Extent, Product
 from tests.both_engines import SECTIONS, built, check, is_whole
 from tests.catalogue import INPUT_SIZE, TYPICAL, normal
 
+pytestmark = pytest.mark.compiles
+
 
 def whole(name):
     """The schedule that gives a catalogued cell all its gradients."""

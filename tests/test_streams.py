@@ -17,6 +17,8 @@ from models import LanguageModel
 from multint import GRU, LSTM, RNN, Cell, LSTMCell, Recurrent
 from multint.cells import HiddenState
 
+pytestmark = pytest.mark.compiles
+
 V, H, T, B = 7, 5, 6, 4
 
 

@@ -36,6 +36,8 @@ from experiments.study.over_x import draw_over_x, goal_csv, up_to_goal
 from experiments.study.pool import Here, workers
 from experiments.study.runs import Run, leave_result, next_command
 
+pytestmark = pytest.mark.runs
+
 STUDIES = CONFIGS.parent / "studies"
 LR = "model.optimizer.init_args.lr"
 INTEGRATOR = "model.network.recurrent.cell.integrator"

@@ -14,6 +14,8 @@ import yaml
 from experiments.core.configs import CONFIGS
 from experiments.core.records import read_metrics
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parent.parent
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is the extra `cluster`")
 

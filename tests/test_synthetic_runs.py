@@ -20,6 +20,8 @@ from experiments.tasks import Memory, Regression, StateTracking
 from models import SequenceLabeller, SequenceReader
 from multint import Bilinear, Conditional, GRUCell, Integrator, Recurrent, RNNCell
 
+pytestmark = pytest.mark.runs
+
 Adam = partial(torch.optim.Adam, lr=0.02)
 pure = partial(Bilinear, z_term=False, x_term=False, bias=None)
 

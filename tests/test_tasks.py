@@ -9,6 +9,8 @@ from experiments.__main__ import main
 from experiments.core.checkpoints import load_task
 from experiments.core.trust import trusting
 
+pytestmark = pytest.mark.runs
+
 MODULE = '''
 from collections.abc import Callable, Iterable
 

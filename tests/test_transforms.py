@@ -9,6 +9,8 @@ from multint.cells import LSTMState
 from multint.integrators import Normalised
 from tests.catalogue import CELLS, INTEGRATORS, Sizes, initial_state, layer, normal
 
+pytestmark = pytest.mark.compiles
+
 every_cell = pytest.mark.parametrize("cell", CELLS)
 KINDS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 

@@ -44,7 +44,7 @@ from tests.both_engines import (
 )
 from tests.catalogue import HIDDEN_SIZE, INPUT_SIZE, normal, randomise
 
-pytestmark = pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned", "eager", "worth_compiling")]
 
 
 class Scaled(Free):

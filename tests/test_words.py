@@ -26,6 +26,8 @@ from experiments.tasks import LanguageModelling
 from models import LanguageModel
 from multint import Recurrent, RNNCell
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MULTINT_DATA") or ROOT.parent / "shared" / "data")
 SPLITS = ("train", "valid", "test")
