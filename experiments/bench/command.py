@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from experiments.bench import by_jax
 from experiments.bench.case import Case
 from experiments.bench.cases import cases
 from experiments.bench.measure import alone, check, first_calls, side_by_side, vendor_fault
@@ -93,10 +94,12 @@ def _chosen(names: list[str]) -> list[Case]:
 def _conditions() -> list[str]:
     """What times depend on."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    fault = by_jax.why_not()
     return [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}",
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}, oneDNN {torch.backends.mkldnn.is_available()}"
         + (f", held to {limit} by ONEDNN_MAX_CPU_ISA" if limit else ""),
+        *([f"JAX's scans are left out: {fault}"] if fault else []),
     ]
 
 
