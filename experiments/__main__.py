@@ -9,19 +9,20 @@ from experiments.core.command_line import Command, run
 _BUILDING = ("experiments.tasks", "experiments.data")
 _TRAINING = (*_BUILDING, "experiments.analyses")
 
-_CORE, _RUN = "experiments.core", "experiments.core.training"
+_RUN, _STUDY = "experiments.core.training:main", "experiments.study.command:main"
+_LOOK, _EXPORT = "experiments.core.inspection", "experiments.core.export:main"
 COMMANDS = {
     "fit": Command(_RUN, "train, validate, test the best checkpoint", "--config CONFIG", _TRAINING),
     "validate": Command(_RUN, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
     "test": Command(_RUN, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
-    "summary": Command(f"{_CORE}.summary", "layers, work and memory of a network", "--config CONFIG", _BUILDING),
-    "plot": Command(f"{_CORE}.curves", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
-    "show": Command(f"{_CORE}.show", "what a run's network does, in pictures", "RUN", _BUILDING),
-    "sample": Command("experiments.sample", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
-    "export": Command(f"{_CORE}.export.command", "weights or a program from a run", "RUN --format onnx", _BUILDING),
-    "study": Command("experiments.study.command", "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
-    "report": Command("experiments.study.command", "the report of a study, from its files", "STUDY", _TRAINING),
-    "bench": Command("experiments.bench.command", "times of the scan engines, side by side", "lstm-512 --quick"),
+    "summary": Command(f"{_LOOK}:summary", "layers, work and memory of a network", "--config CONFIG", _BUILDING),
+    "plot": Command(f"{_LOOK}:plot", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
+    "show": Command(f"{_LOOK}:show", "what a run's network does, in pictures", "RUN", _BUILDING),
+    "sample": Command("experiments.sample:main", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
+    "export": Command(_EXPORT, "weights or a program from a run", "RUN --format onnx", _BUILDING),
+    "study": Command(_STUDY, "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
+    "report": Command(_STUDY, "the report of a study, from its files", "STUDY", _TRAINING),
+    "bench": Command("experiments.bench.command:main", "times of the scan engines, side by side", "lstm-512 --quick"),
 }
 
 

@@ -13,8 +13,7 @@ from experiments.analyses.recording import recorded
 from experiments.core.callbacks import MetricsFile, RandomState
 from experiments.core.errors import ExperimentError
 from experiments.core.module import DataModule, TaskModule
-from experiments.core.records import Histogram, read_histograms, read_metrics, write_histograms
-from experiments.core.run_folder import RunFolder
+from experiments.core.run_folder import Histogram, RunFolder, read_histograms, read_metrics, write_histograms
 from experiments.core.saving import Checkpoints
 from experiments.data import Adding, CopyMemory, StateMachine, TextData
 from experiments.data.text import Batch

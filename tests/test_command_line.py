@@ -282,7 +282,7 @@ def stranger(tmp_path, monkeypatch):
     mark = tmp_path / "imported"
     (tmp_path / "stranger.py").write_text(
         f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
-        "from lightning import Callback\nfrom experiments.core.data import Data\n"
+        "from lightning import Callback\nfrom experiments.core.task import Data\n"
         "from experiments.core.task import Task\n"
         "from models import LanguageModel\nfrom multint import Additive, LSTMCell\n"
         "class Mine(Additive): pass\nclass MyCell(LSTMCell): pass\nclass MyNetwork(LanguageModel): pass\n"

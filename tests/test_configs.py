@@ -9,7 +9,7 @@ from lightning import Trainer
 
 import multint
 from experiments.__main__ import main
-from experiments.core import summary
+from experiments.core import inspection
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.run_settings import RunSettings
 from experiments.core.trust import trusting
@@ -261,7 +261,7 @@ def test_the_summary_needs_the_size_of_an_unknown_vocabulary(capsys):
     assert "386,304 multiply-adds" in capsys.readouterr().out
 
 
-OPTIMIZERS = [(name, {}) for name in summary._KEPT]
+OPTIMIZERS = [(name, {}) for name in inspection._KEPT]
 OPTIMIZERS += [
     ("SGD", {"momentum": 0.9}),
     ("Adam", {"amsgrad": True}),
@@ -277,7 +277,7 @@ def test_the_summary_knows_how_many_numbers_an_optimizer_keeps(name, settings):
     optimizer.step()
     kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     expected = sum(value.numel() == parameter.numel() for value in kept)
-    assert summary._moments({"class_path": f"torch.optim.{name}", "init_args": settings}) == (name, expected)
+    assert inspection._moments({"class_path": f"torch.optim.{name}", "init_args": settings}) == (name, expected)
 
 
 def test_the_overview_shows_the_commands_and_the_configs(capsys):

@@ -13,8 +13,7 @@ from experiments.__main__ import main
 from experiments.core.checkpoints import load_task
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.export.programs import trace
-from experiments.core.export.weights import load_network
+from experiments.core.export import load_network, trace
 from experiments.core.task import Example
 
 pytestmark = pytest.mark.runs

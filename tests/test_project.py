@@ -68,7 +68,7 @@ def test_imports_follow_the_arrows(path):
 FOLDERS = [
     f"multint/{name}" for name in ("integrators", "conditional", "cells", "engines", "engines/native", "recurrent")
 ]
-FOLDERS += ["experiments/core", "experiments/core/export", "experiments/data", "experiments/tasks", "experiments/study"]
+FOLDERS += ["experiments/core", "experiments/data", "experiments/tasks", "experiments/study"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -83,7 +83,7 @@ def test_imports_within_a_folder_run_in_no_circle(folder):
     TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
-LIGHT = ["core.summary", "core.curves", "core.show", "core.export.command", "sample"]
+LIGHT = ["core.inspection", "core.export", "sample"]
 
 
 def test_commands_that_train_nothing_import_no_lightning():

@@ -19,8 +19,7 @@ from experiments.__main__ import main
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 from experiments.core.network_size import refuse_beyond_memory
-from experiments.core.records import read_metrics
-from experiments.core.run_folder import RunFolder
+from experiments.core.run_folder import RunFolder, read_metrics
 from experiments.core.saving import Checkpoints
 from experiments.data import TextData
 

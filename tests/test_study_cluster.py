@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from experiments.core.configs import CONFIGS
-from experiments.core.records import read_metrics
+from experiments.core.run_folder import read_metrics
 
 pytestmark = pytest.mark.runs
 

@@ -11,7 +11,7 @@ import experiments.study.plots
 import experiments.study.recorded
 import experiments.study.report
 from experiments.core.errors import ExperimentError
-from experiments.core.records import Histogram, write_histograms, write_result
+from experiments.core.run_folder import Histogram, write_histograms, write_result
 from experiments.core.task import Monitor
 from experiments.study.arms import Arm
 from experiments.study.definition import Cluster, Metric, Published, Study

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.core.data import Data
-from experiments.core.task import Mean, Monitor, Task
+from experiments.core.task import Data, Mean, Monitor, Task
 
 
 class Points(Data):

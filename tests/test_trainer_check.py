@@ -7,7 +7,7 @@ from lightning.pytorch import callbacks
 
 from experiments.core.command_line import Command, run
 from experiments.core.errors import ExperimentError, building
-from experiments.core.trainer_check import check_numbers, check_trainer
+from experiments.core.training import check_numbers, check_trainer
 
 NUMBERS = {
     "accumulate_grad_batches": 1,
@@ -98,7 +98,7 @@ def test_of_several_types_the_reason_of_the_one_that_was_meant(reasons, shown):
 
 
 def test_a_package_that_is_not_installed_is_one_message(capsys):
-    assert run(["fit"], {"fit": Command("missing_package.training", "", "")}) == 2
+    assert run(["fit"], {"fit": Command("missing_package.training:main", "", "")}) == 2
     shown = capsys.readouterr().err
     assert "'missing_package' is not installed" in shown
     assert "pip install" in shown

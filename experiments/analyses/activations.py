@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from experiments.analyses.recording import named, named_stacks
 from experiments.core.errors import ExperimentError
-from experiments.core.processes import gathered
-from experiments.core.records import Histogram, write_histograms
+from experiments.core.run_folder import Histogram, write_histograms
+from experiments.core.task import gathered
 
 
 class HiddenActivations(Callback):

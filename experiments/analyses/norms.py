@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from experiments.analyses.recording import Recording, named, norms, recorded
 from experiments.core.errors import ExperimentError
-from experiments.core.processes import gathered
+from experiments.core.task import gathered
 
 
 class BatchAnalysis(Callback):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import io
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -29,9 +30,9 @@ COMMAND --help lists every option of a command, COMMAND --config CONFIG --print_
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main(invocation)` runs it, what it does, and how it is called."""
+    """A command: the function of an invocation that runs it, what it does, and how it is called."""
 
-    module: str
+    function: str  # MODULE:NAME
     what: str
     example: str
     packages: Sequence[str] = ()  # whose classes a config may name without their module
@@ -48,7 +49,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 class Invocation(NamedTuple):
-    """What a command's `main` is called with."""
+    """What a command's function is called with."""
 
     argv: list[str]  # the command's name first
     trusted: list[str]  # the modules of --trust
@@ -118,7 +119,7 @@ def _dispatch(invocation: Invocation, commands: Mapping[str, Command]) -> None:
     with trusting(invocation.trusted):
         for module in invocation.trusted:
             _import_trusted(module)
-        importlib.import_module(commands[name].module).main(invocation)
+        pkgutil.resolve_name(commands[name].function)(invocation)
 
 
 def _import_trusted(module: str) -> None:

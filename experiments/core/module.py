@@ -8,11 +8,9 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
 from experiments.core.optimisation import AverageWeights, LearningRate, halving
-from experiments.core.processes import averaged, summed
-from experiments.core.task import Mean, Stage, Task
+from experiments.core.task import Data, Mean, Stage, Task, averaged, summed
 
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 

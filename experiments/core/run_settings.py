@@ -20,9 +20,8 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from experiments.core.config_check import explain
 from experiments.core.configs import check_extent, expanded
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building, mistake_in
-from experiments.core.task import Task
+from experiments.core.task import Data, Task
 from multint import MultintError
 
 register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are

@@ -1,19 +1,20 @@
-"""What a task is: the frame trains, evaluates, saves and reports any of them, and knows none."""
+"""What a task and its data are: the frame trains, evaluates, saves and reports any of them, and knows none."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building
 from experiments.core.network_size import refuse_beyond_memory
 
 if TYPE_CHECKING:
+    from lightning import Trainer
     from matplotlib.figure import Figure
 
 Stage = Literal["train", "val", "test"]
@@ -52,6 +53,39 @@ class Example(NamedTuple):
             name: tuple(axes.get(i, size) for i, size in enumerate(tensor.shape))
             for (name, axes), tensor in zip(self.inputs.items(), tensors, strict=True)
         }
+
+
+class Data(ABC):
+    """Batches to train on, to validate with and to test with.
+
+    One without a test gives no `test_dataloader`. A loader that has `state_dict` and `load_state_dict` is asked for its
+    place by every checkpoint, so that a run goes on within an epoch.
+    """
+
+    trainer: "Trainer | None" = None  # who trains on them; it knows the epoch, and how many processes there are
+
+    def prepare_data(self) -> None:  # noqa: B027
+        """Download, in one process of several."""
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: B027
+        """Read, in every process. It may be called more than once."""
+
+    @abstractmethod
+    def train_dataloader(self) -> Iterable[Any]:
+        """The batches of an epoch."""
+
+    @abstractmethod
+    def val_dataloader(self) -> Iterable[Any]:
+        """The batches of a validation."""
+
+    def _processes(self) -> tuple[int, int]:
+        """This process's rank, and how many train together."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch under way and its first batch to give: Lightning's counts, right once that epoch has begun."""
+        assert self.trainer is not None
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class Task(ABC):
@@ -217,6 +251,37 @@ class Task(ABC):
                 f"{saved_shapes.get(name, 'missing')}, expected {shapes.get(name, 'no such weight')}. "
                 "Give the checkpoint of a network that was built from the same settings."
             )
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, by rank: a list of this one alone where there is one."""
+    if not _are_several():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of all processes' values, without a gradient."""
+    value = value.detach().clone()  # the exchange writes into it
+    if _are_several():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def averaged(value: Tensor) -> Tensor:
+    """The mean of all processes' values, without a gradient."""
+    return summed(value) / (torch.distributed.get_world_size() if _are_several() else 1)
+
+
+def rank() -> int:
+    """This process's number among those that train together, from 0."""
+    return torch.distributed.get_rank() if _are_several() else 0
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _differences(saved: Any, asked: Any, path: str = "model") -> Iterator[str]:

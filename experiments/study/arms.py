@@ -9,11 +9,10 @@ import yaml
 from lightning import Trainer
 
 from experiments.core.command_line import mistake_message
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError, building
 from experiments.core.network_size import without_memory
 from experiments.core.run_settings import RunSettings
-from experiments.core.task import Monitor, Task
+from experiments.core.task import Data, Monitor, Task
 from experiments.study.checks import refuse_own
 from experiments.study.definition import Condition, Settings, Study
 

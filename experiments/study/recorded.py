@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import ExperimentError, choices_message, writing
-from experiments.core.records import Histogram, read_histograms, read_metrics
+from experiments.core.run_folder import Histogram, read_histograms, read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 from experiments.study.plots import as_label, curve, draw_band, new_figure, save
 

@@ -11,8 +11,7 @@ import yaml
 
 from experiments.core.checkpoints import read_checkpoint
 from experiments.core.errors import ExperimentError, write_text, writing
-from experiments.core.records import read_result
-from experiments.core.run_folder import RunFolder
+from experiments.core.run_folder import RunFolder, read_result
 from experiments.study.arms import Arm
 
 

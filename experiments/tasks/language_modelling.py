@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.processes import gathered, rank
-from experiments.core.task import Example, Mean, Monitor, Stage, Task
+from experiments.core.task import Data, Example, Mean, Monitor, Stage, Task, gathered, rank
 from experiments.data.text import Batch, Vocabulary, WordVocabulary, vocabulary_from
 from models import Features, LanguageModel, sample, softmax_cross_entropy, symbol_losses
 

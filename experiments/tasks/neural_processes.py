@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.processes import gathered
-from experiments.core.task import Mean, Monitor, Stage, Task
+from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
 from experiments.data.functions import Batch, FunctionData
 from experiments.tasks.task_scores import Scores, TaskScores, table
 from models import NeuralProcess, Points, elbo, importance_weighted, log_likelihood

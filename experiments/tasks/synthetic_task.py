@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.task import Task
+from experiments.core.task import Data, Task
 from experiments.data.synthetic import SyntheticData
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
+from experiments.core.task import Data
 from experiments.data.batch_streams import Draw, FixedBatches, TrainingBatches
 from experiments.data.functions import gaussian_process
 from experiments.data.functions.batches import Batch, Sizes, shared_out

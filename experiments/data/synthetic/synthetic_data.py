@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
+from experiments.core.task import Data
 from experiments.data.batch_streams import FixedBatches, TrainingBatches
 
 

@@ -10,8 +10,8 @@ from typing import ClassVar, NamedTuple
 import pooch
 from torch import Tensor
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
+from experiments.core.task import Data
 from experiments.data.text.vocabulary import Vocabulary
 from experiments.data.text.windows import Windows
 from experiments.data.text.words import WordVocabulary

@@ -1,0 +1,233 @@
+"""The commands that train nothing: `summary` of a config, `plot` of runs' metrics, `show` of a checkpoint."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.core.checkpoints import checkpoint_in, load_task
+from experiments.core.command_line import Invocation, OptionParser
+from experiments.core.errors import ExperimentError, building, write_figure, writing
+from experiments.core.network_size import layer_table, layers, table, without_memory
+from experiments.core.run_folder import read_metrics
+from experiments.core.run_settings import RunSettings
+from experiments.core.task import Data, Task
+
+# By torch's optimizers: the numbers kept of each parameter, and the settings that add one each.
+_KEPT = {
+    "ASGD": (1,),
+    "Adadelta": (2,),
+    "Adagrad": (1,),
+    "Adam": (2, "amsgrad"),
+    "AdamW": (2, "amsgrad"),
+    "Adamax": (2,),
+    "NAdam": (2,),
+    "RAdam": (2,),
+    "RMSprop": (1, "momentum", "centered"),
+    "Rprop": (2,),
+    "SGD": (0, "momentum"),
+}
+
+
+_STYLES = {"train": {"alpha": 0.4, "linewidth": 1.0}, "val": {"marker": ".", "linewidth": 1.5}}
+_ZERO_WIDTH = "\u200b"  # a space that is not seen
+# Beyond it one sees nothing, and waits a minute for it.
+_MOST_PANELS = 20
+
+
+def summary(invocation: Invocation) -> None:
+    """Print the layers with their parameters, the multiply-adds, and the bytes that training keeps for the parameters.
+
+    Raises ExperimentError for a config that cannot be built, or one that needs its data to be.
+    """
+    parser = OptionParser(prog="python -m experiments summary", add_help=False)
+    parser.add_argument("--vocabulary_size", type=int, default=None)
+    sizes, rest = parser.parse_known_args(invocation.argv[1:])
+    if rest in ([], ["-h"], ["--help"]):
+        print("usage: python -m experiments summary --config CONFIG [--vocabulary_size V] [the options of fit]")
+        return
+    settings = RunSettings(["fit", *rest])
+    given = {name: size for name, size in vars(sizes).items() if size is not None}
+    for name, size in given.items():
+        if size < 1:
+            raise ExperimentError(f"--{name}: got {size}, expected at least 1.")
+    print(_summary(settings.task, settings.data, given))
+
+
+def plot(invocation: Invocation) -> None:
+    """The command `plot`: the curves of several runs in one picture.
+
+    Raises ExperimentError for a folder that is no run's, and for an output that cannot be written.
+    """
+    parser = OptionParser(prog="python -m experiments plot", description="The learning curves of runs in one picture.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its metrics.csv")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="a .png, .svg or .pdf (curves.png)")
+    options = parser.parse_args(invocation.argv[1:])
+    runs = {str(run): run if run.suffix == ".csv" else run / "metrics.csv" for run in options.runs}
+    draw_metrics(runs, options.output)
+    print(options.output)
+
+
+def draw_metrics(
+    runs: Mapping[str, Path],  # the metrics files by the names in the legend
+    output: Path,
+) -> None:
+    """Draw every metric over the steps, a panel for each, training thin and validation with dots.
+
+    Raises ExperimentError for a file without metrics, and for an output that cannot be written.
+    """
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise ExperimentError(f"{output}: expected a name that ends with .png, .svg or .pdf.")
+    # Imported here because it takes a second, which a command without a picture need not wait for.
+    from matplotlib.figure import Figure
+
+    curves = {name: _curves(path) for name, path in runs.items()}
+    panels = sorted({metric for of_run in curves.values() for metric, _ in of_run})
+    if len(panels) > _MOST_PANELS:
+        raise ExperimentError(f"{output}: {len(panels)} metrics, expected at most {_MOST_PANELS}.")
+    labels = {(name, stage): as_label(f"{name} {stage}") for name, run in curves.items() for _, stage in run}
+    # One legend below all panels: runs' paths may be longer than a panel is wide.
+    figure = Figure(figsize=(5 * len(panels), 4 + 0.25 * len(labels)), layout="constrained")
+    shown = {}
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set(title=metric, xlabel="step")
+        for color, (name, of_run) in enumerate(curves.items()):
+            for stage, style in _STYLES.items():
+                if (metric, stage) in of_run:
+                    steps, values = zip(*of_run[metric, stage], strict=True)
+                    [line] = axes.plot(steps, values, color=f"C{color % 10}", **style)
+                    shown[labels[name, stage]] = line
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center")
+    write_figure(output, figure, dpi=150)
+
+
+def as_label(text: str) -> str:
+    """The text as matplotlib is to get it, to show it as it is.
+
+    Between two `$` it reads mathematics, a line whose label begins with `_` is not in its legend, and a path may hold
+    bytes that are no text.
+    """
+    shown = text.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    return f"{_ZERO_WIDTH if shown.startswith('_') else ''}{shown}"
+
+
+def show(invocation: Invocation) -> None:
+    """Print what the task says of the checkpoint, and write its pictures, each as NAME.png.
+
+    The data are those of the run's config.yaml. Raises ExperimentError where that is not beside the checkpoint, for a
+    task with nothing to show, and for a folder that cannot be written.
+    """
+    parser = OptionParser(
+        prog="python -m experiments show", description="What a checkpoint does, in text and pictures."
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--config", type=Path, help="whose data to show (config.yaml of the checkpoint's run)")
+    parser.add_argument("--output", type=Path, help="the pictures' folder (that of the checkpoint's run)")
+    options = parser.parse_args(invocation.argv[1:])
+    checkpoint = checkpoint_in(options.checkpoint)
+    task = load_task(checkpoint)
+    run = checkpoint.absolute().parent.parent
+    config = options.config or run / "config.yaml"
+    if not config.is_file():
+        raise ExperimentError(f"{config}: there is no config of the checkpoint's run. Give one by --config CONFIG.")
+    data = RunSettings(["validate", "--config", str(config)]).data
+    if data is not None:
+        data.prepare_data()
+        data.setup("test")
+    figures, text = task.pictures(data), task.show()
+    if not (figures or text):
+        raise ExperimentError(f"{checkpoint}: a {type(task).__name__} has nothing to show.")
+    if text:
+        print(text)
+    folder = options.output or run
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        write_figure(path, figure, dpi=150)
+        print(path)
+
+
+def _summary(task: Task, data: Data | None, sizes: dict[str, int]) -> str:
+    with without_memory(), building(f"{type(task).__name__}: the network"):
+        task.network = task.build(task.imagined(data, sizes)).eval()
+    shapes, work, in_all = _called(task)
+    rows = {f"for each of its {task.unit}": f"{in_all} multiply-adds forward"} if in_all else {}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
+    name, moments = _moments(task.settings["optimizer"])
+    kept = f"parameters {_bytes(size)}, gradients {_bytes(size)}, {name}"
+    if moments is None:
+        rows["in memory"] = f"{kept}'s own not known"
+    else:
+        rows["in memory"] = f"{_bytes((2 + moments) * size)}: {kept} {_bytes(moments * size)}"
+    columns = {"output": shapes, "multiply-adds": work} if shapes else {}
+    return f"{layer_table(task.network, columns)}\n{table(rows)}"
+
+
+def _called(task: Task) -> tuple[dict[str, str], dict[str, str], str]:
+    """The shapes that the layers give in the task's example call, and the multiply-adds of their products, forward.
+
+    The work is that for each of what the task counts: of every layer, and of the whole network. All are empty where the
+    task knows no call.
+    """
+    network = task.network
+    assert network is not None
+    shapes: dict[str, str] = {}
+
+    def note(name: str, result: Any) -> None:
+        first = pytree.tree_leaves(result)[0]
+        shapes[name] = " × ".join(map(str, first.shape)) if isinstance(first, torch.Tensor) else ""
+
+    try:
+        with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            example = task.example()
+            hooks = [
+                layer.module.register_forward_hook(lambda *call, name=layer.name: note(name, call[-1]))
+                for layer in layers(network)
+            ]
+            counter.flop_counts.clear()
+            network(*example.arguments)
+    except ExperimentError:
+        return {}, {}, ""
+    for hook in hooks:
+        hook.remove()
+    work = {
+        name.partition(".")[2]: f"{sum(counts.values()) // 2 // example.count:,}"
+        for name, counts in counter.flop_counts.items()
+        if "." in name
+    }
+    return shapes, work, f"{counter.get_total_flops() // 2 // example.count:,}"
+
+
+def _moments(optimizer: dict[str, Any]) -> tuple[str, int | None]:
+    """The optimizer's name, and how many numbers it keeps of each parameter; None for one that keeps other shapes.
+
+    A table, since to make an optimizer imports torch's whole compiler.
+    """
+    name, given = optimizer["class_path"].rpartition(".")[2], optimizer.get("init_args", {})
+    extra = sum(bool(given.get(setting)) for setting in _KEPT.get(name, (0,))[1:])
+    return name, _KEPT[name][0] + extra if name in _KEPT else None
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+def _curves(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """The points (step, value) by metric and stage."""
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    try:
+        for row in read_metrics(path):
+            for name, value in row.items():
+                stage, _, metric = name.partition("/")
+                if stage in _STYLES:
+                    points.setdefault((metric, stage), []).append((int(row["step"]), float(value)))
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ExperimentError(f"{path}: no metrics file that `fit` wrote ({type(error).__name__}: {error}).") from error
+    if not points:
+        raise ExperimentError(f"{path}: no metrics of a training there. Give a run's folder, runs/NAME/version_N.")
+    return points
