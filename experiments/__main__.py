@@ -10,13 +10,13 @@ _BUILDING = ("experiments.tasks", "experiments.data")
 _TRAINING = (*_BUILDING, "experiments.analyses")
 
 _RUN, _STUDY = "experiments.core.training:main", "experiments.study.command:main"
-_LOOK, _EXPORT = "experiments.core.inspection", "experiments.core.export:main"
+_LOOK, _PLOT, _EXPORT = (f"experiments.core.{name}" for name in ("inspection", "curves:main", "export:main"))
 COMMANDS = {
     "fit": Command(_RUN, "train, validate, test the best checkpoint", "--config CONFIG", _TRAINING),
     "validate": Command(_RUN, "the validation metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
     "test": Command(_RUN, "the test metrics of a checkpoint", "--config CONFIG --ckpt_path CKPT", _TRAINING),
     "summary": Command(f"{_LOOK}:summary", "layers, work and memory of a network", "--config CONFIG", _BUILDING),
-    "plot": Command(f"{_LOOK}:plot", "the learning curves of runs in one picture", "RUN RUN --output PNG"),
+    "plot": Command(_PLOT, "the learning curves of runs in one picture", "RUN RUN --output PNG"),
     "show": Command(f"{_LOOK}:show", "what a run's network does, in pictures", "RUN", _BUILDING),
     "sample": Command("experiments.sample:main", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
     "export": Command(_EXPORT, "weights or a program from a run", "RUN --format onnx", _BUILDING),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.core.checkpoints import checkpoint_in, load_task
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, building
+from experiments.core.loading import checkpoint_in, load_task
 from experiments.tasks import LanguageModelling
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import read_checkpoint
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
+from experiments.core.loading import read_checkpoint
 
 pytestmark = pytest.mark.runs
 

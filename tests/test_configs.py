@@ -11,7 +11,7 @@ import multint
 from experiments.__main__ import main
 from experiments.core import inspection
 from experiments.core.configs import CONFIGS, ready_configs
-from experiments.core.run_settings import RunSettings
+from experiments.core.loading import RunSettings
 from experiments.core.trust import trusting
 from experiments.data.text import Vocabulary
 from experiments.data.text.corpora import pydoc

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import load_task
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 from experiments.core.export import load_network, trace
+from experiments.core.loading import load_task
 from experiments.core.task import Example
 
 pytestmark = pytest.mark.runs

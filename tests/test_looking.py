@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 
 from experiments.__main__ import main
-from experiments.core import inspection, training
+from experiments.core import curves, training
 from experiments.core.callbacks import _Bar
 from experiments.core.configs import CONFIGS
 from experiments.core.run_folder import read_metrics
@@ -59,10 +59,8 @@ def test_a_run_has_its_curves(runs):
 
 
 def test_the_curves_of_a_run_are_called_by_its_name(text, tmp_path, monkeypatch):
-    drawn, write = [], inspection.write_figure
-    monkeypatch.setattr(
-        inspection, "write_figure", lambda path, figure, dpi: drawn.append(figure) or write(path, figure)
-    )
+    drawn, write = [], curves.write_figure
+    monkeypatch.setattr(curves, "write_figure", lambda path, figure, dpi: drawn.append(figure) or write(path, figure))
     run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--name=_a$b$", "--trainer.max_steps=2")
     assert main(["fit", *SMALL, *run]) == 0
     shown = [label.get_text() for label in drawn[0].legends[0].get_texts()]

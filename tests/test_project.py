@@ -86,12 +86,19 @@ def test_imports_within_a_folder_run_in_no_circle(folder):
 LIGHT = ["core.inspection", "core.export", "sample"]
 
 
-def test_commands_that_train_nothing_import_no_lightning():
+@pytest.mark.parametrize(
+    ("names", "heavy"),
+    [
+        (["core.curves"], {"torch", "matplotlib"}),
+        (["tasks", "data", *LIGHT], {"lightning", "torchmetrics", "matplotlib", "scipy", "torch._dynamo"}),
+    ],
+)
+def test_commands_that_train_nothing_import_nothing_heavy(names, heavy):
     """It takes seconds: in an interpreter of its own, with all that the commands import."""
-    modules = ", ".join(f"experiments.{name}" for name in ("tasks", "data", *LIGHT))
+    modules = ", ".join(f"experiments.{name}" for name in names)
     code = f"import sys, {modules}; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert not set(out.split()) & {"lightning", "torchmetrics", "matplotlib", "scipy", "torch._dynamo"}
+    assert not set(out.split()) & heavy
 
 
 def test_the_version_is_that_of_the_package():

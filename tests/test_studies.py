@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-import experiments.core.inspection
+import experiments.core.curves
 import experiments.data
 import experiments.study.command
 import experiments.study.over_x
@@ -234,9 +234,8 @@ def started(out):
 def test_missing_runs_are_made_finished_ones_kept_and_failed_ones_reported(text, tmp_path, capsys, monkeypatch):
     # In this process, which is faster than one of its own.
     monkeypatch.setattr(experiments.study.command, "Process", lambda job, lock: Here(job.argv(), job.run.log, None))
-    monkeypatch.setattr(
-        experiments.core.inspection, "draw_metrics", lambda runs, output: None
-    )  # of each run: it takes a second
+    # Of each run: it takes a second.
+    monkeypatch.setattr(experiments.core.curves, "draw_metrics", lambda runs, output: None)
     settings = {
         "model.network.recurrent": {"hidden_size": 4, "engine": "loop"},
         "data": {"path": str(text), "batch_size": 4, "length": 20},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import load_task
+from experiments.core.loading import load_task
 from experiments.core.trust import trusting
 
 pytestmark = pytest.mark.runs

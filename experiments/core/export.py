@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from experiments.core.checkpoints import checkpoint_in, load_task, read_checkpoint
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, building, replacing, write_text
+from experiments.core.loading import checkpoint_in, load_task, read_checkpoint
 from experiments.core.task import Example
 from experiments.core.trust import trusting
 from multint import MultintError

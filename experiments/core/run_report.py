@@ -5,10 +5,10 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from experiments.core import inspection
+from experiments.core import curves
 from experiments.core.callbacks import Divergence, Speed
-from experiments.core.checkpoints import load_weights, read_checkpoint
 from experiments.core.errors import DivergedError, ExperimentError
+from experiments.core.loading import load_weights, read_checkpoint
 from experiments.core.module import TaskModule
 from experiments.core.network_size import table
 from experiments.core.run_folder import RunFolder, read_metrics, write_result
@@ -101,7 +101,7 @@ class RunReport:
         """Where the curves lie, or why they do not: by then the report must not fail."""
         try:
             run = self._folder.path.absolute()
-            inspection.draw_metrics({f"{run.parent.name}/{run.name}": self._folder.metrics}, self._folder.curves)
+            curves.draw_metrics({f"{run.parent.name}/{run.name}": self._folder.metrics}, self._folder.curves)
         except ExperimentError as error:
             return f"not drawn: {error}"
         return shown(self._folder.curves)

@@ -12,8 +12,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from experiments.core.checkpoints import read_checkpoint
 from experiments.core.errors import ExperimentError, WritingError, copy, writing
+from experiments.core.loading import read_checkpoint
 from experiments.core.run_folder import RunFolder
 
 

@@ -40,13 +40,12 @@ from experiments.core.callbacks import (
     Speed,
     progress_bar,
 )
-from experiments.core.checkpoints import read_checkpoint
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, WritingError, building, write_text
+from experiments.core.loading import RunSettings, read_checkpoint
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder, read_result
 from experiments.core.run_report import RunReport, shown
-from experiments.core.run_settings import RunSettings
 from experiments.core.saving import Checkpoints, SaveTheRest
 
 # Lightning's notes on devices and its advertisements; warnings and errors stay.

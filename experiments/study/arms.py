@@ -10,8 +10,8 @@ from lightning import Trainer
 
 from experiments.core.command_line import mistake_message
 from experiments.core.errors import ExperimentError, building
+from experiments.core.loading import RunSettings
 from experiments.core.network_size import without_memory
-from experiments.core.run_settings import RunSettings
 from experiments.core.task import Data, Monitor, Task
 from experiments.study.checks import refuse_own
 from experiments.study.definition import Condition, Settings, Study

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.core.inspection import as_label
+from experiments.core.curves import as_label
 from experiments.study.definition import Mode, Study
 from experiments.study.outcomes import Row, State, compared, outcomes
 from experiments.study.plots import new_figure, save

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.core.curves import as_label
 from experiments.core.errors import write_figure
-from experiments.core.inspection import as_label
 from experiments.core.run_folder import read_metrics
 from experiments.study.outcomes import Outcome, Row, State
 

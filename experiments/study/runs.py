@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.core.checkpoints import read_checkpoint
 from experiments.core.errors import ExperimentError, write_text, writing
+from experiments.core.loading import read_checkpoint
 from experiments.core.run_folder import RunFolder, read_result
 from experiments.study.arms import Arm
 
