@@ -213,10 +213,10 @@ def test_scores_have_the_intervals_of_means_over_independent_batches():
     values = torch.randn(12, dtype=torch.float64)
     alone = Scores(torch.arange(12), torch.arange(12), {"a": values})
     half_width = 2.200985160082949 * values.std() / math.sqrt(12)  # t of 11 degrees of freedom
-    assert_close(torch.tensor(alone.estimate("a")), torch.stack([values.mean(), half_width]).float())
+    assert_close(torch.tensor(alone.estimate("a")[:2]), torch.stack([values.mean(), half_width]).float())
     of_batches = values.repeat_interleave(5)  # tasks of a batch that are all alike tell no more than one of them
     alike = Scores(torch.arange(12).repeat_interleave(5), torch.zeros(60), {"a": of_batches})
-    assert_close(torch.tensor(alike.estimate("a")), torch.tensor(alone.estimate("a")))
+    assert_close(torch.tensor(alike.estimate("a")[:2]), torch.tensor(alone.estimate("a")[:2]))
     some = alone.where(3, 7)
     assert_close(some.values["a"], values[3:7])
 

@@ -7,11 +7,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from experiments.core.errors import ExperimentError, choices_message
+from experiments.core.intervals import Estimate
 from experiments.study.arms import Arm
 from experiments.study.checks import is_digits
 from experiments.study.definition import PARAMETERS, Metric, Mode, Published, Study
 from experiments.study.runs import Run
-from experiments.study.statistics import Difference, Estimate, difference, estimate
+from experiments.study.statistics import Difference, difference, estimate
 
 
 class State(Enum):

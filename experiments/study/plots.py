@@ -71,8 +71,8 @@ def draw_dots(
         axes.scatter(xs, ys, s=18, color="0.35", zorder=2, gid=f"seed-{seed}")
     for i, row in enumerate(rows):
         if row.mean is not None:
-            spread = 0.0 if row.mean.low is None else row.mean.mean - row.mean.low
-            axes.errorbar(i + 0.18, row.mean.mean, yerr=spread or None, fmt="o", capsize=4, color=f"C{i % 10}")
+            spread = row.mean.half_width or None
+            axes.errorbar(i + 0.18, row.mean.mean, yerr=spread, fmt="o", capsize=4, color=f"C{i % 10}")
         if row.published is not None:
             axes.plot(i - 0.18, row.published.value, "D", color="black", markerfacecolor="none")
     for outcome in outcomes:

@@ -1,22 +1,13 @@
-"""Intervals and differences for few seeds."""
+"""Means and differences for few seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.core.intervals import half_width
+from experiments.core.intervals import Estimate, estimated
 
 # Up to so many, all sign patterns are gone through: 2¹⁴, those of 14 pairs. Beyond, as many are drawn.
 _PATTERNS = 2**14
-
-
-class Estimate(NamedTuple):
-    """A mean and its 95 % t-interval, which one value does not have."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    count: int
 
 
 class Difference(NamedTuple):
@@ -37,11 +28,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if count == 0:
         return None
     mean = math.fsum(values) / count
-    if count == 1:
-        return Estimate(mean, None, None, 1)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    half = half_width(error, count - 1)
-    return Estimate(mean, mean - half, mean + half, count)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, count - 1) / count)
+    return estimated(mean, error, count)
 
 
 def difference(

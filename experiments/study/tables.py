@@ -3,12 +3,14 @@
 import csv
 import io
 from collections.abc import Sequence
+from functools import partial
 
+from experiments.core.intervals import Estimate
 from experiments.study.arms import shown
 from experiments.study.definition import PARAMETERS, Mode, Study
 from experiments.study.outcomes import Outcome, Row, State
 from experiments.study.search import Searched
-from experiments.study.statistics import Estimate, smallest_p
+from experiments.study.statistics import smallest_p
 
 DASH = "–"
 _COLUMNS = (
@@ -218,7 +220,7 @@ def _shown(row: Row) -> list[str]:
 
 
 def _interval(of: Estimate | None, sign: str = "") -> str:
-    return DASH if of is None or of.low is None else f"{_number(of.low, sign)} to {_number(of.high, sign)}"
+    return (of and of.interval(partial(_number, sign=sign))) or DASH
 
 
 def _number(value: float, sign: str = "") -> str:

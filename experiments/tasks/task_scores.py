@@ -7,14 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.core.intervals import half_width
-
-
-class Estimate(NamedTuple):
-    """A mean over tasks, and the half width of its 95 % t-interval."""
-
-    mean: float
-    half_width: float
+from experiments.core.intervals import Estimate, estimated
 
 
 class Scores(NamedTuple):
@@ -31,12 +24,12 @@ class Scores(NamedTuple):
         """The means by name, and the half widths as NAME_half_width where there are any."""
         summary = {}
         for name in self.values:
-            mean, half_width = self.estimate(name)
-            summary |= {name: mean} | ({} if math.isnan(half_width) else {f"{name}_half_width": half_width})
+            mean, half_width, _ = self.estimate(name)
+            summary |= {name: mean} | ({} if half_width is None else {f"{name}_half_width": half_width})
         return summary
 
     def estimate(self, name: str) -> Estimate:
-        """The mean over all tasks. The half width is NaN where there is one batch, or one task."""
+        """The mean over all tasks. There is no interval of one batch, or of one task."""
         values = self.values[name]
         alone = -1 - torch.arange(len(values))
         _, number = torch.where(self.batch < 0, alone, self.batch).unique(return_inverse=True)
@@ -45,7 +38,7 @@ class Scores(NamedTuple):
         sums = torch.zeros(batches, dtype=values.dtype).index_add_(0, number, values - mean)
         deviation = sums.square().sum().sqrt() / len(values)
         factor = math.sqrt(batches / (batches - 1)) if batches > 1 else math.nan
-        return Estimate(mean.item(), half_width(factor * deviation.item(), batches - 1))
+        return estimated(mean.item(), factor * deviation.item(), batches)
 
     def where(self, low: int, high: float) -> "Scores":
         """The tasks with at least `low` and fewer than `high` context points."""
@@ -95,8 +88,7 @@ def table(name: str, scores: Scores, buckets: Sequence[int]) -> str:
         if not len(of_bucket.context):
             continue
         least, most = int(of_bucket.context.min()), int(of_bucket.context.max())
-        estimates = map(of_bucket.estimate, scores.values)
-        shown = [f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}") for mean, half in estimates]
+        shown = [of_bucket.estimate(metric).with_half_width("{:.3f}".format) for metric in scores.values]
         rows.append([f"{least}–{most}", str(len(of_bucket.context)), *shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
