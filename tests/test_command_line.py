@@ -166,54 +166,6 @@ def test_a_resumed_run_with_other_settings_is_refused(run_folder, text, capsys):
     assert "model.optimizer.init_args.lr (saved 0.004, asked 0.5)" in shown
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ([f"{INTEGRATOR}=LowRnk"], ["cell.integrator", "'LowRnk'", "Did you mean 'LowRank'", "Bilinear"]),
-        ([f"{INTEGRATOR}.alfa=2"], ["cell.integrator.alfa", "'alpha'", "MultiplicativeIntegration", "beta2"]),
-        ([f"{INTEGRATOR}=SumOf", f"{INTEGRATOR}.first=LowRank"], ["cell.integrator", "'second' is missing", "SumOf"]),
-        ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=x"], ["integrator.rank", "'x'", "int"]),
-        ([f"{INTEGRATOR}=torch.nn.Linear"], ["cell.integrator", "torch.nn.Linear", "LowRank"]),
-        (["--model.network.recurrent.cell=LSTNCell"], ["recurrent.cell", "'LSTNCell'", "'LSTMCell'", "GRUCell"]),
-        (["--model.network.initialise.scle=1"], ["network.initialise.scle", "Uniform", "'scale'"]),
-        (["--model.netwrk=3"], ["model.netwrk", "Did you mean 'network'", "halve_after"]),
-        (["--model.optimizer=Adm"], ["model.optimizer", "'Adm'", "'Adam'"]),
-        (["--model.optimizer.lr=x"], ["model.optimizer.lr", "'x'", "float"]),
-        (["--model.network.embedding_size=x"], ["network.embedding_size", "'x'", "int"]),
-        (["--threads=0"], ["threads"]),
-        (["--model=LanguageModel"], ["model", "'LanguageModelling'"]),
-        (["--data.corpus=ptbb"], ["data.corpus", "'ptbb'", "'ptb'", "text8"]),
-        (["--data.batch_size=0"], ["batch_size"]),
-        (["--trainer.max_stps=1"], ["trainer.max_stps", "'max_steps'"]),
-        (["--trainer.callbacks+=EarlyStoping"], ["trainer.callbacks", "'EarlyStopping'"]),
-        (["--model.halve_after=0"], ["halve_after"]),
-        ([f"{INTEGRATOR}=LowRank", f"{INTEGRATOR}.rank=0"], ["LowRank", "rank is 0"]),
-        (["--config=quickstat.yaml"], ["quickstat.yaml", "does not exist"]),
-        (["--data.path=nowhere"], ["nowhere", "no such file"]),
-        (["--ckpt_path=nowhere"], ["nowhere", "no such checkpoint"]),
-        (["--nme=x"], ["'nme'", "'name'"]),
-        ([f"{INTEGRATOR}=Swapped"], ["cell.integrator", "'Swapped' does not fit", "3 arguments", "mean 'SwappedOf'"]),
-        ([f"{INTEGRATOR}=Pairwise"], ["cell.integrator: 'Pairwise' is no Integrator", "k ≥ 2 streams", "LowRank"]),
-        (["--model.network.recurrent.cell=LowRank"], ["recurrent.cell: 'LowRank' is no Cell", "GRUCell"]),
-        ([f"{INTEGRATOR}=Integrator"], ["cell.integrator", "'Integrator' does not fit", "abstract", "LowRank"]),
-        ([f"{INTEGRATOR}="], ["cell.integrator: '' is no class"]),
-        (["--model.network.recurrent=Recurent"], ["network.recurrent", "Did you mean 'Recurrent'"]),
-        (["--model.network.recurrent.bidirectional=true"], ["the network", "recurrent.bidirectional is true"]),
-        (["--model.optimizer.lr=-1"], ["the optimizer", "-1"]),
-        (["--trainer.accelerator=foo"], ["the trainer", "foo"]),
-        (["--trainer.max_epochs=-5"], ["max_epochs", "-5"]),
-        (["--trainer.max_time=foo"], ["foo", "DD:HH:MM:SS"]),
-        (["--trainer.enable_checkpointing=false"], ["enable_checkpointing"]),
-    ],
-    ids=lambda value: value[-1] if isinstance(value[0], str) and value[0].startswith("--") else "",
-)
-def test_a_mistake_is_one_message(options, parts, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shown = message(capsys, "fit", *SMALL, *options)
-    for part in parts:
-        assert part in shown
-
-
 def test_early_stopping_on_a_metric_that_is_not_there_is_one_message(text, capsys, tmp_path):
     stopping = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/bcp")
     run = (f"--data.path={text}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1")
@@ -249,25 +201,6 @@ def test_each_run_has_a_folder_of_its_own(text, tmp_path):
     for _ in range(2):
         assert main(["fit", *SMALL, *run]) == 0
     assert {path.name for path in (tmp_path / "quickstart").iterdir()} == {"version_7", "version_8", "version_9"}
-
-
-@pytest.mark.parametrize(
-    ("yaml", "parts"),
-    [
-        ("model: {network: {recurrent: {hiden_size: 3}}}", ["network.recurrent.hiden_size", "'hidden_size'"]),
-        ("model: {network: {recurrent: {cell: LSTNCell}}}", ["network.recurrent.cell", "'LSTMCell'"]),
-        ("model: {optimzer: {class_path: Adam}}", ["model.optimzer", "'optimizer'"]),
-        ("trainer: {max_stps: 3}", ["trainer.max_stps", "'max_steps'"]),
-        ("dta: {corpus: ptb}", ["dta", "'data'"]),
-        ("model: [unclosed", ["line 1"]),
-    ],
-)
-def test_a_mistake_in_a_config_is_one_message(yaml, parts, capsys, tmp_path):
-    path = tmp_path / "bad.yaml"
-    path.write_text(yaml)
-    shown = message(capsys, "fit", "--config", QUICKSTART, "--config", str(path))
-    for part in parts:
-        assert part in shown
 
 
 def test_an_unknown_command_is_one_message(capsys):
