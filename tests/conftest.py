@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,6 +99,14 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return full
+
+
+@pytest.fixture
+def interruptible():
+    """Lightning ignores Ctrl-C once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -1,34 +1,22 @@
 """Training a language model: exact metrics, the schedule, checkpoints, and runs that go on where they stopped."""
 
 import math
-import os
-import signal
 from functools import partial
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, seed_everything
 from torch.testing import assert_close
 
-from experiments.core.callbacks import RandomState
 from experiments.core.errors import ExperimentError
 from experiments.core.module import DataModule, TaskModule
-from experiments.core.run_folder import RunFolder
-from experiments.core.saving import Checkpoints
 from experiments.data import TextData
 from experiments.tasks import LanguageModelling
 from models import LanguageModel
 from multint import LSTMCell, Recurrent, RNNCell
+from tests.resuming import Interrupt, Record, assert_together, last, stopped, trainer
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("interruptible")]
-
-
-@pytest.fixture
-def interruptible():
-    """Lightning ignores Ctrl-C once it has seen one."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def data(text, **settings):
@@ -45,47 +33,6 @@ def task(lr=0.2, cell=LSTMCell, hidden_size=12, optimizer=torch.optim.Adam, tied
     return LanguageModelling(network, partial(optimizer, lr=lr), **settings)
 
 
-def last(folder):
-    return folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
-
-
-def trainer(folder, *callbacks, ckpt_path=None, **settings):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run_folder = RunFolder(folder, "run", ckpt_path)
-    run_folder.make()
-    of_run = [*callbacks, RandomState(), Checkpoints(run_folder)]
-    return Trainer(callbacks=of_run, accelerator="cpu", **quiet, **settings)
-
-
-class Record(Callback):
-    """What a run did: the loss and the rate of each step, and each validation."""
-
-    def __init__(self):
-        self.steps, self.validations, self.best = [], [], None
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append((outputs["loss"].item(), trainer.optimizers[0].param_groups[0]["lr"]))
-
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            self.validations.append(trainer.callback_metrics["val/bpc"].item())
-
-
-class Interrupt(Callback):
-    """Presses Ctrl-C in one step, or in the first batch of the validation after it."""
-
-    def __init__(self, step, in_validation):
-        self.step, self.in_validation = step, in_validation
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.in_validation and trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self.in_validation and trainer.global_step == self.step and batch_idx == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 class SaveFirst(Callback):
     """Saves before the first batch."""
 
@@ -96,7 +43,7 @@ class SaveFirst(Callback):
         trainer.save_checkpoint(self.path)
 
 
-def run(folder, text, *callbacks, ckpt_path=None, **settings):
+def run(folder, *callbacks, text, ckpt_path=None, **settings):
     record = Record()
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_epochs=2, **settings)
     of_run.fit(TaskModule(task(halve_after=1)), DataModule(data(text)), ckpt_path=ckpt_path, weights_only=True)
@@ -107,16 +54,16 @@ def run(folder, text, *callbacks, ckpt_path=None, **settings):
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):
     """The records of two whole runs, by the interval of their validations in steps or epochs."""
-    records = {every: run(tmp_path_factory.mktemp("whole"), text, val_check_interval=every) for every in (10, 1.0)}
+    records = {every: run(tmp_path_factory.mktemp("whole"), text=text, val_check_interval=every) for every in (10, 1.0)}
     assert all(len(record.steps) == 46 for record in records.values())
-    assert len({lr for _, lr in records[10].steps}) > 1, "the schedule never acted"
+    assert len({rate for _, rate, _ in records[10].steps}) > 1, "the schedule never acted"
     return records
 
 
 def test_a_checkpoint_before_the_first_batch_can_be_gone_on_from(uninterrupted, text, tmp_path):
     first = tmp_path / "first.ckpt"
-    run(tmp_path, text, SaveFirst(first), max_steps=1)
-    assert run(tmp_path, text, ckpt_path=first, val_check_interval=10).steps == uninterrupted[10].steps
+    run(tmp_path, SaveFirst(first), text=text, max_steps=1)
+    assert run(tmp_path, text=text, ckpt_path=first, val_check_interval=10).steps == uninterrupted[10].steps
 
 
 # An epoch has 23 steps. Ctrl-C comes within it, in the last step before a validation, in the validation, in the
@@ -136,28 +83,22 @@ def test_a_checkpoint_before_the_first_batch_can_be_gone_on_from(uninterrupted, 
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, uninterrupted, text, tmp_path):
-    first, whole = Record(), uninterrupted[every]
-    with pytest.raises(SystemExit):
-        run(tmp_path, text, first, Interrupt(step, in_validation), val_check_interval=every)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    second = run(tmp_path, text, ckpt_path=last(tmp_path), val_check_interval=every)
+    whole = uninterrupted[every]
+    of_text = partial(run, text=text, val_check_interval=every)
+    first = stopped(of_text, tmp_path, Record(), step, in_validation)
+    second = of_text(tmp_path, ckpt_path=last(tmp_path))
     assert len(first.steps) == (step if in_validation else step + 1)
-    assert first.steps + second.steps == whole.steps
-    assert first.validations + second.validations == whole.validations
+    assert_together([first, second], whole)
     assert second.best == whole.best == min(whole.validations)
 
 
 @pytest.mark.parametrize("every", [10, 1.0])
 def test_a_run_may_stop_at_an_epochs_end_and_again_within_the_next(every, uninterrupted, text, tmp_path):
     """Lightning by itself does not count the next epoch as begun there, and would begin it anew."""
-    whole, records = uninterrupted[every], [Record(), Record()]
-    for record, step, checkpoint in zip(records, (22, 27), (None, last(tmp_path)), strict=True):
-        with pytest.raises(SystemExit):
-            run(tmp_path, text, record, Interrupt(step, False), ckpt_path=checkpoint, val_check_interval=every)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    records.append(run(tmp_path, text, ckpt_path=last(tmp_path), val_check_interval=every))
-    assert [step for record in records for step in record.steps] == whole.steps
-    assert [score for record in records for score in record.validations] == whole.validations
+    of_text, record = partial(run, text=text, val_check_interval=every), Record()
+    stopped(of_text, tmp_path, record, 22)
+    stopped(of_text, tmp_path, record, 27, ckpt_path=last(tmp_path))
+    assert_together([record, of_text(tmp_path, ckpt_path=last(tmp_path))], uninterrupted[every])
 
 
 def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
@@ -174,7 +115,7 @@ def test_a_run_that_ends_without_a_validation_can_go_on(text, tmp_path):
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_checkpoint_of_before(text, tmp_path):
     with pytest.raises(SystemExit):
-        run(tmp_path, text, Interrupt(20, True), Interrupt(20, True), val_check_interval=10)
+        run(tmp_path, Interrupt(20, True), Interrupt(20, True), text=text, val_check_interval=10)
     assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 10
 
 
@@ -280,7 +221,7 @@ def averaging_task():
     return averaged
 
 
-def averaging_run(folder, text, *callbacks, ckpt_path=None):
+def averaging_run(folder, *callbacks, text, ckpt_path=None):
     record, averaged = Record(), averaging_task()
     settings = {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 40, "gradient_clip_val": 0.5}
     of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, **settings)
@@ -290,7 +231,7 @@ def averaging_run(folder, text, *callbacks, ckpt_path=None):
 
 def test_the_mean_of_the_weights_begins_where_validation_stops_to_improve(text, tmp_path):
     weights = Weights()
-    record, averaged = averaging_run(tmp_path, text, weights)
+    record, averaged = averaging_run(tmp_path, weights, text=text)
     scores = record.validations
     assert scores == sorted(scores)
     begins = 4 * 4  # the first of which one stands more than two before; those after it must not begin the mean anew
@@ -310,14 +251,10 @@ def test_the_mean_of_the_weights_begins_where_validation_stops_to_improve(text, 
 
 
 def test_a_resumed_run_with_means_equals_an_uninterrupted_one(text, tmp_path):
-    whole, _ = averaging_run(tmp_path / "whole", text)
-    first = Record()
-    with pytest.raises(SystemExit):
-        averaging_run(tmp_path, text, first, Interrupt(34, False))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    second, _ = averaging_run(tmp_path, text, ckpt_path=last(tmp_path))
-    assert first.steps + second.steps == whole.steps
-    assert first.validations + second.validations == whole.validations
+    whole, _ = averaging_run(tmp_path / "whole", text=text)
+    first = stopped(averaging_run, tmp_path, Record(), 34, text=text)
+    second, _ = averaging_run(tmp_path, text=text, ckpt_path=last(tmp_path))
+    assert_together([first, second], whole)
 
 
 def test_means_of_an_optimizer_that_keeps_none_are_refused(text, tmp_path):

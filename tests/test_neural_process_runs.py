@@ -1,25 +1,20 @@
 """Training neural processes: tasks that are always the same or always new, and runs that go on where they stopped."""
 
 import math
-import os
-import signal
 import struct
 from functools import partial
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import seed_everything
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.testing import assert_close
 
 from experiments.__main__ import main
-from experiments.core.callbacks import RandomState
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.optimisation import LearningRate
-from experiments.core.run_folder import RunFolder
-from experiments.core.saving import Checkpoints
 from experiments.data import Curves, Images, Table, TextData
 from experiments.tasks import NeuralProcesses
 from experiments.tasks.task_scores import Scores, table
@@ -35,16 +30,9 @@ from models import (
 )
 from models.neural_process import joined
 from multint import Conditional, MultiplicativeIntegration
+from tests.resuming import Record, assert_together, last, stopped, trainer
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("interruptible")]
-
-
-@pytest.fixture
-def interruptible():
-    """Lightning ignores Ctrl-C once it has seen one."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def task():
@@ -59,53 +47,15 @@ def data():
     return Curves(batch_size=4, epoch=5, valid_tasks=8, test_tasks=8, eval_batch_size=4)
 
 
-def trainer(folder, *callbacks, ckpt_path=None, **settings):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run_folder = RunFolder(folder, "run", ckpt_path)
-    run_folder.make()
-    of_run = [*callbacks, LearningRate(partial(CosineAnnealingLR, T_max=-1)), RandomState(), Checkpoints(run_folder)]
-    return Trainer(callbacks=of_run, accelerator="cpu", **quiet, **settings)
-
-
-def last(folder):
-    return folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
-
-
-class Record(Callback):
-    """What a run did: the loss, the rate and the tasks of each step, and each validation."""
-
-    def __init__(self):
-        self.steps, self.validations = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.steps.append((outputs["loss"].item(), rate, batch.target_y.sum().item()))
-
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            self.validations.append(trainer.callback_metrics["val/log_likelihood"].item())
-
-
-class Interrupt(Callback):
-    """Presses Ctrl-C in one step, or in the validation after it."""
-
-    def __init__(self, step, in_validation):
-        self.step, self.in_validation = step, in_validation
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.in_validation and trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self.in_validation and trainer.global_step == self.step and batch_idx == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+def record():
+    return Record(lambda batch: batch.target_y.sum().item())
 
 
 def run(folder, *callbacks, ckpt_path=None, **settings):
-    record = Record()
-    of_run = trainer(folder, record, *callbacks, ckpt_path=ckpt_path, max_steps=14, **settings)
+    of_whole, rate = record(), LearningRate(partial(CosineAnnealingLR, T_max=-1))
+    of_run = trainer(folder, of_whole, *callbacks, rate, ckpt_path=ckpt_path, max_steps=14, **settings)
     of_run.fit(TaskModule(task()), DataModule(data()), ckpt_path=ckpt_path, weights_only=True)
-    return record
+    return of_whole
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +75,9 @@ def uninterrupted(tmp_path_factory):
     [(2, 4, True), (2, 4, False), (2, 5, False), (1.0, 4, False), (1.0, 5, True)],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(every, step, in_validation, uninterrupted, tmp_path):
-    first, whole = Record(), uninterrupted[every]
-    with pytest.raises(SystemExit):
-        run(tmp_path, first, Interrupt(step, in_validation), val_check_interval=every)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    second = run(tmp_path, ckpt_path=last(tmp_path), val_check_interval=every)
-    assert first.steps + second.steps == whole.steps
-    assert first.validations + second.validations == whole.validations
+    of_interval = partial(run, val_check_interval=every)
+    first = stopped(of_interval, tmp_path, record(), step, in_validation)
+    assert_together([first, of_interval(tmp_path, ckpt_path=last(tmp_path))], uninterrupted[every])
 
 
 @pytest.fixture

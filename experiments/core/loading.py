@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ class RunSettings:
         self._parser = _parser(command, trainer)
         self._argv = expanded(options)
         self.config = _parsed(self._parser, self._argv)
-        self._built: Namespace | None = None
 
-    @property
+    @cached_property
     def plain(self) -> dict[str, Any]:
         """Every setting, given or not, as plain values."""
         return yaml.safe_load(self.text(self.config))
@@ -64,14 +63,13 @@ class RunSettings:
         """A config as YAML, every setting in it."""
         return self._parser.dump(config, skip_unset=False, skip_validation=True, skip_link_targets=False)
 
-    @property
+    @cached_property
     def built(self) -> Namespace:
-        """The config with its classes built, once."""
-        if self._built is None:
-            with building("the classes of the config"), _explained(self._parser, self._argv):
-                self._built = self._parser.instantiate(self.config)
-            self._built.model.settings = _saved(self.plain["model"])
-        return self._built
+        """The config with its classes built."""
+        with building("the classes of the config"), _explained(self._parser, self._argv):
+            built = self._parser.instantiate(self.config)
+        built.model.settings = _saved(self.plain["model"])
+        return built
 
     @property
     def task(self) -> Task:
