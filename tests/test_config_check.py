@@ -131,7 +131,10 @@ def test_a_mistake_is_one_line(options, parts, capsys, tmp_path, monkeypatch):
             b"model: {network: {recurrent: {cell: LSTNCell}}}",
             "network.recurrent.cell: 'LSTNCell' is no class to choose here. Did you mean 'LSTMCell'",
         ),
-        (b"model: {optimzer: {class_path: Adam}}", "model.optimzer: there is no setting 'optimzer' of Language"),
+        (
+            b"model: {optimzer: {class_path: Adam}}",
+            "model.optimzer: there is no setting 'optimzer' of LanguageModelling. Did you mean 'optimizer'",
+        ),
         (b"trainer: {max_stps: 3}", "trainer.max_stps: there is no setting 'max_stps' of Trainer. Did you mean 'max_"),
         (b"dta: {corpus: ptb}", "dta: there is no setting 'dta'. Did you mean 'data'"),
         (b"model: [unclosed", "line 1"),
