@@ -217,7 +217,7 @@ def test_a_run_that_is_stopped_in_its_test_goes_on_with_it(finished, command, ca
 
 
 @pytest.mark.parametrize(
-    "place", ["experiments.core.run_report.curves.draw", "experiments.tasks.LanguageModelling.show"]
+    "place", ["experiments.core.run_report.curves.draw_metrics", "experiments.tasks.LanguageModelling.show"]
 )
 def test_a_signal_in_the_report_leaves_it_to_who_goes_on(place, command, capsys, monkeypatch):
     with monkeypatch.context() as patch:
