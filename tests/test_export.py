@@ -91,7 +91,7 @@ def test_a_layer_is_compiled_whole_by_the_loop(kind):
 
 
 def test_a_layer_in_training_is_compiled_whole():
-    noise = {"zoneout": 0.2, "input_dropout": 0.2, "state_dropout": 0.2, "weight_drop": 0.2}
+    noise = {"zoneout": 0.2, "input_dropout": 0.2, "state_dropout": 0.2, "weight_drop": 0.2, "weight_noise": 0.2}
     rnn = LSTM(INPUT_SIZE, 7, engine="loop", **noise)
     output, _ = torch.compile(rnn, backend="eager", fullgraph=True)(torch.randn(3, 2, INPUT_SIZE))
     assert output.isfinite().all()

@@ -32,7 +32,7 @@ MODES = {
     **LAYERS,
     "lengths": {"bidirectional": True},
     "reset": {},
-    "noise": {"zoneout": 0.3, "state_dropout": 0.3, "input_dropout": 0.3, "weight_drop": 0.3},
+    "noise": {"zoneout": 0.3, "state_dropout": 0.3, "input_dropout": 0.3, "weight_drop": 0.3, "weight_noise": 0.1},
 }
 
 

@@ -255,7 +255,8 @@ def test_state_dict_pickle_and_deepcopy_keep_the_function(cell):
 
 
 def test_a_layer_with_all_its_regularisation_pickles():
-    rnn = LSTM(5, 7, integrator=Normalised.of(Additive), state_dropout=0.3, weight_drop=0.2, zoneout=0.1)
+    noise = dict.fromkeys(("state_dropout", "weight_drop", "weight_noise", "zoneout"), 0.2)
+    rnn = LSTM(5, 7, integrator=Normalised.of(Additive), **noise)
     for other in (pickle.loads(pickle.dumps(rnn)), copy.deepcopy(rnn)):
         torch.manual_seed(0)
         expected = rnn(normal(T, B, 5).float())[0]
@@ -268,6 +269,7 @@ REGULARISED = {
     "input_dropout": {"input_dropout": 0.3},
     "state_dropout": {"state_dropout": 0.3},
     "weight_drop": {"weight_drop": 0.3},
+    "weight_noise": {"weight_noise": 0.3},
     "dropout": {"dropout": 0.3, "num_layers": 2},
 }
 
@@ -352,6 +354,28 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
     torch.testing.assert_close(f.z_projection.weight.grad == 0, dropped)
 
 
+def test_weight_noise_is_added_to_every_parameter_once_a_pass_with_its_gradient():
+    """The outputs and the gradients are those of a layer that has the noisy weights."""
+    rnn = LSTM(5, 40, num_layers=2, weight_noise=0.1, engine="loop").double()
+    xs = normal(T, B, 5)
+    torch.manual_seed(3)
+    output, _ = rnn(xs)
+    output.square().sum().backward()
+    noisy = copy.deepcopy(rnn).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    noisy.zero_grad()
+    expected, _ = noisy(xs)
+    expected.square().sum().backward()
+    exact(output, expected)
+    exact([p.grad for p in rnn.parameters()], [p.grad for p in noisy.parameters()])
+    added = torch.cat([(a - b).flatten() for a, b in zip(noisy.parameters(), rnn.parameters(), strict=True)])
+    assert added.std().item() == pytest.approx(0.1, rel=0.05)
+    assert added.abs().min() > 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -372,6 +396,7 @@ def test_weight_drop_drops_recurrent_matrices_alone_and_trains_them():
         (lambda: Recurrent(5, 7, torch.nn.LSTMCell), "cell gives a LSTMCell, expected a multint.Cell"),
         (lambda: Recurrent(5, 7, LSTMCell(5, 7)), "expected a factory"),
         (lambda: LSTM(5, 7, weight_drop=-0.1), "weight_drop is -0.1"),
+        (lambda: LSTM(5, 7, weight_noise=-0.1), "weight_noise is -0.1, expected at least 0"),
         (lambda: LSTM(5, 7, engine="warp"), "engine is 'warp', expected one of 'auto', 'fused', 'loop'"),
         (lambda: RNN(5, 7, nonlinearity="tan"), "nonlinearity is 'tan', expected 'tanh', 'relu', or a callable"),
         (lambda: RNN(5, 7, 2, 0.5), "nonlinearity is 0.5, expected 'tanh', 'relu', or a callable"),
@@ -515,6 +540,8 @@ def test_layer_options_that_need_an_integrator_say_so():
         Recurrent(7, 7, Bare, state_dropout=0.5)
     with pytest.raises(MultintError, match="Bare has no integrator"):
         Recurrent(7, 7, Bare, weight_drop=0.5)
+    with pytest.raises(MultintError, match="Bare has no parameters"):
+        Recurrent(7, 7, Bare, weight_noise=0.5)
     assert Recurrent(7, 7, Bare)(torch.ones(3, 2, 7))[0].shape == (3, 2, 7)
 
 

@@ -85,7 +85,7 @@ def test_bf16_autocast_keeps_the_products_dtype(cell):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_regularised_layers_keep_their_dtypes_under_autocast(kind):
-    noise = dict.fromkeys(("zoneout", "state_dropout", "input_dropout", "weight_drop"), 0.2)
+    noise = dict.fromkeys(("zoneout", "state_dropout", "input_dropout", "weight_drop", "weight_noise"), 0.2)
     rnn = KINDS[kind](5, 7, 2, integrator=Normalised, **noise)
     for training in (True, False):
         rnn.train(training)

@@ -29,9 +29,10 @@ class Direction(nn.Module):
         zoneout: for each field of the state, the probability of keeping the old value (Krueger et al. 2017).
         state_dropout: probability of dropping a feature of z in every integrator, the same at every step.
         weight_drop: probability of dropping an entry of the integrators' recurrent matrices (Merity et al. 2018).
+        weight_noise: standard deviation of the noise added to every parameter of the cell (Graves 2013).
         learnt_state: the initial state is learnt: the cell's plus a parameter for each field, which starts at 0.
 
-    Raises: OptionError where the cell has no integrator or no recurrent matrix to drop.
+    Raises: OptionError where the cell has no integrator or no recurrent matrix to drop, or no parameter to be noisy.
     """
 
     # What a step writes to, and has put back at its end.
@@ -43,6 +44,7 @@ class Direction(nn.Module):
         zoneout: dict[str, float],
         state_dropout: float,
         weight_drop: float,
+        weight_noise: float = 0.0,
         learnt_state: bool = False,
     ) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class Direction(nn.Module):
         self.zoneout = zoneout
         self.state_dropout = state_dropout
         self.weight_drop = weight_drop
+        self.weight_noise = weight_noise
         integrators = outermost_integrators(cell)
         if state_dropout and not integrators:
             raise OptionError(f"state_dropout: {type(cell).__name__} has no integrator whose z could be dropped")
@@ -67,6 +70,12 @@ class Direction(nn.Module):
                 raise OptionError(f"weight_drop: {type(cell).__name__} has no integrator that names its z_weights")
             # By the parameter, since one that stands in several places is to be dropped once.
             self.dropped_weights += {self.get_parameter(name): name for name in names}.values()
+        self.noisy_weights: list[str] = []
+        if weight_noise:
+            # By name: a replica, or a functional call around this one, puts other tensors in the parameters' places.
+            self.noisy_weights += [f"cell.{name}" for name, _ in cell.named_parameters()]
+            if not self.noisy_weights:
+                raise OptionError(f"weight_noise: {type(cell).__name__} has no parameters")
 
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first step: the cell's, plus what was learnt."""
@@ -80,10 +89,20 @@ class Direction(nn.Module):
         if not self.training:
             return self(streams, state, engine)
         streams = streams | self._noise(streams["x"], state)
-        if not self.dropped_weights:
+        if not (weights := self._perturbed_weights()):
             return self(streams, state, engine)
-        dropped = {name: functional.dropout(_attribute(self, name), self.weight_drop) for name in self.dropped_weights}
-        return torch.func.functional_call(self, dropped, (streams, state, engine))
+        return torch.func.functional_call(self, weights, (streams, state, engine))
+
+    def _perturbed_weights(self) -> dict[str, Tensor]:
+        """The parameters that differ in this training pass, by name: noise is added to them, then entries drop."""
+        weights = {}
+        for name in self.noisy_weights:
+            weight = _attribute(self, name)
+            weights[name] = weight + self.weight_noise * torch.randn_like(weight)
+        for name in self.dropped_weights:
+            weight = weights[name] if name in weights else _attribute(self, name)
+            weights[name] = functional.dropout(weight, self.weight_drop)
+        return weights
 
     def forward(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
         """Scan with the streams and the weights that there are."""

@@ -110,8 +110,8 @@ class RNN(_DropIn):
         nonlinearity: φ, "tanh" or "relu" as in `nn.RNN`, or any elementwise callable.
         bias: whether the integrator has its b.
         integrator: factory `(X, H, O) -> Integrator`.
-        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
-            are those of `nn.RNN`.
+        zoneout, input_dropout, state_dropout, weight_drop, weight_noise, learnt_state, engine: as in `Recurrent`; the
+            other arguments are those of `nn.RNN`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -134,6 +134,7 @@ class RNN(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        weight_noise: float = 0.0,
         learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
@@ -147,7 +148,7 @@ class RNN(_DropIn):
             input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
             input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
-            learnt_state=learnt_state, engine=engine,
+            weight_noise=weight_noise, learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -160,8 +161,8 @@ class LSTM(_DropIn):
         proj_size: features P of the output where it is projected, 0 for no projection.
         integrator: factory `(X, H, O) -> Integrator`.
         peepholes, forget_bias, memory_norm: as in `LSTMCell`.
-        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
-            are those of `nn.LSTM`.
+        zoneout, input_dropout, state_dropout, weight_drop, weight_noise, learnt_state, engine: as in `Recurrent`; the
+            other arguments are those of `nn.LSTM`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -187,6 +188,7 @@ class LSTM(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        weight_noise: float = 0.0,
         learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
@@ -202,7 +204,7 @@ class LSTM(_DropIn):
             "LSTM", input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
             input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
-            learnt_state=learnt_state, engine=engine,
+            weight_noise=weight_noise, learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
         self.proj_size = proj_size
 
@@ -214,8 +216,8 @@ class GRU(_DropIn):
         bias: whether the integrators have their b, and the candidate its b_r.
         integrator: factory `(X, H, O) -> Integrator`.
         reset_after: apply the reset after the product, as `nn.GRU` does; False applies it before (Wu et al. 2016, A.2).
-        zoneout, input_dropout, state_dropout, weight_drop, learnt_state, engine: as in `Recurrent`; the other arguments
-            are those of `nn.GRU`.
+        zoneout, input_dropout, state_dropout, weight_drop, weight_noise, learnt_state, engine: as in `Recurrent`; the
+            other arguments are those of `nn.GRU`.
 
     Raises: OptionError for a setting out of range.
     """
@@ -238,6 +240,7 @@ class GRU(_DropIn):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        weight_noise: float = 0.0,
         learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
@@ -251,7 +254,7 @@ class GRU(_DropIn):
             "GRU", input_size, hidden_size, cell, num_layers, bias, device, dtype,
             batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, zoneout=zoneout,
             input_dropout=input_dropout, state_dropout=state_dropout, weight_drop=weight_drop,
-            learnt_state=learnt_state, engine=engine,
+            weight_noise=weight_noise, learnt_state=learnt_state, engine=engine,
         )  # fmt: skip
 
 

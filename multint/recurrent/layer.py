@@ -17,7 +17,7 @@ from multint.engines import Explanation, explain
 from multint.engines.checks import ENGINES
 from multint.engines.explanation import run_both_passes
 from multint.errors import OptionError, ShapeError
-from multint.integrators.checks import flag, positive, probability
+from multint.integrators.checks import flag, number, positive, probability
 from multint.recurrent.direction import Direction
 from multint.recurrent.masks import locked_mask
 from multint.recurrent.sequences import Sequences, blanked, restore, reversed_reset, unify
@@ -43,6 +43,8 @@ class Recurrent(nn.Module):
         state_dropout: the same for what each integrator reads of the state (Gal and Ghahramani 2016).
         weight_drop: probability of dropping an entry of the integrators' recurrent matrices, drawn once a pass
             (Merity et al. 2018). A tensor that both streams share, as in `Concat` and `Bilinear`, counts whole.
+        weight_noise: standard deviation of the Gaussian noise that is added to every parameter of the cells, drawn once
+            a pass (Graves 2013).
         learnt_state: the state before the first step is learnt, for every direction of every layer.
         engine: what runs the scan over time (see `multint.scan`).
 
@@ -62,6 +64,7 @@ class Recurrent(nn.Module):
         input_dropout: float = 0.0,
         state_dropout: float = 0.0,
         weight_drop: float = 0.0,
+        weight_noise: float = 0.0,
         learnt_state: bool = False,
         engine: str = "auto",
     ) -> None:
@@ -75,6 +78,8 @@ class Recurrent(nn.Module):
         self.input_dropout = probability(self, "input_dropout", input_dropout)
         probability(self, "state_dropout", state_dropout)
         probability(self, "weight_drop", weight_drop)
+        if number(self, "weight_noise", weight_noise) < 0:
+            raise OptionError(f"{type(self).__name__}: weight_noise is {weight_noise!r}, expected at least 0")
         flag(self, "learnt_state", learnt_state)
         if engine not in ENGINES:
             raise OptionError(f"Recurrent: engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
@@ -87,7 +92,7 @@ class Recurrent(nn.Module):
             size = self.output_size if len(self.directions) else input_size
             for _ in range(2 if bidirectional else 1):
                 built = build_cell(self, cell, size, hidden_size)
-                noise = _zoneout(self, built, zoneout), state_dropout, weight_drop
+                noise = _zoneout(self, built, zoneout), state_dropout, weight_drop, weight_noise
                 self.directions.append(Direction(built, *noise, learnt_state))
 
     @property
