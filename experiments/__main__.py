@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from experiments.core.command_line import Command, run
 
 # Whose classes a config may name without their module. What records a training is needed, and imported, by that alone.
-_BUILDING = ("experiments.tasks", "experiments.data")
+_BUILDING = ("experiments.tasks", "experiments.data", "experiments.decoding")
 _TRAINING = (*_BUILDING, "experiments.analyses")
 
 _RUN, _STUDY = "experiments.core.training:main", "experiments.study.command:main"

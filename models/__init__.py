@@ -1,5 +1,6 @@
 """Whole networks as plain PyTorch modules."""
 
+from models.acoustic_model import AcousticModel
 from models.hmm import Filtered, ForwardCell, HiddenMarkovModel
 from models.initialisation import Glorot, Uniform
 from models.language_model import Features, LanguageModel
@@ -22,6 +23,7 @@ from models.sequence_reader import SequenceReader
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
+    "AcousticModel",
     "AttentiveEncoder",
     "ConcatMLP",
     "Features",

@@ -1,6 +1,7 @@
 """What is learnt from: a file or a folder for each kind of data."""
 
 from experiments.data.functions import Curves, FunctionData, Images, Table
+from experiments.data.speech import AN4, Labelling, Recordings, SpeechData, Units, YesNo
 from experiments.data.synthetic import (
     Adding,
     AffineTasks,
@@ -16,6 +17,7 @@ from experiments.data.synthetic import (
 from experiments.data.text import Batch, TextData, Vocabulary, Windows, WordData, WordVocabulary, vocabulary_from
 
 __all__ = [
+    "AN4",
     "Adding",
     "AffineTasks",
     "Batch",
@@ -24,17 +26,22 @@ __all__ = [
     "SyntheticData",
     "FunctionData",
     "Images",
+    "Labelling",
     "Pairs",
     "Recall",
+    "Recordings",
     "Sequences",
     "SequentialDigits",
+    "SpeechData",
     "StateMachine",
     "Table",
     "Teacher",
     "TextData",
+    "Units",
     "Vocabulary",
     "Windows",
     "WordData",
     "WordVocabulary",
+    "YesNo",
     "vocabulary_from",
 ]

@@ -1,0 +1,50 @@
+"""The command `transcribe`: what is said in audio files, by a checkpoint."""
+
+from pathlib import Path
+
+from experiments.core.checkpoints import load_task
+from experiments.core.command_line import Invocation
+from experiments.core.errors import ExperimentError
+from experiments.core.parsed import Parsed
+from experiments.core.parsing import OptionParser
+from experiments.data.speech import SpeechData
+from experiments.tasks import Speech
+
+
+def main(invocation: Invocation) -> None:
+    """Print the text of each file or, with `--show N`, what was said in utterances of the test over what is heard.
+
+    Raises ExperimentError for a checkpoint of another task, and for a file that is no audio.
+    """
+    parser = _parser()
+    options = parser.parse_args(invocation.argv[1:])
+    if bool(options.files) == (options.show is not None):
+        parser.error("expected audio files, or --show N")
+    task = load_task(options.checkpoint)
+    if not isinstance(task, Speech):
+        raise ExperimentError(f"{options.checkpoint}: the checkpoint of a {type(task).__name__}, which hears nothing.")
+    for path in options.files:
+        print(f"{path}: {task.transcribe(path)}", flush=True)
+    if options.show is not None:
+        config = options.config or options.checkpoint.absolute().parent.parent / "config.yaml"
+        print(task.compare(_data(config, invocation).utterances("test")[: options.show]))
+
+
+def _data(config: Path, invocation: Invocation) -> SpeechData:
+    if not config.is_file():
+        raise ExperimentError(f"{config}: there is no config of the checkpoint's run. Give one by --config CONFIG.")
+    data = Parsed(["fit", "--config", str(config)], invocation.trusted).datamodule
+    if not isinstance(data, SpeechData):
+        raise ExperimentError(f"{config}: its data are {type(data).__name__}, expected recordings.")
+    data.prepare_data()
+    data.setup("test")
+    return data
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="python -m experiments transcribe", description="What is said in audio files.")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="WAV or FLAC files")
+    parser.add_argument("--show", type=int, metavar="N", help="N utterances of the run's test, over what is heard")
+    parser.add_argument("--config", type=Path, help="whose data to show (config.yaml of the checkpoint's run)")
+    return parser
