@@ -15,7 +15,7 @@ from experiments.core.loading import RunSettings
 from experiments.core.trust import trusting
 from experiments.data.text import Vocabulary
 from experiments.data.text.corpora import pydoc
-from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, StateTracking
+from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, Speech, StateTracking
 from models import Points, log_likelihood
 
 pytestmark = pytest.mark.runs
@@ -94,6 +94,9 @@ MADE = {
     "adding": lstm(2, 64) + mlp([64, 1]),
     "copy": lstm(10, 64) + mlp([64, 8]),
     "digits": lstm(1, 64) + mlp([64, 10]),
+    # Two directions of MI-LSTMs, with α, β₁ and β₂; the bias is counted in `lstm`.
+    "yesno": 2 * (lstm(9 * 23, 64) + 3 * 4 * 64) + mlp([128, 3]),
+    "an4": 2 * (lstm(9 * 13, 128) + 2 * lstm(256, 128) + 3 * 3 * 4 * 128) + mlp([256, 28]),
 }
 
 
@@ -154,11 +157,20 @@ def memory(task, data):
     return network
 
 
+def speech(task, data):
+    """The task's network, after one call."""
+    labels = {"yesno": 3, "an4": 28}[type(data).__name__.lower()]
+    network = task.build(task.imagined(data, {"vocabulary_size": labels}))
+    assert network(torch.zeros(3, 2, data.front_end.width)).shape == (3, 2, labels)
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
     Memory: memory,
     NeuralProcesses: neural_process,
     Regression: regression,
+    Speech: speech,
     StateTracking: state_tracking,
 }
 

@@ -55,7 +55,7 @@ class TrainingBatches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self._draw, self._epoch, self._seed = draw, epoch, seed
+        self._draw, self._epoch, self.seed = draw, epoch, seed
         self._ask, self._rank, self._processes = position, rank, processes
         self._next = 0  # batch of all passes
 
@@ -69,21 +69,21 @@ class TrainingBatches:
             first = number * self._epoch + done
         for index in range(first, (first // self._epoch + 1) * self._epoch):
             self._next = index + 1
-            batch = self._draw(index, generator_of(index, "train", self._seed))
+            batch = self._draw(index, generator_of(index, "train", self.seed))
             yield batch.share(self._rank, self._processes)
 
     def state_dict(self) -> dict[str, int]:
         """The next batch, and the numbers that give it its meaning."""
-        return {"next": self._next, "epoch": self._epoch, "seed": self._seed}
+        return {"next": self._next, "epoch": self._epoch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next pass go on after the saved batch. Raises ExperimentError where the epochs differ."""
         if state["epoch"] != self._epoch:
             raise ExperimentError(
-                f"--data.epoch: the checkpoint was saved with {state['epoch']} batches in an epoch, got {self._epoch}. "
+                f"The checkpoint was saved with {state['epoch']} batches in an epoch, got {self._epoch}. "
                 "Resume with the same data settings."
             )
-        self._next, self._seed = state["next"], state["seed"]
+        self._next, self.seed = state["next"], state["seed"]
 
 
 class FixedBatches:

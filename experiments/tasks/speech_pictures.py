@@ -27,13 +27,13 @@ def posteriors(
     spectrum = utterance.features.view(len(probabilities), front_end.stack, -1)[:, :, : front_end.static].flatten(0, 1)
     figure = Figure(figsize=(10, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.imshow(spectrum.T, origin="lower", aspect="auto", extent=(0, duration, 0, front_end.static))
+    upper.imshow(spectrum.T.numpy(), origin="lower", aspect="auto", extent=(0, duration, 0, front_end.static))
     upper.set_ylabel("mel band" if front_end.sample_rate else "cepstrum")
     upper.set_title(f"{utterance.name}: {utterance.text}", fontsize="small")
     times = [seconds * (t + 0.5) for t in range(len(probabilities))]
-    lower.plot(times, probabilities[:, 0], color="lightgray", label="blank")
+    lower.plot(times, probabilities[:, 0].numpy(), color="lightgray", label="blank")
     for label, symbol in enumerate(units.symbols, start=1):
-        curve = probabilities[:, label]
+        curve = probabilities[:, label].numpy()
         if curve.max() > _SEEN:
             lower.plot(times, curve, label="space" if symbol == " " else symbol)
     lower.set(xlabel="seconds", ylabel="posterior", ylim=(0, 1.02), xlim=(0, duration))

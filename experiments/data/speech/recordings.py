@@ -141,6 +141,11 @@ class YesNo(Recordings):
             archive = self._archive() or ARCHIVE.fetch(self.root)
             contents = {Path(name): content for name, content in read_archive(archive).items() if name.endswith(".wav")}
             rows = [Row(path, words_of(path, self.words)) for path in contents]
+        if len(rows) != _YESNO:
+            raise ExperimentError(
+                f"{self.root}: yesno has {len(rows)} files there, expected {_YESNO}: the split goes by their order. "
+                "Put all of them there, or remove the folder to have it downloaded."
+            )
         recordings = self._read(sorted(rows, key=lambda row: row.path.name), contents)
         train, test = recordings[::2], recordings[1::2]
         return {
@@ -158,6 +163,7 @@ class YesNo(Recordings):
         return ARCHIVE.find(self.root) or next((path for path in found if path.suffix != ".part"), None)
 
 
+_YESNO = 60
 ARCHIVE = KnownFile(
     "yesno",
     "waves_yesno.tar.gz",

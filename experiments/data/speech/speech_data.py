@@ -106,12 +106,13 @@ class SpeechData(LightningDataModule, ABC):
             epoch, batch = divmod(index, len(buckets))
             if epoch not in orders:
                 orders.clear()
-                orders[epoch] = buckets.batches(generator_of(epoch, "speech", self.seed))
+                orders[epoch] = buckets.batches(generator_of(epoch, "order", batches.seed))
             return self._batch("train", orders[epoch][batch])
 
         assert self.seed is not None
         position = None if self.trainer is None else self._position
-        return TrainingBatches(draw, len(buckets), self.seed, position)
+        batches = TrainingBatches(draw, len(buckets), self.seed, position)
+        return batches
 
     def val_dataloader(self) -> FixedBatches:
         """The validation's utterances, the longest first."""
