@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from models.initialisation import Uniform
 from multint import Recurrent
 
 
@@ -18,15 +19,20 @@ class AcousticModel(nn.Module):
         labels: V, the blank among them.
         recurrent: factory `(X) -> Recurrent` of the recurrent stack, which is time-major; a bidirectional one hears
             what follows, too.
+        initialise: fills the matrices anew after they are built; None leaves every part its own initialisation.
 
     Source: Graves et al. 2006; Miao et al. 2015 for the stack of 4 bidirectional LSTMs of 320 each way.
     """
 
-    def __init__(self, features: int, labels: int, recurrent: Callable[[int], Recurrent]) -> None:
+    def __init__(
+        self, features: int, labels: int, recurrent: Callable[[int], Recurrent], initialise: Uniform | None = None
+    ) -> None:
         super().__init__()
         self.features, self.labels = features, labels
         self.recurrent = recurrent(features)
         self.decoder = nn.Linear(self.recurrent.output_size, labels)
+        if initialise is not None:
+            initialise(self)
 
     def forward(
         self,
