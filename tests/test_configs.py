@@ -94,8 +94,8 @@ MADE = {
     "adding": lstm(2, 64) + mlp([64, 1]),
     "copy": lstm(10, 64) + mlp([64, 8]),
     "digits": lstm(1, 64) + mlp([64, 10]),
+    "yesno": 2 * lstm(24 * 23, 64) + mlp([128, 3]),
     # Two directions of MI-LSTMs, with α, β₁ and β₂; the bias is counted in `lstm`.
-    "yesno": 2 * (lstm(9 * 23, 64) + 3 * 4 * 64) + mlp([128, 3]),
     "an4": 2 * (lstm(9 * 13, 128) + 2 * lstm(256, 128) + 3 * 3 * 4 * 128) + mlp([256, 28]),
 }
 

@@ -91,7 +91,7 @@ class YesNo(Recordings):
     """60 recordings of one man who says eight words each, "yes" or "no", at 8000 samples per second.
 
     The split is that of public recipes: sorted by name, every second one, from the first on, is for training, and the
-    others are the test. Of the 30 for training, every sixth is held out for validation.
+    others are the test. Of the 30 for training, the 8th and the 23rd are held out for validation.
 
     Args:
         root: the folder in which `yesno` lies, with the files or as an archive; where it is not there, it is
@@ -149,8 +149,8 @@ class YesNo(Recordings):
         recordings = self._read(sorted(rows, key=lambda row: row.path.name), contents)
         train, test = recordings[::2], recordings[1::2]
         return {
-            "train": [one for i, one in enumerate(train) if i % 6 != 5],
-            "valid": train[5::6],
+            "train": [one for i, one in enumerate(train) if i % 15 != 7],
+            "valid": train[7::15],
             "test": test,
         }
 
