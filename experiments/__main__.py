@@ -19,6 +19,7 @@ COMMANDS = {
     "plot": Command(_PLOT, "the learning curves of runs in one picture", "RUN RUN --output PNG"),
     "show": Command(f"{_LOOK}:show", "what a run's network does, in pictures", "RUN", _BUILDING),
     "sample": Command("experiments.sample:main", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
+    "transcribe": Command("experiments.transcribe:main", "what is said in audio files", "RUN FILE.wav", _BUILDING),
     "export": Command(_EXPORT, "weights or a program from a run", "RUN --format onnx", _BUILDING),
     "study": Command(_STUDY, "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
     "report": Command(_STUDY, "the report of a study, from its files", "STUDY", _TRAINING),

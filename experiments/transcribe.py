@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from experiments.core.checkpoints import load_task
-from experiments.core.command_line import Invocation
+from experiments.core.checkpoints import checkpoint_in, load_task
+from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError
-from experiments.core.parsed import Parsed
-from experiments.core.parsing import OptionParser
+from experiments.core.run_settings import RunSettings
 from experiments.data.speech import SpeechData
 from experiments.tasks import Speech
 
@@ -20,20 +19,21 @@ def main(invocation: Invocation) -> None:
     options = parser.parse_args(invocation.argv[1:])
     if bool(options.files) == (options.show is not None):
         parser.error("expected audio files, or --show N")
-    task = load_task(options.checkpoint)
+    checkpoint = checkpoint_in(options.checkpoint)
+    task = load_task(checkpoint)
     if not isinstance(task, Speech):
-        raise ExperimentError(f"{options.checkpoint}: the checkpoint of a {type(task).__name__}, which hears nothing.")
+        raise ExperimentError(f"{checkpoint}: the checkpoint of a {type(task).__name__}, which hears nothing.")
     for path in options.files:
         print(f"{path}: {task.transcribe(path)}", flush=True)
     if options.show is not None:
-        config = options.config or options.checkpoint.absolute().parent.parent / "config.yaml"
-        print(task.compare(_data(config, invocation).utterances("test")[: options.show]))
+        config = options.config or checkpoint.absolute().parent.parent / "config.yaml"
+        print(task.compare(_data(config).utterances("test")[: options.show]))
 
 
-def _data(config: Path, invocation: Invocation) -> SpeechData:
+def _data(config: Path) -> SpeechData:
     if not config.is_file():
         raise ExperimentError(f"{config}: there is no config of the checkpoint's run. Give one by --config CONFIG.")
-    data = Parsed(["fit", "--config", str(config)], invocation.trusted).datamodule
+    data = RunSettings(["validate", "--config", str(config)]).data
     if not isinstance(data, SpeechData):
         raise ExperimentError(f"{config}: its data are {type(data).__name__}, expected recordings.")
     data.prepare_data()
@@ -43,7 +43,7 @@ def _data(config: Path, invocation: Invocation) -> SpeechData:
 
 def _parser() -> OptionParser:
     parser = OptionParser(prog="python -m experiments transcribe", description="What is said in audio files.")
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `fit` wrote")
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="WAV or FLAC files")
     parser.add_argument("--show", type=int, metavar="N", help="N utterances of the run's test, over what is heard")
     parser.add_argument("--config", type=Path, help="whose data to show (config.yaml of the checkpoint's run)")

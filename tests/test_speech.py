@@ -17,11 +17,12 @@ from lightning import Trainer, seed_everything
 from torch.testing import assert_close
 
 from experiments.__main__ import main
-from experiments.core.checkpoints import Checkpoints, load_task
+from experiments.core.callbacks import RandomState
+from experiments.core.checkpoints import load_task
 from experiments.core.errors import ExperimentError
-from experiments.core.means import StreamMeans
-from experiments.core.randomness import RandomState
+from experiments.core.module import DataModule, StreamMeans, TaskModule
 from experiments.core.run_folder import RunFolder
+from experiments.core.saving import Checkpoints
 from experiments.core.trust import trusting
 from experiments.data import AN4, Labelling, Recordings, Units, YesNo
 from experiments.data.speech.audio import read_audio
@@ -345,8 +346,8 @@ def test_the_task_overfits_a_batch(an4):
     seed_everything(1, verbose=False)
     task, data = Speech(NETWORK, partial(torch.optim.Adam, lr=0.03)), data_of(an4)
     batch = next(iter(data.train_dataloader()))
-    task._use(task.describe(data), "the data")
-    optimizer = task.configure_optimizers()
+    task.use(task.describe(data), "the data")
+    optimizer = task.optimizer()
     for _ in range(60):
         optimizer.zero_grad()
         task.measure(batch, "train")["loss"].value.backward()
@@ -368,7 +369,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(an4, tmp_path):
         callbacks = [RandomState(), Checkpoints(run_folder)]
         trainer = Trainer(callbacks=callbacks, max_steps=until, max_epochs=-1, num_sanity_val_steps=0, **QUIET)
         task = Speech(partial(AcousticModel, recurrent=noisy))
-        trainer.fit(task, data_of(an4, seed=None), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(TaskModule(task), DataModule(data_of(an4, seed=None)), ckpt_path=checkpoint, weights_only=True)
         return run_folder.last
 
     whole = run(tmp_path / "whole", 8, 1)
@@ -387,7 +388,9 @@ class Shouting(Greedy):
 
 def test_another_decoder_has_errors_of_its_own_in_the_test(an4):
     task = Speech(NETWORK, decoder=Shouting)
-    [scores] = Trainer(enable_checkpointing=False, **QUIET).test(task, data_of(an4), verbose=False)
+    [scores] = Trainer(enable_checkpointing=False, **QUIET).test(
+        TaskModule(task), DataModule(data_of(an4)), verbose=False
+    )
     assert set(scores) == {f"test/{name}" for name in ("loss", "wer", "cer", "shouting_wer", "shouting_cer")}
     assert "reference" in task.show()
     assert len([line for line in task.show().splitlines() if "wrong" in line]) == 2
@@ -575,7 +578,7 @@ def test_files_are_transcribed_as_the_data_are_read(tones, tmp_path):
     plain = {"deltas": False, "normalise": "none", "stack": 1}
     data = recordings(tones / "manifest.csv", **plain)
     task = Speech(NETWORK)
-    task._use(data.learnt(), "the data")
+    task.use(data.learnt(), "the data")
     task.network = Ear()
     first = data.utterances("test")[0]
     assert task.transcribe(tones / first.name) == first.text
@@ -638,6 +641,6 @@ def test_a_checkpoint_is_drawn(run, capsys):
 
 def test_features_without_a_waveform_cannot_transcribe(an4, tmp_path):
     task = Speech(NETWORK)
-    task._use(data_of(an4).learnt(), "the data")
+    task.use(data_of(an4).learnt(), "the data")
     with pytest.raises(ExperimentError, match="hears the features that its corpus came with"):
         task.transcribe(tmp_path / "one.wav")

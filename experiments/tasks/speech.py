@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.means import Mean
-from experiments.core.programs import Example
-from experiments.core.task import Monitor, Stage, Task
+from experiments.core.task import Example, Mean, Monitor, Stage, Task
 from experiments.data.speech import Batch, FrontEnd, Labelling, SpeechData, Utterance, read_audio
 from experiments.data.speech.features import log_mel
 from experiments.decoding import Decoder, Greedy, alignment
@@ -58,16 +56,16 @@ class Speech(Task):
         self._build_decoder = decoder
         self._decoder: Decoder | None = None  # beside greedy
         self.labelling: Labelling | None = None
-        self._shown: list[str] = []  # alignments of the test's first utterances
+        self._shown: dict[str, str] = {}  # alignments of the test's first utterances, by their names
 
-    def describe(self, data: LightningDataModule | None) -> dict[str, Any]:
+    def describe(self, data: Data | None) -> dict[str, Any]:
         if not isinstance(data, SpeechData):
             raise ExperimentError(
                 f"Speech: the data are {type(data).__name__}, expected recordings, as YesNo, AN4 or Recordings."
             )
         return data.learnt()
 
-    def imagined(self, data: LightningDataModule | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
         if not isinstance(data, SpeechData):
             return self.describe(data)
         if "vocabulary_size" not in sizes:
@@ -136,20 +134,17 @@ class Speech(Task):
         prefix = f"{type(self._decoder).__name__.lower()}_"
         return self._errors(prefix, self._decoder(log_posteriors, batch.lengths), batch.texts)
 
-    def on_test_start(self) -> None:
-        self._shown = []
-
     def _show(self, batch: Batch, hypotheses: list[str]) -> None:
         for name, text, hypothesis in zip(batch.names, batch.texts, hypotheses, strict=True):
-            if len(self._shown) < _SHOWN:
-                self._shown.append(self._alignment(name, text, hypothesis))
+            if name in self._shown or len(self._shown) < _SHOWN:
+                self._shown[name] = self._alignment(name, text, hypothesis)
 
     def _alignment(self, name: str, text: str, hypothesis: str) -> str:
         assert self.labelling is not None
         return alignment(name, self.labelling.units.reference(text), hypothesis)
 
     def show(self) -> str:
-        return "\n".join(self._shown)
+        return "\n".join(self._shown.values())
 
     def transcribe(self, path: Path) -> str:
         """What is said in an audio file. Raises ExperimentError for a file that `read_audio` or `log_mel` refuses."""
@@ -176,17 +171,17 @@ class Speech(Task):
     ) -> tuple[Tensor, Tensor]:  # (T, 1, V) and (1,)
         assert self.network is not None
         self.network.eval()
-        xs = frames.unsqueeze(1).to(self.device)
+        xs = frames.unsqueeze(1)
         return self.network(xs), torch.tensor([len(xs)])
 
-    def pictures(self, data: LightningDataModule | None) -> "dict[str, Figure]":
+    def pictures(self, data: Data | None) -> "dict[str, Figure]":
         """The features of the test's first utterance, and the posteriors of its labels."""
         from experiments.tasks.speech_pictures import posteriors
 
         assert isinstance(data, SpeechData)
         assert self.labelling is not None
         first = data.utterances("test")[0]
-        self._shown = [self.compare([first])]
+        self._shown = {first.name: self.compare([first])}
         log_posteriors, _ = self._posteriors(first.features)
         front_end = FrontEnd(**self.description["front_end"])
         return {"posteriors": posteriors(first, log_posteriors[:, 0].exp().cpu(), self.labelling.units, front_end)}

@@ -1,17 +1,17 @@
 """What the data of all recognisers share: utterances with transcripts, as batches of features and labels."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.data.drawn_batches import FixedBatches, TrainingBatches, generator_of
+from experiments.data.batch_streams import FixedBatches, TrainingBatches, generator_of
 from experiments.data.speech.batches import Batch, Buckets, Utterance, collated
 from experiments.data.speech.features import FrontEnd
 from experiments.data.speech.labelling import Labelling
@@ -27,7 +27,7 @@ class Recording(NamedTuple):
     text: str  # one space between words
 
 
-class SpeechData(LightningDataModule, ABC):
+class SpeechData(Data):
     """Utterances with transcripts, in batches of like lengths.
 
     A subclass gives `_recordings`. All features are kept in memory: of 40 bands with slopes, 173 MB for an hour.
@@ -51,7 +51,6 @@ class SpeechData(LightningDataModule, ABC):
         batch_frames: int,
         seed: int | None,
     ) -> None:
-        super().__init__()
         if batch_frames < 1:
             raise ExperimentError(f"--data.batch_frames: got {batch_frames}, expected at least 1.")
         self.front_end, self.unit, self.lexicon = front_end, unit, lexicon
@@ -133,11 +132,6 @@ class SpeechData(LightningDataModule, ABC):
 
     def _batch(self, split: str, chosen: Sequence[int]) -> Batch:
         return collated([self._sets[split][i] for i in chosen])
-
-    def _position(self) -> tuple[int, int]:
-        """The epoch under way and its first batch to draw: Lightning's counts, right once that epoch has begun."""
-        assert self.trainer is not None
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def _utterances(recordings: Sequence[Recording], units: Units, front_end: FrontEnd) -> list[Utterance]:
