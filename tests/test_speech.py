@@ -30,7 +30,7 @@ from experiments.data.speech.batches import Batch, Buckets, Utterance, collated
 from experiments.data.speech.features import FrontEnd, log_mel, normalised, stacked, with_deltas
 from experiments.data.speech.manifests import read_manifest
 from experiments.data.speech.units import read_lexicon
-from experiments.decoding import Greedy, align, alignment
+from experiments.decoding import WFST, Greedy, align, alignment
 from experiments.tasks import Speech
 from models import AcousticModel
 from multint import GRU
@@ -618,6 +618,25 @@ def test_a_checkpoint_transcribes_files(run, tones, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == ["reference", "low", "high", "low", "low"]
 
 
+def test_a_checkpoint_is_decoded_by_another_decoder(run, tones, capsys, tmp_path, monkeypatch):
+    for name in ("kaldifst", "kaldilm", "kaldi_decoder"):
+        pytest.importorskip(name, reason=f"{name} is not installed (extra decoding)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checkpoint, paths = run / "checkpoints/best.ckpt", sorted(tones.glob("*.wav"))[:2]
+    with trusting():
+        task = load_task(checkpoint)
+    settings = {"order": 2, "acoustic_scale": 3.0}
+    task.decode_with(partial(WFST, **settings))
+    spec = json.dumps({"class_path": "WFST", "init_args": settings})
+    assert main(["transcribe", str(run), *map(str, paths), "--decoder", spec]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{path}: {task.transcribe(path)}" for path in paths]
+    assert main(["transcribe", str(run), "--show", "1", "--decoder", "WFST"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["reference", "low", "high", "low", "low"]
+    config = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    assert main(["test", *config, "--model.decoder=WFST", "--model.decoder.order=2"]) == 0
+    assert "test/wfst_wer" in capsys.readouterr().out
+
+
 def test_what_cannot_be_transcribed_is_one_message(run, tmp_path, capsys):
     checkpoint = str(run / "checkpoints/best.ckpt")
     damaged = tmp_path / "damaged.wav"
@@ -626,6 +645,8 @@ def test_what_cannot_be_transcribed_is_one_message(run, tmp_path, capsys):
         ([], "expected audio files, or --show N"),
         ([str(tmp_path / "none.wav")], "none.wav: cannot be read: No such file"),
         ([str(damaged)], "damaged.wav: truncated"),
+        ([str(damaged), "--decoder", "WFTS"], "got WFTS, expected Greedy, WFST or PrefixBeam"),
+        ([str(damaged), "--decoder", "{class_path: WFST, init_args: {beam: 0}}"], "beam is 0"),
     ):
         assert main(["transcribe", checkpoint, *arguments]) == 2
         error = capsys.readouterr().err

@@ -35,8 +35,8 @@ class Speech(Task):
         optimizer, halve_after, average_after: see `Task`.
         metric: what is shown, and decides which checkpoint is best. The loss still tells checkpoints apart where the
             validation is so small that several make no error in it.
-        decoder: factory `(labelling) -> Decoder` of another way to decode in the test; its errors are logged as
-            `DECODER_wer` and `DECODER_cer`, with its class's name in small letters.
+        decoder: factory `(labelling) -> Decoder` of another way to decode, in the test and by `transcribe`; its errors
+            are logged as `DECODER_wer` and `DECODER_cer`, with its class's name in small letters.
     """
 
     unit = "frames"
@@ -53,8 +53,8 @@ class Speech(Task):
         self.monitor = Monitor(metric, "min")
         super().__init__(optimizer, halve_after, average_after)
         self._build_network = network
-        self._build_decoder = decoder
-        self._decoder: Decoder | None = None  # beside greedy
+        self.build_decoder = decoder
+        self._decoder: Decoder | None = None  # what `build_decoder` gave
         self.labelling: Labelling | None = None
         self._shown: dict[str, str] = {}  # alignments of the test's first utterances, by their names
 
@@ -63,7 +63,11 @@ class Speech(Task):
             raise ExperimentError(
                 f"Speech: the data are {type(data).__name__}, expected recordings, as YesNo, AN4 or Recordings."
             )
-        return data.learnt()
+        learnt = data.learnt()
+        if self.build_decoder is not None and self._decoder is None:
+            # Before the training, so that one that cannot be built is not found out after it.
+            self._decoder = self.build_decoder(Labelling.from_state(learnt))
+        return learnt
 
     def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
         if not isinstance(data, SpeechData):
@@ -97,19 +101,28 @@ class Speech(Task):
         means = {"loss": Mean(loss / frames, frames)}
         if stage == "train":
             return means
-        hypotheses = self.decode(log_posteriors, batch.lengths)
-        if stage == "test":
-            self._show(batch, hypotheses)
-        return means | self._errors("", hypotheses, batch.texts) | self._decoded(log_posteriors, batch, stage)
-
-    def decode(
-        self,
-        log_posteriors: Tensor,  # (T, B, V)
-        lengths: Tensor,  # (B,)
-    ) -> list[str]:
-        """What was said, by greedy decoding."""
         assert self.labelling is not None
-        return Greedy(self.labelling)(log_posteriors, lengths)
+        hypotheses = Greedy(self.labelling)(log_posteriors, batch.lengths)
+        means |= self._errors("", hypotheses, batch.texts)
+        if stage == "test":
+            if self.build_decoder is not None:
+                hypotheses = self.decoder(log_posteriors, batch.lengths)
+                means |= self._errors(f"{type(self.decoder).__name__.lower()}_", hypotheses, batch.texts)
+            self._show(batch, hypotheses)
+        return means
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that was asked for, or a greedy one."""
+        assert self.labelling is not None
+        if self._decoder is None:
+            self._decoder = (self.build_decoder or Greedy)(self.labelling)
+        return self._decoder
+
+    def decode_with(self, decoder: Callable[[Labelling], Decoder]) -> None:
+        """Take another decoder from now on."""
+        assert self.labelling is not None
+        self.build_decoder, self._decoder = decoder, decoder(self.labelling)
 
     def _errors(self, prefix: str, hypotheses: list[str], texts: Iterable[str]) -> dict[str, Mean]:
         """The error rates of a batch, each over as many words or characters as its references have."""
@@ -124,24 +137,16 @@ class Speech(Task):
             f"{prefix}cer": _rate(char_error_rate, hypotheses, references, sum(map(len, references))),
         }
 
-    def _decoded(self, log_posteriors: Tensor, batch: Batch, stage: Stage) -> dict[str, Mean]:
-        """The same of the other decoder, in the test."""
-        if self._build_decoder is None or stage != "test":
-            return {}
-        if self._decoder is None:
-            assert self.labelling is not None
-            self._decoder = self._build_decoder(self.labelling)
-        prefix = f"{type(self._decoder).__name__.lower()}_"
-        return self._errors(prefix, self._decoder(log_posteriors, batch.lengths), batch.texts)
-
     def _show(self, batch: Batch, hypotheses: list[str]) -> None:
         for name, text, hypothesis in zip(batch.names, batch.texts, hypotheses, strict=True):
             if name in self._shown or len(self._shown) < _SHOWN:
                 self._shown[name] = self._alignment(name, text, hypothesis)
 
     def _alignment(self, name: str, text: str, hypothesis: str) -> str:
+        """The reference over the hypothesis: of words, or of phones where a greedy decoder gives these."""
         assert self.labelling is not None
-        return alignment(name, self.labelling.units.reference(text), hypothesis)
+        reference = text if self.build_decoder is not None else self.labelling.units.reference(text)
+        return alignment(name, reference, hypothesis)
 
     def show(self) -> str:
         return "\n".join(self._shown.values())
@@ -156,12 +161,12 @@ class Speech(Task):
             )
         audio = read_audio(path, front_end.sample_rate)
         [frames] = front_end.frames([log_mel(audio.samples, front_end.sample_rate, front_end.static, str(path))])
-        return self.decode(*self._posteriors(frames))[0]
+        return self.decoder(*self._posteriors(frames))[0]
 
     def compare(self, utterances: Iterable[Utterance]) -> str:
         """What was said over what was heard, of each utterance."""
         return "\n".join(
-            self._alignment(one.name, one.text, self.decode(*self._posteriors(one.features))[0]) for one in utterances
+            self._alignment(one.name, one.text, self.decoder(*self._posteriors(one.features))[0]) for one in utterances
         )
 
     @torch.no_grad()

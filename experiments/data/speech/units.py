@@ -34,7 +34,7 @@ class Units:
         Raises ExperimentError for phones without a lexicon.
         """
         transcripts = list(transcripts)
-        words = sorted({word for text in transcripts for word in text.split()} if lexicon is None else lexicon)
+        words = sorted({word for text in transcripts for word in text.split()} | set(lexicon or ()))
         if kind == "phones":
             if lexicon is None:
                 raise ExperimentError("--data.unit: phones need the words' pronunciations: give --data.lexicon=FILE.")
@@ -70,6 +70,10 @@ class Units:
         if not symbols:
             raise ExperimentError(f"{name}: the transcript is empty, expected words. Leave such recordings out.")
         return [self._labels[symbol] for symbol in symbols]
+
+    def labels_of(self, word: str) -> list[list[int]]:
+        """The pronunciations of a known word, as labels."""
+        return [[self._labels[symbol] for symbol in one] for one in self.lexicon[word]]
 
     def decode(self, labels: Iterable[int]) -> str:
         """The text of labels without blanks; of phones, these with spaces between them."""
