@@ -37,7 +37,7 @@ class WFST(Decoder):
         order: int = 3,
         topology: Topology = "strict",
         acoustic_scale: float = 1.0,
-        prior_scale: float = 0.3,
+        prior_scale: float = 1.0,
         beam: float = 16.0,
     ) -> None:
         super().__init__(labelling)
