@@ -6,10 +6,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from experiments.core.checkpoints import checkpoint_in, load_task
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, building
-from experiments.core.run_settings import RunSettings
+from experiments.core.loading import RunSettings, checkpoint_in, load_task
 from experiments.data.speech import Labelling, SpeechData
 from experiments.decoding import Decoder
 from experiments.tasks import Speech

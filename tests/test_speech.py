@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 from experiments.__main__ import main
 from experiments.core.callbacks import RandomState
-from experiments.core.checkpoints import load_task
 from experiments.core.errors import ExperimentError
+from experiments.core.loading import load_task
 from experiments.core.module import DataModule, StreamMeans, TaskModule
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
-from experiments.core.task import Example, Mean, Monitor, Stage, Task
+from experiments.core.task import Data, Example, Mean, Monitor, Stage, Task
 from experiments.data.speech import Batch, FrontEnd, Labelling, SpeechData, Utterance, read_audio
 from experiments.data.speech.features import log_mel
 from experiments.decoding import Decoder, Greedy, alignment
@@ -126,6 +124,8 @@ class Speech(Task):
 
     def _errors(self, prefix: str, hypotheses: list[str], texts: Iterable[str]) -> dict[str, Mean]:
         """The error rates of a batch, each over as many words or characters as its references have."""
+        from torchmetrics.functional.text import char_error_rate, word_error_rate  # slow to import
+
         assert self.labelling is not None
         units = self.labelling.units
         if units.kind == "phones" and not prefix:

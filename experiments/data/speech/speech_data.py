@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.core.data import Data
 from experiments.core.errors import ExperimentError
+from experiments.core.task import Data
 from experiments.data.batch_streams import FixedBatches, TrainingBatches, generator_of
 from experiments.data.speech.batches import Batch, Buckets, Utterance, collated
 from experiments.data.speech.features import FrontEnd
