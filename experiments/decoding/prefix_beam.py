@@ -2,7 +2,6 @@
 
 import math
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from experiments.core.errors import ExperimentError
 from experiments.data.speech import Labelling
 from experiments.data.speech.units import BLANK
-from experiments.decoding.decoder import Decoder
+from experiments.decoding.decoder import BeamSearch
 from experiments.decoding.graph import INSTALL
 from experiments.decoding.ngram import NGram
 from experiments.decoding.quiet import quiet
@@ -22,7 +21,7 @@ _THRESHOLD = 50.0  # nats by which a prefix may be worse than the best one: `bea
 _IMPOSSIBLE = -1e6
 
 
-class PrefixBeam(Decoder):
+class PrefixBeam(BeamSearch):
     """The text with the highest Pr[text | features] · P(text)^lm_weight, P by an n-gram model of the training's texts.
 
     Unlike in `WFST`, the probabilities of all paths to a text are added up, and there are no priors.
@@ -37,6 +36,8 @@ class PrefixBeam(Decoder):
     `decoding`).
     Source: Hannun et al. 2014, with the lexicon as a trie by Collobert et al. 2016.
     """
+
+    wider = "beam_width"
 
     def __init__(
         self,
@@ -83,22 +84,10 @@ class PrefixBeam(Decoder):
             trie = self._trie(model, max(V, self._space + 1))
             self._search = decoder.LexiconDecoder(options, trie, model, self._space, BLANK, -1, [], False)
 
-    def __call__(self, log_posteriors: Tensor, lengths: Tensor) -> list[str]:
-        scores = log_posteriors.detach().float().cpu()
-        found = [self._best(scores[:length, row]) for row, length in enumerate(lengths.tolist())]
-        if lost := sum(not is_whole for _, is_whole in found):
-            warnings.warn(
-                f"PrefixBeam: of {lost} utterances no whole sentence was left in the beam, and what there is was "
-                "taken: raise the beam_width.",
-                stacklevel=2,
-            )
-        return [text for text, _ in found]
+    def scores(self, log_posteriors: Tensor) -> Tensor:
+        return log_posteriors
 
-    def _best(
-        self,
-        scores: Tensor,  # (T, V)
-    ) -> tuple[str, bool]:
-        """The text, and whether its last word is whole."""
+    def best(self, scores: Tensor) -> tuple[str, bool]:
         if self._space is not None:
             # The library knows that a word is over by the space after it: there is one more frame, which has it.
             width = max(scores.shape[1], self._space + 1)
@@ -106,7 +95,6 @@ class PrefixBeam(Decoder):
             padded[:-1, : scores.shape[1]] = scores
             padded[-1, self._space] = 0.0
             scores = padded
-        scores = scores.contiguous()
         best = self._search.decode(scores.data_ptr(), *scores.shape)[0]
         if self._space is None:
             labels = torch.tensor(best.tokens).unique_consecutive().tolist()

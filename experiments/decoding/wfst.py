@@ -1,18 +1,16 @@
 """The likeliest words by a decoding graph."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
 from experiments.data.speech import Labelling
-from experiments.decoding.decoder import Decoder
+from experiments.decoding.decoder import BeamSearch
 from experiments.decoding.graph import INSTALL, Topology, decoding_graph, words_of
 from experiments.decoding.ngram import NGram
 
 
-class WFST(Decoder):
+class WFST(BeamSearch):
     """The words on the likeliest path of a decoding graph, with an n-gram model of the training's transcripts.
 
     A path costs −log of the n-gram model's probability, and in each frame
@@ -30,6 +28,8 @@ class WFST(Decoder):
     Raises ExperimentError for a scale or a beam out of range, and without the libraries (extra `decoding`).
     Source: Miao et al. 2015.
     """
+
+    wider = "beam"
 
     def __init__(
         self,
@@ -58,27 +58,15 @@ class WFST(Decoder):
         self._scale = acoustic_scale
         self._options = kaldi_decoder.FasterDecoderOptions(beam=beam, min_active=0)
 
-    def __call__(self, log_posteriors: Tensor, lengths: Tensor) -> list[str]:
-        scores = self._scale * (log_posteriors.detach().float().cpu() - self._shift)
-        found = [self._best(scores[:length, row]) for row, length in enumerate(lengths.tolist())]
-        if lost := sum(not is_whole for _, is_whole in found):
-            warnings.warn(
-                f"WFST: of {lost} utterances no whole sentence was left in the beam, and what there is was taken: "
-                "raise the beam.",
-                stacklevel=2,
-            )
-        return [text for text, _ in found]
+    def scores(self, log_posteriors: Tensor) -> Tensor:
+        return self._scale * (log_posteriors - self._shift)
 
-    def _best(
-        self,
-        scores: Tensor,  # (T, V)
-    ) -> tuple[str, bool]:
-        """The words of the best path, and whether it is one of a whole sentence."""
+    def best(self, scores: Tensor) -> tuple[str, bool]:
         import kaldi_decoder
         import kaldifst
 
         search = kaldi_decoder.FasterDecoder(self._graph, self._options)
-        search.decode(kaldi_decoder.DecodableCtc(scores.contiguous().numpy()))
+        search.decode(kaldi_decoder.DecodableCtc(scores.numpy()))
         is_there, path = search.get_best_path()
         if not is_there:
             return "", False

@@ -78,9 +78,8 @@ def capture(found: Match, cell: nn.Module) -> tuple[Trace, list[int]]:
     try:
         with torch.no_grad(), private.free_of_rows(), private.linear_as_products():
             traced = world.trace(step, stand_ins, products() | _PLAINER)
-            if any(
-                private.writes(node.target) for node in traced.graph.nodes
-            ):  # to temporaries of composite operations
+            # Composite operations write to temporaries of their own.
+            if any(private.writes(node.target) for node in traced.graph.nodes):
                 traced = world.trace(traced, [world.like(stand_in) for stand_in in stand_ins])
     except EngineError:
         raise

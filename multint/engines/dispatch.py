@@ -86,7 +86,10 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         reason, cause = str(failed), failed.cause
     result = None
     if failed is not None:
-        result = loop(cell, xs, state)  # where this fails too, the failure is the caller's: it is not kept
+        # Where the loop fails too, the failure is the caller's: it is not kept. By name it only shows that: a step that
+        # writes to what it is given must leave that as it was.
+        given = (xs, state) if engine == "auto" else _copied(xs, state)
+        result = loop(cell, *given)
         if failed.owner is not None:
             failed.owner.failure = reason
         if engine == "auto" and not isinstance(failed, StepError):
@@ -99,6 +102,11 @@ def _choose(cell: Any, xs: Streams, state: State, engine: str) -> tuple[Tensor, 
         record.stepped += size_of(xs)[0]
     failed = cause = None  # whose tracebacks have this frame, and so the result
     return result or loop(cell, xs, state)
+
+
+def _copied(xs: Streams, state: State) -> tuple[Streams, State]:
+    streams = {name: x.clone() for name, x in xs.items()} if isinstance(xs, dict) else xs.clone()
+    return streams, type(state)(*(field.clone() for field in state))
 
 
 def _fused(cell: nn.Module, xs: Streams, state: State, by_name: bool) -> tuple[Tensor, State]:
