@@ -227,6 +227,7 @@ WITHIN_ROWS = {
     "written-through-a-transposed-view": (
         lambda p, x, h: (v := h.unsqueeze(1) + h.unsqueeze(2), v.mT[:, 0].mul_(2), v.view(-1, 49))[2][:, 3:10]
     ),
+    "choice-that-spreads": lambda p, x, h: h + torch.where(h > 0, v := h[:, :1], v).sum(1, True),
     "batch-in-the-middle": (
         lambda p, x, h: torch.stack([h, h.sin(), h * p], 0).transpose(0, 1).reshape(-1, 21)[:, ::3],
         7,

@@ -134,7 +134,10 @@ def _index_put(target: Tensor, indices: list[Tensor | None], value: Tensor, accu
 
 def _where(mask: Tensor, value: Tensor, other: Tensor) -> Any:
     """No choice of two values that are one: a layer's masks make it of a field of the state that its cell keeps."""
-    return value if value is other and mask.ndim <= value.ndim else NotImplemented
+    spreads = mask.ndim > value.ndim or any(
+        size not in (1, own) for size, own in zip(reversed(mask.shape), reversed(value.shape), strict=False)
+    )
+    return value if value is other and not spreads else NotImplemented
 
 
 def _constant(number: int) -> Callable[..., Any]:
