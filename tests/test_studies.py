@@ -187,6 +187,22 @@ def test_the_arms_of_the_memory_studies_are_what_they_are_called():
         assert [arm | {size: 0} for arm in study.arms.values()] == [arm | {size: 0} for arm in adding.arms.values()]
 
 
+def test_the_arms_of_the_speech_study_are_what_they_are_called():
+    found = {}
+    study = read_study(STUDIES / "speech_an4.yaml")
+    for arm in resolved(study, study.conditions(), []):
+        recurrent = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]
+        integrator = recurrent["cell"]["init_args"]["integrator"]
+        found[arm.name] = (integrator["class_path"], *integrator.get("init_args", {}).values())
+    assert {name: words[0].rpartition(".")[2] for name, words in found.items()} == {
+        "LSTM": "Additive",
+        "MI-LSTM, 1 1 1 0": "MultiplicativeIntegration",
+        "MI-LSTM, 1 .5 .5 0": "MultiplicativeIntegration",
+    }
+    assert found["MI-LSTM, 1 1 1 0"][1:] == (1, 1, 1, 0)
+    assert found["MI-LSTM, 1 .5 .5 0"][1:] == (1, 0.5, 0.5, 0)
+
+
 SETTINGS = {"name": "a", "data": {"init_args": {"root": "x", "length": 3}}, "trainer": {"max_steps": 2, "logger": None}}
 
 
