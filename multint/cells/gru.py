@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from multint.cells.base import Cell, HiddenState
-from multint.integrators import Integrator, MultiplicativeIntegration
+from multint.errors import OptionError
+from multint.integrators import Integrator, MultiplicativeIntegration, RecurrentBatchNorm
 from multint.integrators.base import build
 from multint.integrators.checks import flag
 from multint.integrators.vectors import vector
@@ -26,6 +27,8 @@ class GRUCell(Cell):
         reset_after: apply the reset after the product.
         recurrent_bias: what b_r starts at; None leaves it out. Only the reset after the product has it.
 
+    Raises: OptionError for a candidate with `RecurrentBatchNorm` whose reset comes after the product: f(x, 0) is no
+    step of the data's.
     Source: Wu et al. 2016, A.2 (before); Cho et al. 2014 as in `nn.GRU` (after).
     """
 
@@ -43,6 +46,11 @@ class GRUCell(Cell):
         self.gates = build(self, "integrator", integrator, input_size, hidden_size, len(self.gate_names) * hidden_size)
         self.candidate = build(self, "integrator", integrator, input_size, hidden_size, hidden_size)
         self.reset_after = flag(self, "reset_after", reset_after)
+        if reset_after and any(isinstance(part, RecurrentBatchNorm) for part in self.candidate.modules()):
+            raise OptionError(
+                "GRUCell: reset_after is True and the integrator has RecurrentBatchNorm, which has no statistics of "
+                "f(x, 0); expected reset_after=False"
+            )
         self.recurrent_bias = vector(self, "recurrent_bias", recurrent_bias, hidden_size) if reset_after else None
 
     def step(

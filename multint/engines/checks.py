@@ -78,6 +78,8 @@ def size_of(xs: Streams) -> tuple[int, int]:
 
 def why_not_fused(cell: Any, xs: Streams, state: Any) -> str:
     """Why `fused` cannot be tried, apart from what tracing would find; empty where nothing speaks against it."""
+    if reason := _why_looped(cell):
+        return reason
     if not isinstance(cell, nn.Module):
         return "fused: the cell is no nn.Module, so its parameters are unknown"
     if not private.are_hashed(cell):
@@ -97,6 +99,12 @@ def why_not_fused(cell: Any, xs: Streams, state: Any) -> str:
         if tensor.is_meta:
             return "fused: tensors on the meta device hold no numbers to check the step by"
     return "" if size_of(xs)[1] else "fused: there are no rows"
+
+
+def _why_looped(cell: Any) -> str:
+    """Why only the loop runs the cell, which says so of itself in `why_looped`; empty where it says nothing."""
+    reason = getattr(cell, "why_looped", "")
+    return f"fused: {reason}" if reason else ""
 
 
 def first_state_differs(program: Program, state: Any) -> str:
@@ -133,6 +141,8 @@ _MEASURED = {("cpu", dtype) for dtype in (torch.float32, torch.float64, torch.bf
 
 def not_worth_it(cell: Any, xs: Streams) -> str:
     """Why `auto` does not try `fused`; empty where it does."""
+    if reason := _why_looped(cell):
+        return reason
     if size_of(xs)[0] == 1:
         return "auto: one step is no loop"
     if not isinstance(cell, nn.Module):

@@ -9,6 +9,7 @@ and say how in `terms()`. Each is built as `Class(x_features, z_features, out_fe
 
 from multint.integrators.additive import Additive, Concat
 from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through, build, outermost_integrators
+from multint.integrators.batch_norm import RecurrentBatchNorm, population_statistics
 from multint.integrators.bilinear import Bilinear
 from multint.integrators.compose import Krause, Projected, Swapped
 from multint.integrators.diagonal import Diagonal, Gated, SigmoidScale
@@ -39,6 +40,7 @@ __all__ = [
     "Pairwise",
     "PairwiseTerms",
     "Projected",
+    "RecurrentBatchNorm",
     "Scaled",
     "ScaledOf",
     "SigmoidScale",
@@ -54,5 +56,6 @@ __all__ = [
     "flops",
     "outermost_integrators",
     "parameter_count",
+    "population_statistics",
     "rank",
 ]

@@ -12,8 +12,10 @@ from torch.nn import functional
 from multint.cells import Cell
 from multint.engines import scan
 from multint.errors import OptionError
-from multint.integrators import outermost_integrators
+from multint.integrators import RecurrentBatchNorm, outermost_integrators
 from multint.recurrent.masks import StateDropout, locked_mask, select
+
+_NORMALISED = "RecurrentBatchNorm: the rows of a batch see each other in it, and it writes its statistics"
 
 
 class Direction(nn.Module):
@@ -23,7 +25,7 @@ class Direction(nn.Module):
     past a sequence's end, where the state stays as it is; "reset", True where an episode starts, before which the state
     returns to the initial one; "zoneout.FIELD", True where that field of the state keeps its old value (without this
     stream the mean over such masks is taken); "dropout.NAME", the multiplier of z in the cell's integrator of that
-    name.
+    name; "time" (T,), the number of the step, where the cell has batch normalisation.
 
     Args:
         zoneout: for each field of the state, the probability of keeping the old value (Krueger et al. 2017).
@@ -70,6 +72,9 @@ class Direction(nn.Module):
                 raise OptionError(f"weight_drop: {type(cell).__name__} has no integrator that names its z_weights")
             # By the parameter, since one that stands in several places is to be dropped once.
             self.dropped_weights += {self.get_parameter(name): name for name in names}.values()
+        batch_norms = self._batch_norms()
+        self.has_steps = any(norm.max_steps > 1 for norm in batch_norms)  # with statistics of their own
+        self.why_looped = _NORMALISED if batch_norms else ""  # which the engines ask
         self.noisy_weights: list[str] = []
         if weight_noise:
             # By name: a replica, or a functional call around this one, puts other tensors in the parameters' places.
@@ -86,6 +91,8 @@ class Direction(nn.Module):
 
     def run(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
         """Scan with the noise of one training pass, or without it in evaluation."""
+        if self.why_looped:
+            streams = streams | {"time": torch.arange(len(streams["x"]), device=streams["x"].device)}
         if not self.training:
             return self(streams, state, engine)
         streams = streams | self._noise(streams["x"], state)
@@ -117,14 +124,23 @@ class Direction(nn.Module):
         masked = {name: hook for name, hook in self.hooks.items() if f"dropout.{name}" in streams}
         for name, hook in masked.items():
             hook.mask = streams[f"dropout.{name}"]
+        batch_norms = self._batch_norms() if "time" in streams else []
+        for norm in batch_norms:
+            norm.now = streams["time"], streams.get("valid")
         try:
             new = self.cell.step(x, state)
         finally:
             for hook in masked.values():
                 hook.mask = None
+            for norm in batch_norms:
+                norm.now = None
         if self.zoneout:
             new = self._zoned(streams, state._asdict(), new)
         return select(streams["valid"], new, state) if "valid" in streams else new
+
+    def _batch_norms(self) -> list[RecurrentBatchNorm]:
+        """Those of the cell. Looked for anew, since a replica has others."""
+        return [part for part in self.cell.modules() if isinstance(part, RecurrentBatchNorm)]
 
     def _zoned(self, streams: dict[str, Tensor], old: dict[str, Tensor], new: Any) -> Any:
         """The new state, with old values kept where the masks say so or, without masks, in proportion."""

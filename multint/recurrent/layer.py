@@ -20,7 +20,7 @@ from multint.errors import OptionError, ShapeError
 from multint.integrators.checks import flag, number, positive, probability
 from multint.recurrent.direction import Direction
 from multint.recurrent.masks import locked_mask
-from multint.recurrent.sequences import Sequences, blanked, restore, reversed_reset, unify
+from multint.recurrent.sequences import Sequences, backwards, blanked, restore, reversed_reset, unify
 
 
 class Recurrent(nn.Module):
@@ -127,6 +127,11 @@ class Recurrent(nn.Module):
 
         Raises: ShapeError or OptionError for what does not fit.
         """
+        if any(direction.has_steps for direction in self.directions) and not (hx is None and reset is None):
+            raise OptionError(
+                f"RecurrentBatchNorm: got {'resets' if hx is None else 'a state'}, expected none, since its statistics "
+                "are by steps from a sequence's start; or give it max_steps=1"
+            )
         sequences = unify(input, lengths, reset, self.input_size, self.batch_first, self._axes)
         pairs: Any = zip(self.directions, self._states(hx, sequences), strict=True)
         xs = sequences.xs
@@ -152,17 +157,26 @@ class Recurrent(nn.Module):
     def _run(
         self, direction: Direction, xs: Tensor, sequences: Sequences, state: Any, backward: bool
     ) -> tuple[Tensor, Any]:
-        """One direction of one layer. Padding comes first when reading backwards, and leaves the state as it was."""
+        """One direction of one layer.
+
+        Padding comes first when reading backwards, and leaves the state as it was. It comes last where statistics are
+        by steps: there all sequences are to begin together.
+        """
+        align = backward and direction.has_steps and sequences.valid is not None
         streams = {"x": xs}
         if sequences.valid is not None:
             streams["valid"] = sequences.valid
-        if backward:
+        if align:
+            streams["x"] = backwards(xs, streams["valid"])
+        elif backward:
             streams = {name: stream.flip(0) for name, stream in streams.items()}
         if sequences.reset is not None:
             streams["reset"] = reversed_reset(sequences.reset) if backward else sequences.reset
         output, final = direction.run(streams, state, self.engine)
         if "valid" in streams:
             output = blanked(output, streams["valid"])
+        if align:
+            return backwards(output, streams["valid"]), final
         return (output.flip(0) if backward else output), final
 
     def _states(self, state: Any, sequences: Sequences) -> list[Any]:

@@ -98,6 +98,13 @@ def blanked(values: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid.view(*valid.shape, *[1] * (values.ndim - 2)), values, 0)
 
 
+def backwards(values: Tensor, valid: Tensor) -> Tensor:
+    """Values (T, B, ...) of each sequence from its own end to its start, and then what is past its end."""
+    step = torch.arange(len(valid), device=valid.device).unsqueeze(1)
+    order = torch.where(valid, valid.sum(0) - 1 - step, step)
+    return values[order, torch.arange(valid.shape[1], device=valid.device)]
+
+
 def reversed_reset(reset: Tensor) -> Tensor:
     """The flags for the sequence read backwards: an episode then starts at what was its last step."""
     return torch.cat([reset[1:], torch.zeros_like(reset[:1])]).flip(0)
