@@ -25,9 +25,9 @@ class RecurrentBatchNorm(nn.Module):
     one mean and variance, and a step that training has never reached takes those of the last that it has.
 
     The cell is written as with any norm. What step it is and which sequences have ended, the layer around it
-    (`multint.Recurrent`) tells each norm before it runs the cell's step; it counts from the first step of a call, in
-    both directions from a sequence's own first or last one. So a layer takes neither a state nor resets unless
-    `max_steps` is 1. Rows see each other, so such a layer runs by the loop.
+    (`multint.Recurrent`) tells each norm before it runs the cell's step. It counts from the first step of a call, and
+    backwards from each sequence's own last one. So it takes neither a state nor resets unless `max_steps` is 1. Rows
+    see each other, so it runs by the loop.
 
     Args:
         features: F.
@@ -68,6 +68,8 @@ class RecurrentBatchNorm(nn.Module):
         self.register_buffer("count", torch.zeros(max_steps))
         # The step's number () and where (B,) the sequences go on, None for all: set by the layer during a step.
         self.now: tuple[Tensor, Tensor | None] | None = None
+        # Of each step of the pass under way in training: its number, its rows, their mean and their variance.
+        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def forward(
         self,
@@ -93,27 +95,36 @@ class RecurrentBatchNorm(nn.Module):
         if len(p) < 2:
             raise ShapeError("RecurrentBatchNorm: there is one sequence in the batch, expected more in training")
         if going_on is None:
-            rows = self.count.new_full((1,), len(p))
-            variance, mean = torch.var_mean(p, 0, correction=0, keepdim=True)
+            rows = self.count.new_full((), len(p))
+            variance, mean = torch.var_mean(p, 0, correction=0)
         else:
-            rows, going_on = going_on.sum(0, keepdim=True).to(self.count.dtype), going_on.unsqueeze(1)
-            mean = torch.where(going_on, p, 0).sum(0, keepdim=True) / rows.clamp(min=1)
-            variance = torch.where(going_on, p - mean, 0).square().sum(0, keepdim=True) / rows.clamp(min=1)
-        self._take(time.clamp(max=self.max_steps - 1).view(1), rows, mean.detach(), variance.detach())
+            rows, going_on = going_on.sum().to(self.count.dtype), going_on.unsqueeze(1)
+            mean = torch.where(going_on, p, 0).sum(0) / rows.clamp(min=1)
+            variance = torch.where(going_on, p - mean, 0).square().sum(0) / rows.clamp(min=1)
+        self.seen.append((time, rows, mean.detach(), variance.detach()))
         return mean, variance
 
     @torch.no_grad()
-    def _take(self, at: Tensor, rows: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Pool the statistics at a step (1,) with those of so many rows (1,), which may be none."""
-        before = self.count.index_select(0, at)
+    def end_pass(self) -> None:
+        """Pool the statistics with those of the steps of a pass in training. The layer calls it after the last step."""
+        if not self.seen:
+            return
+        times, of_step, means, variances = map(torch.stack, zip(*self.seen, strict=True))
+        self.seen.clear()
+        at, of_step = times.clamp(max=self.max_steps - 1), of_step.unsqueeze(1)
+        nothing = torch.zeros_like(self.mean)
+        # First the rows of the pass that share a place, as all do whose step is past the last one.
+        rows = torch.zeros_like(self.count).unsqueeze(1).index_add(0, at, of_step)
+        mean = nothing.index_add(0, at, of_step * means) / rows.clamp(min=1)
+        spread = variances + (means - mean[at]).square()
+        variance = nothing.index_add(0, at, of_step * spread) / rows.clamp(min=1)
+        # Then those with what was kept, where there are any.
+        before = self.count.unsqueeze(1)
         count = torch.where(rows > 0, (1 - self.momentum) * before + rows, before)
-        share = rows / count.clamp(min=1)
-        old_mean, old_variance = self.mean.index_select(0, at), self.variance.index_select(0, at)
-        change = mean - old_mean
-        pooled = torch.lerp(old_variance, variance, share) + share * (1 - share) * change.square()
-        self.count.index_copy_(0, at, count)
-        self.mean.index_copy_(0, at, old_mean + share * change)
-        self.variance.index_copy_(0, at, pooled)
+        share, change = rows / count.clamp(min=1), mean - self.mean
+        self.variance.lerp_(variance, share).add_(share * (1 - share) * change.square())
+        self.mean.add_(share * change)
+        self.count.copy_(count.squeeze(1))
 
     def reset_statistics(self) -> None:
         """Forget all rows that were seen."""

@@ -15,7 +15,7 @@ from multint.errors import OptionError
 from multint.integrators import RecurrentBatchNorm, outermost_integrators
 from multint.recurrent.masks import StateDropout, locked_mask, select
 
-_NORMALISED = "RecurrentBatchNorm: the rows of a batch see each other in it, and it writes its statistics"
+_NORMALISED = "RecurrentBatchNorm: the rows of a batch see each other in it, and it keeps statistics"
 
 
 class Direction(nn.Module):
@@ -113,7 +113,13 @@ class Direction(nn.Module):
 
     def forward(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
         """Scan with the streams and the weights that there are."""
-        return scan(self, streams, state, engine)
+        batch_norms = self._batch_norms() if "time" in streams else []
+        for norm in batch_norms:
+            norm.seen.clear()  # of a pass that failed
+        result = scan(self, streams, state, engine)
+        for norm in batch_norms:
+            norm.end_pass()
+        return result
 
     def step(self, streams: dict[str, Tensor], state: Any) -> Any:
         """The cell's step on the streams at one time, (B, ...)."""

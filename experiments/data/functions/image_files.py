@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import struct
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from experiments.core.errors import ExperimentError, choices_message
 
-_IDX_IMAGES = 0x0803  # unsigned bytes in three dimensions
+_IDX = {"images": (0x0803, 3), "labels": (0x0801, 1)}  # of unsigned bytes: the magic number, and the dimensions
 
 
 def read_idx(path: Path) -> Tensor:  # (N, H, W) uint8
@@ -21,30 +22,42 @@ def read_idx(path: Path) -> Tensor:  # (N, H, W) uint8
 
     Raises ExperimentError for a file that is not there, is no such file, is cut off, or has no pixels.
     """
+    return _read_idx(path, "images")
+
+
+def read_labels(path: Path) -> Tensor:  # (N,) uint8
+    """The labels of an IDX file. Raises ExperimentError as `read_idx` does."""
+    return _read_idx(path, "labels")
+
+
+def _read_idx(path: Path, what: str) -> Tensor:
+    expected, dimensions = _IDX[what]
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise ExperimentError(f"{path}: {what}, expected an IDX file of images.")
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ExperimentError(f"{path}: {got}, expected an IDX file of {what}.")
     packed = path.read_bytes()
     try:
         content = gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed
     except (EOFError, OSError, zlib.error) as error:
         raise ExperimentError(f"{path}: damaged: gzip says {error}.") from error
     magic = int.from_bytes(content[:4], "big")
-    if len(content) < 16 or magic != _IDX_IMAGES:
-        got = f"the magic number {magic:#06x}" if len(content) >= 16 else f"{len(content)} bytes"
+    header = 4 + 4 * dimensions
+    if len(content) < header or magic != expected:
+        got = f"the magic number {magic:#06x}" if len(content) >= header else f"{len(content)} bytes"
+        such_as = "train-images-idx3-ubyte, not the labels" if what == "images" else "train-labels-idx1-ubyte"
         raise ExperimentError(
-            f"{path}: got {got}, expected an IDX file of images, which begins with {_IDX_IMAGES:#06x}: "
-            "such as train-images-idx3-ubyte, not the labels."
+            f"{path}: got {got}, expected an IDX file of {what}, which begins with {expected:#06x}: such as {such_as}."
         )
-    count, height, width = struct.unpack(">3I", content[4:16])
-    if not (count and height and width):
-        raise ExperimentError(f"{path}: got {count} images of {height} × {width}, expected some, with pixels.")
-    if len(content) - 16 != count * height * width:
+    count, *size = struct.unpack(f">{dimensions}I", content[4:header])
+    of = f" of {' × '.join(map(str, size))}" if size else ""
+    if not (count and all(size)):
+        raise ExperimentError(f"{path}: got {count} {what}{of}, expected some{', with pixels' if size else ''}.")
+    if len(content) - header != (total := count * math.prod(size)):
         raise ExperimentError(
-            f"{path}: got {len(content) - 16} bytes of pixels, expected {count * height * width}: {count} images of "
-            f"{height} × {width}. The file is cut off, or is another one."
+            f"{path}: got {len(content) - header} bytes of {'pixels' if size else what}, expected {total}: {count} "
+            f"{what}{of}. The file is cut off, or is another one."
         )
-    return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(count, height, width)
+    return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).view(count, *size)
 
 
 def read_omniglot(root: Path, size: int) -> dict[str, Tensor]:  # (N, size, size) uint8 each
