@@ -35,15 +35,11 @@ class PopulationStatistics(Callback):
     ) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or batch_idx or dataloader_idx:
             return
-        task = pl_module.task
+        task, precision = pl_module.task, trainer.precision_plugin
         source = task if trainer.datamodule is None else trainer.datamodule.data
         carried = task.saved()
         try:
-            with (
-                torch.random.fork_rng(),
-                population_statistics(task.network),
-                trainer.precision_plugin.forward_context(),
-            ):
+            with torch.random.fork_rng(), precision.forward_context(), population_statistics(task.network):
                 for some in islice(source.train_dataloader(), self.batches):
                     task.measure(trainer.strategy.batch_to_device(some), "train")
         except MultintError as error:
