@@ -94,6 +94,8 @@ MADE = {
     "adding": lstm(2, 64) + mlp([64, 1]),
     "copy": lstm(10, 64) + mlp([64, 8]),
     "digits": lstm(1, 64) + mlp([64, 10]),
+    # With γ of both products and of c, and a β.
+    "digits_batch_norm": lstm(1, 64) + 2 * 4 * 64 + 2 * 64 + mlp([64, 10]),
     "yesno": 2 * lstm(24 * 23, 64) + mlp([128, 3]),
     # Two directions of MI-LSTMs, with α, β₁ and β₂; the bias is counted in `lstm`.
     "an4": 2 * (lstm(9 * 13, 128) + 2 * lstm(256, 128) + 3 * 3 * 4 * 128) + mlp([256, 28]),
@@ -216,6 +218,9 @@ def test_a_config_normalises_any_integrator_by_a_class():
     cell = recurrent(*norms).directions[0].cell
     assert isinstance(cell.gates.integrator.x_projection.norm, torch.nn.RMSNorm)
     assert isinstance(cell.memory_norm, torch.nn.LayerNorm)
+    by_batch = f"{option}=Normalised", f"{option}.norm=RecurrentBatchNorm", f"{option}.norm.max_steps=3"
+    norm = recurrent(*by_batch).directions[0].cell.gates.integrator.z_projection.norm
+    assert (type(norm).__name__, tuple(norm.mean.shape)) == ("RecurrentBatchNorm", (3, 1024))
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

@@ -1,5 +1,6 @@
 """Made data against closed forms, and the networks that solve them by construction."""
 
+import gzip
 import itertools
 import sys
 
@@ -9,6 +10,8 @@ from torch.testing import assert_close
 
 from experiments.core.errors import ExperimentError
 from experiments.data import Adding, AffineTasks, CopyMemory, Recall, Sequences, SequentialDigits, StateMachine, Teacher
+from experiments.data.functions.image_files import read_labels
+from experiments.data.synthetic import digits
 from models import MultiHead, SequenceLabeller
 from multint import Additive, Bilinear, Recurrent, RNNCell
 from multint.errors import OptionError
@@ -121,6 +124,59 @@ def test_every_digit_is_held_out_once_whatever_the_seed():
     assert not set(seen) & {tuple(image) for image in drawn.xs.squeeze(-1).T.tolist()}
     assert drawn.answers.tolist() != theirs.answers.tolist()
     assert drawn.answers.unique().tolist() == list(range(10))
+
+
+def idx(path, magic, array):
+    header = b"".join(int(number).to_bytes(4, "big") for number in (magic, *array.shape))
+    path.write_bytes(gzip.compress(header + array.to(torch.uint8).numpy().tobytes(), 1))
+
+
+def mnist(folder, images=(13, 10), size=(28, 28)):
+    """Files like MNIST's, with a class that stands in the first pixel."""
+    for name, count in zip(("train", "t10k"), images, strict=True):
+        classes = torch.arange(count) % 10
+        of = torch.zeros(count, *size, dtype=torch.int)
+        of[:, 0, 0], of[:, 0, 1] = classes, 255
+        idx(folder / f"{name}-images-idx3-ubyte.gz", 0x0803, of)
+        idx(folder / f"{name}-labels-idx1-ubyte.gz", 0x0801, classes)
+    return str(folder)
+
+
+def test_digits_are_read_from_mnists_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "_MNIST_HELD_OUT", 10)
+    path = mnist(tmp_path)
+    data, rows = (ready(SequentialDigits(read, path=path, batch_size=6, seed=1)) for read in ("pixels", "rows"))
+    assert [data.learnt()["inputs"], rows.learnt()["inputs"]] == [1, 28]
+    for split in ("val_dataloader", "test_dataloader"):
+        first, second = getattr(data, split)()
+        assert (first.xs.shape, len(second.answers[0])) == ((784, 6, 1), 4)
+        assert_close(first.xs[0, :, 0] * 255, first.answers[0].float())
+        assert_close(first.xs[1:3, :, 0], torch.tensor([1.0, 0.0]).unsqueeze(1).expand(-1, 6))
+    assert data.draw(50, "train", torch.Generator()).answers.unique().tolist() == [0, 1, 2]  # 3 images are left
+    [xs, _], *_ = rows.val_dataloader()
+    assert_close(xs.transpose(0, 1).flatten(1), next(iter(data.val_dataloader())).xs.squeeze(-1).T)
+    for sizes, message in (
+        ({"images": (10, 10)}, "has 10 images to train on"),
+        ({"images": (30, 30), "size": (8, 8)}, "got 30 images of 8 × 8"),
+    ):
+        with pytest.raises(ExperimentError, match=message):
+            ready(SequentialDigits(path=mnist(tmp_path, **sizes), seed=1))
+    (tmp_path / "train-images-idx3-ubyte.gz").rename(tmp_path / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(ExperimentError, match="no such file, expected an IDX file of images"):
+        ready(SequentialDigits(path=str(tmp_path), seed=1))
+    with pytest.raises(ExperimentError, match="got the magic number 0x0803, expected an IDX file of labels"):
+        read_labels(tmp_path / "train-labels-idx1-ubyte.gz")
+
+
+def test_permuted_digits_are_read_in_one_other_order():
+    pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (extra dev)")
+    plain, one, other = (ready(SequentialDigits(permuted=p, seed=s)) for p, s in ((False, 1), (True, 1), (True, 2)))
+    sets = [next(iter(data.test_dataloader())) for data in (plain, one, other)]
+    assert_close(sets[1], sets[2])
+    assert not torch.equal(sets[0].xs, sets[1].xs)
+    assert_close(sets[0].xs.sort(0).values, sets[1].xs.sort(0).values)
+    with pytest.raises(ExperimentError, match=r"permuted: got true with --data\.read=rows"):
+        SequentialDigits("rows", permuted=True)
 
 
 def test_digits_need_scikit_learn(monkeypatch):

@@ -9,16 +9,19 @@ from lightning import Callback, Trainer, seed_everything
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, ReduceLROnPlateau
 from torch.testing import assert_close
 
+from experiments.core import population_statistics
 from experiments.core.callbacks import RandomState
 from experiments.core.errors import ExperimentError
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.optimisation import InTurn, LearningRate
+from experiments.core.population_statistics import PopulationStatistics
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
 from experiments.data import Adding, AffineTasks, CopyMemory, SequentialDigits, StateMachine, TextData
 from experiments.tasks import Memory, Regression, StateTracking
 from models import SequenceLabeller, SequenceReader
-from multint import Bilinear, Conditional, GRUCell, Integrator, Recurrent, RNNCell
+from multint import Additive, Bilinear, Conditional, GRUCell, Integrator, LSTMCell, Recurrent, RNNCell
+from multint.integrators import Normalised, RecurrentBatchNorm
 
 pytestmark = pytest.mark.runs
 
@@ -46,6 +49,12 @@ def memory():
     return Memory(partial(SequenceReader, recurrent=partial(Recurrent, hidden_size=16, cell=GRUCell)), optimizer=Adam)
 
 
+def normalised():
+    norm = partial(RecurrentBatchNorm, max_steps=4)
+    cell = partial(LSTMCell, integrator=Normalised.of(Additive, norm=norm), memory_norm=partial(norm, bias=True))
+    return Memory(partial(SequenceReader, recurrent=partial(Recurrent, hidden_size=8, cell=cell)), optimizer=Adam)
+
+
 def digits(batch_size, epoch, eval_examples):
     """Its evaluations are as large as they are."""
     pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (extra dev)")
@@ -59,8 +68,9 @@ PROTOCOLS = [
     (memory, partial(Adding, 6, **SMALL)),
     (memory, partial(CopyMemory, 3, 2, delay=2, **SMALL)),
     (memory, partial(digits, **SMALL)),
+    (normalised, partial(Adding, 6, **SMALL)),
 ]
-NAMES = ["regression", "state_tracking", "adding", "copy", "digits"]
+NAMES = ["regression", "state_tracking", "adding", "copy", "digits", "batch normalisation"]
 every_task = pytest.mark.parametrize(("task", "data"), PROTOCOLS, ids=NAMES)
 
 
@@ -122,6 +132,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(task, data, tmp_path):
     resumed = run(tmp_path / "stopped", task, data, 8, stopped)
     states = [torch.load(path, weights_only=True)["state_dict"] for path in (whole, resumed)]
     assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def learnt(path):
+    """The parameters, and the statistics of batch normalisation."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    names = [name for name in state if name.rpartition(".")[2] in ("mean", "variance", "count")]
+    return {name: value for name, value in state.items() if name not in names}, {name: state[name] for name in names}
+
+
+def test_population_statistics_are_the_validations_and_change_no_training(tmp_path):
+    data = partial(Adding, 6, **SMALL)
+    runs = {"without": None, "whole": 2, "stopped": 2}
+    kept = {
+        name: run(tmp_path / name, normalised, data, 5 if name == "stopped" else 6, None, statistics(batches))
+        for name, batches in runs.items()
+    }
+    parameters, estimated = learnt(kept["whole"])
+    assert_close(learnt(kept["without"])[0], parameters, rtol=0, atol=0)
+    resumed = run(tmp_path / "stopped", normalised, data, 6, kept["stopped"], statistics(2))
+    assert_close(learnt(resumed), (parameters, estimated), rtol=0, atol=0)
+    # The run ended with a validation: its statistics are of two batches of 8, and not of all that training has seen.
+    counts = [value for name, value in estimated.items() if name.endswith("count")]
+    assert_close(torch.stack(counts), torch.tensor([16.0, 16.0, 16.0, 48.0]).expand(3, -1))
+
+
+def statistics(batches):
+    return [] if batches is None else [PopulationStatistics(batches)]
+
+
+def test_population_statistics_of_several_processes_are_of_all_their_rows(monkeypatch):
+    norm, other = RecurrentBatchNorm(2, max_steps=4), RecurrentBatchNorm(2, max_steps=4)
+    rows = torch.randn(7, 2).double()
+    norm.double(), other.double()
+    for one, part in ((norm, rows[:3]), (other, rows[3:])):
+        one.count[0], one.mean[0], one.variance[0] = len(part), part.mean(0), part.var(0, correction=0)
+    theirs = [other.count, other.count.div(7).unsqueeze(1) * other.mean]
+    theirs += [other.count.div(7).unsqueeze(1) * (other.variance + (other.mean - rows.mean(0)).square())]
+    monkeypatch.setattr(population_statistics, "summed", lambda value: value + theirs.pop(0))
+    population_statistics._pool(norm)
+    assert_close((norm.count[0].item(), norm.mean[0], norm.variance[0]), (7.0, rows.mean(0), rows.var(0, correction=0)))
+    assert_close((norm.mean[1:], norm.variance[1:]), (torch.zeros(3, 2).double(), torch.ones(3, 2).double()))
+
+
+def test_population_statistics_need_something_to_estimate(tmp_path):
+    with pytest.raises(ExperimentError, match="batches is 0"):
+        PopulationStatistics(0)
+    with pytest.raises(ExperimentError, match="SequenceReader has no RecurrentBatchNorm"):
+        run(tmp_path, memory, partial(Adding, 6, **SMALL), 3, None, statistics(1))
 
 
 def cosine(step, steps):

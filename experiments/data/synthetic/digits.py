@@ -26,10 +26,10 @@ class SequentialDigits(SyntheticData):
 
     Args:
         read: "pixels", T = 64 or 784 of 1 feature, or "rows", T = 8 or 28 of as many features, brightness in [0, 1].
+        batch_size, epoch, seed: see `SyntheticData`.
         permuted: read the pixels in a random order, the same for all images and seeds.
         path: a folder with MNIST's four files, or others in their format and size, packed by gzip or not; None for
             scikit-learn's.
-        batch_size, epoch, seed: see `SyntheticData`.
 
     Raises ExperimentError for rows of permuted pixels; and in `setup` without scikit-learn (extra `digits`), and for
     files that are not there or are others.
@@ -40,11 +40,11 @@ class SequentialDigits(SyntheticData):
     def __init__(
         self,
         read: Literal["pixels", "rows"] = "pixels",
-        permuted: bool = False,
-        path: str | None = None,
         batch_size: int = 64,
         epoch: int = 500,
         seed: int | None = None,
+        permuted: bool = False,
+        path: str | None = None,
     ) -> None:
         super().__init__(batch_size, epoch, _HELD_OUT if path is None else _MNIST_HELD_OUT, seed)
         if permuted and read == "rows":
