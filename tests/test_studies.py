@@ -203,6 +203,19 @@ def test_the_arms_of_the_speech_study_are_what_they_are_called():
     assert found["MI-LSTM, 1 .5 .5 0"][1:] == (1, 0.5, 0.5, 0)
 
 
+def test_the_arms_of_batch_normalisation_differ_in_gamma_alone():
+    study = read_study(STUDIES / "memory_batch_norm.yaml")
+    gains = {}
+    for arm in resolved(study, study.conditions(), []):
+        recurrent = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]
+        cell = recurrent["cell"]["init_args"]
+        norms = [cell["memory_norm"], cell["integrator"].get("init_args", {}).get("norm")]
+        gains[arm.name] = [norm and norm["init_args"]["gain"] for norm in norms]
+        statistics = [c for c in arm.settings["trainer"]["callbacks"] if "PopulationStatistics" in c["class_path"]]
+        assert len(statistics) == (arm.name != "without")
+    assert gains == {"γ = 0.1": [0.1, 0.1], "γ = 1": [1.0, 1.0], "without": [None, None]}
+
+
 SETTINGS = {"name": "a", "data": {"init_args": {"root": "x", "length": 3}}, "trainer": {"max_steps": 2, "logger": None}}
 
 

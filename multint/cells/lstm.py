@@ -33,8 +33,9 @@ class LSTMCell(Cell):
         peepholes: add p_i ⊙ c to i, p_f ⊙ c to f and p_o ⊙ c' to o, with learnt vectors that start at 0.
         forget_bias: a constant added to f.
         proj_size: P > 0 makes h' = R(σ(o) ⊙ tanh(c')) with a learnt R (P, H), as `nn.LSTM` does.
-        memory_norm: factory `(H) -> module` of a norm of c' where h' reads it, such as `torch.nn.LayerNorm`; None for
-            none. The gates are normalised by their integrator, `Normalised` (Ba et al. 2016 do both).
+        memory_norm: factory `(H) -> module` of a norm of c' where h' reads it, such as `torch.nn.LayerNorm` or
+            `RecurrentBatchNorm`; None for none. The gates are normalised by their integrator, `Normalised` (Ba et al.
+            2016 do both, and Cooijmans et al. 2016).
 
     Raises: OptionError for a proj_size that is not in 0 … H−1.
     Source: Wu et al. 2016, A.1; Gers and Schmidhuber 2000 for the peepholes; Sak et al. 2014 for the projection.

@@ -101,7 +101,7 @@ class RecurrentBatchNorm(nn.Module):
             rows, going_on = going_on.sum().to(self.count.dtype), going_on.unsqueeze(1)
             mean = torch.where(going_on, p, 0).sum(0) / rows.clamp(min=1)
             variance = torch.where(going_on, p - mean, 0).square().sum(0) / rows.clamp(min=1)
-        self.seen.append((time, rows, mean.detach(), variance.detach()))
+        self.seen.append((time, rows, mean.detach().to(self.mean), variance.detach().to(self.mean)))
         return mean, variance
 
     @torch.no_grad()

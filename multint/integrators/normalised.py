@@ -28,7 +28,8 @@ class Normalised(Integrator):
 
     Args:
         integrator: factory `(X, Z, O) -> Integrator` of the map to normalise.
-        norm: factory `(features) -> module` of N, (..., features) → (..., features), such as `torch.nn.RMSNorm`.
+        norm: factory `(features) -> module` of N, (..., features) → (..., features), such as `torch.nn.RMSNorm`; or
+            `RecurrentBatchNorm`, in a recurrent layer.
 
     Raises: OptionError where there is no product (in an `nn.Linear`), or one of a single feature, whose layer
     normalisation is 0.
