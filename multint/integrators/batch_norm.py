@@ -31,7 +31,7 @@ class RecurrentBatchNorm(nn.Module):
 
     Args:
         features: F.
-        gain: what γ starts at. With 1 the gradient of tanh vanishes over many steps (Cooijmans et al., section 4).
+        gain: what γ starts at. With 1 the gradient does not keep its size over hundreds of steps; see section 4 there.
         bias: whether there is a β, which starts at 0. An integrator has a bias of its own.
         max_steps: for how many steps statistics are kept.
         momentum: the part of its weight that the past loses with every pass in training.
