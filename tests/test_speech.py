@@ -25,8 +25,9 @@ from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
 from experiments.core.trust import trusting
 from experiments.data import AN4, Labelling, Recordings, Units, YesNo
+from experiments.data.buckets import Buckets
 from experiments.data.speech.audio import read_audio
-from experiments.data.speech.batches import Batch, Buckets, Utterance, collated
+from experiments.data.speech.batches import Batch, Utterance, collated
 from experiments.data.speech.features import FrontEnd, log_mel, normalised, stacked, with_deltas
 from experiments.data.speech.manifests import read_manifest
 from experiments.data.speech.units import read_lexicon

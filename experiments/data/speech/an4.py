@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.data.speech.archives import read_archive
+from experiments.data.archives import read_archive
 from experiments.data.speech.features import FrontEnd, Normalise
 from experiments.data.speech.speech_data import Recording, SpeechData
 from experiments.data.speech.units import Kind, Lexicon, one_spaced, read_lexicon

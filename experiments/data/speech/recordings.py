@@ -8,8 +8,8 @@ import pooch
 import torch
 
 from experiments.core.errors import ExperimentError
+from experiments.data.archives import read_archive
 from experiments.data.downloads import KnownFile
-from experiments.data.speech.archives import read_archive
 from experiments.data.speech.audio import read_audio
 from experiments.data.speech.features import FrontEnd, Normalise, log_mel
 from experiments.data.speech.manifests import SPLITS, Row, read_manifest, rows_by_name, words_of

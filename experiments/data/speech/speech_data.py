@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.core.task import Data
-from experiments.data.batch_streams import FixedBatches, TrainingBatches, generator_of
-from experiments.data.speech.batches import Batch, Buckets, Utterance, collated
+from experiments.data.buckets import BucketedData, Buckets
+from experiments.data.speech.batches import Batch, Utterance, collated
 from experiments.data.speech.features import FrontEnd
 from experiments.data.speech.labelling import Labelling
 from experiments.data.speech.units import Kind, Lexicon, Units, read_lexicon
@@ -27,7 +26,7 @@ class Recording(NamedTuple):
     text: str  # one space between words
 
 
-class SpeechData(Data):
+class SpeechData(BucketedData):
     """Utterances with transcripts, in batches of like lengths.
 
     A subclass gives `_recordings`. All features are kept in memory: of 40 bands with slopes, 173 MB for an hour.
@@ -53,8 +52,8 @@ class SpeechData(Data):
     ) -> None:
         if batch_frames < 1:
             raise ExperimentError(f"--data.batch_frames: got {batch_frames}, expected at least 1.")
-        self.front_end, self.unit, self.lexicon = front_end, unit, lexicon
-        self.batch_frames, self.seed = batch_frames, seed
+        super().__init__(seed)
+        self.front_end, self.unit, self.lexicon, self.batch_frames = front_end, unit, lexicon, batch_frames
         self._labelling: Labelling | None = None
         self._sets: dict[str, list[Utterance]] = {}  # by split
 
@@ -77,13 +76,7 @@ class SpeechData(Data):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the recordings, once for all stages. Raises ExperimentError where they cannot be used."""
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ExperimentError(
-                f"{type(self).__name__}: got {self.trainer.world_size} processes, expected one: batches of utterances "
-                "are not shared out. Leave --trainer.devices out."
-            )
-        if self.seed is None:
-            self.seed = torch.initial_seed() % 2**32
+        super().setup(stage)
         if self._sets:
             return
         recordings = self._recordings()
@@ -96,41 +89,10 @@ class SpeechData(Data):
         self._labelling = Labelling.of(units, [one.labels for one in train], [one.text for one in train])
         self._sets = sets
 
-    def train_dataloader(self) -> TrainingBatches:
-        """Batches in an order that is new in every epoch, resumable within it."""
-        buckets = self._buckets("train")
-        orders: dict[int, list[list[int]]] = {}  # of the epoch under way
-
-        def draw(index: int, _: torch.Generator) -> Batch:
-            epoch, batch = divmod(index, len(buckets))
-            if epoch not in orders:
-                orders.clear()
-                orders[epoch] = buckets.batches(generator_of(epoch, "order", batches.seed))
-            return self._batch("train", orders[epoch][batch])
-
-        assert self.seed is not None
-        position = None if self.trainer is None else self._position
-        batches = TrainingBatches(draw, len(buckets), self.seed, position)
-        return batches
-
-    def val_dataloader(self) -> FixedBatches:
-        """The validation's utterances, the longest first."""
-        return self._fixed("valid")
-
-    def test_dataloader(self) -> FixedBatches:
-        """The test's utterances, the longest first."""
-        return self._fixed("test")
-
-    def _fixed(self, split: str) -> FixedBatches:
-        batches = self._buckets(split).batches()
-        return FixedBatches(
-            {split: lambda index, _: self._batch(split, batches[index])}, {split: len(batches)}, (split,)
-        )
-
     def _buckets(self, split: str) -> Buckets:
         return Buckets([len(one.features) for one in self._sets[split]], self.batch_frames)
 
-    def _batch(self, split: str, chosen: Sequence[int]) -> Batch:
+    def _batch(self, split: str, chosen: Sequence[int], generator: torch.Generator) -> Batch:
         return collated([self._sets[split][i] for i in chosen])
 
 

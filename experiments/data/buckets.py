@@ -1,0 +1,112 @@
+"""Examples of unlike lengths, in batches of like ones."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from experiments.core.errors import ExperimentError
+from experiments.core.task import Data
+from experiments.data.batch_streams import FixedBatches, TrainingBatches, generator_of
+
+# Batches in a bucket: with more, the batches of an epoch are less like those of the one before, and padded more.
+_BATCHES_IN_BUCKET = 4
+
+
+class Buckets:
+    """Examples of like lengths in buckets, from which batches are made.
+
+    A batch of so many steps is as many examples of a bucket as fit when padded to the bucket's longest, at least one.
+    Every epoch has as many batches, whatever it shuffles.
+
+    Args:
+        lengths: of the examples.
+        size: of a batch: steps, padding included, or examples; of these the last batch may have fewer.
+        unit: which.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, unit: Literal["steps", "examples"] = "steps") -> None:
+        order = torch.tensor(lengths).argsort(descending=True, stable=True)
+        if unit == "examples":
+            self._buckets = list(order.split(size * _BATCHES_IN_BUCKET))
+            self._sizes = [size] * len(self._buckets)
+        else:
+            count = max(1, round(sum(lengths) / (size * _BATCHES_IN_BUCKET)))
+            self._buckets = [bucket for bucket in order.tensor_split(count) if len(bucket)]
+            self._sizes = [max(1, size // lengths[bucket[0]]) for bucket in self._buckets]
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return sum(-(-len(bucket) // size) for bucket, size in zip(self._buckets, self._sizes, strict=True))
+
+    def batches(self, generator: torch.Generator | None = None) -> list[list[int]]:
+        """The examples of each batch of an epoch: shuffled within their buckets, and the batches too, or in order."""
+        batches = []
+        for bucket, size in zip(self._buckets, self._sizes, strict=True):
+            shuffled = bucket if generator is None else bucket[torch.randperm(len(bucket), generator=generator)]
+            batches += [batch.tolist() for batch in shuffled.split(size)]
+        if generator is None:
+            return batches
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+class BucketedData(Data):
+    """Data in batches of like lengths, for one process.
+
+    A subclass gives `_buckets` and `_batch`, and reads in `setup` after this class's.
+
+    Args:
+        seed: of the order in training; None takes the run's.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    @abstractmethod
+    def _buckets(self, split: str) -> Buckets:
+        """Those of "train", "valid" or "test"."""
+
+    @abstractmethod
+    def _batch(self, split: str, chosen: Sequence[int], generator: torch.Generator) -> Any:
+        """The examples of these numbers as one batch; what is random in it is drawn from the generator."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take the run's seed. Raises ExperimentError for several processes."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ExperimentError(
+                f"{type(self).__name__}: got {self.trainer.world_size} processes, expected one: batches of like "
+                "lengths are not shared out. Leave --trainer.devices out."
+            )
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**32
+
+    def train_dataloader(self) -> TrainingBatches:
+        """Batches in an order that is new in every epoch, resumable within it."""
+        buckets = self._buckets("train")
+        orders: dict[int, list[list[int]]] = {}  # of the epoch under way
+
+        def draw(index: int, generator: torch.Generator) -> Any:
+            epoch, batch = divmod(index, len(buckets))
+            if epoch not in orders:
+                orders.clear()
+                orders[epoch] = buckets.batches(generator_of(epoch, "order", batches.seed))
+            return self._batch("train", orders[epoch][batch], generator)
+
+        assert self.seed is not None
+        position = None if self.trainer is None else self._position
+        batches = TrainingBatches(draw, len(buckets), self.seed, position)
+        return batches
+
+    def val_dataloader(self) -> FixedBatches:
+        """The validation's examples, the longest first."""
+        return self._fixed("valid")
+
+    def test_dataloader(self) -> FixedBatches:
+        """The test's examples, the longest first."""
+        return self._fixed("test")
+
+    def _fixed(self, split: str) -> FixedBatches:
+        batches = self._buckets(split).batches()
+        draws = {split: lambda index, generator: self._batch(split, batches[index], generator)}
+        return FixedBatches(draws, {split: len(batches)}, (split,))
