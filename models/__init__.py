@@ -1,6 +1,7 @@
 """Whole networks as plain PyTorch modules."""
 
 from models.acoustic_model import AcousticModel
+from models.attentive_reader import AttentiveReader
 from models.hmm import Filtered, ForwardCell, HiddenMarkovModel
 from models.initialisation import Glorot, Uniform
 from models.language_model import Features, LanguageModel
@@ -25,6 +26,7 @@ from models.softmax_loss import softmax_cross_entropy, symbol_losses
 __all__ = [
     "AcousticModel",
     "AttentiveEncoder",
+    "AttentiveReader",
     "ConcatMLP",
     "Features",
     "Filtered",

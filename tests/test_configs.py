@@ -13,9 +13,10 @@ from experiments.core import inspection
 from experiments.core.configs import CONFIGS, ready_configs
 from experiments.core.loading import RunSettings
 from experiments.core.trust import trusting
+from experiments.data import ReadingData
 from experiments.data.text import Vocabulary
 from experiments.data.text.corpora import pydoc
-from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Regression, Speech, StateTracking
+from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Reading, Regression, Speech, StateTracking
 from models import Points, log_likelihood
 
 pytestmark = pytest.mark.runs
@@ -86,6 +87,12 @@ def lstm(inputs, hidden):
     return 4 * hidden * (inputs + hidden + 1)
 
 
+def reader(size, mi=0):
+    """Of 50 words and 10 answers, with a size for all: two bidirectional LSTMs, attention, its vector, and the rest."""
+    layers = 4 * (lstm(size, size) + mi * 4 * size)
+    return 50 * size + layers + size * (4 * size + 2) + 2 * size * (4 * size + 1) + mlp([2 * size, 10])
+
+
 MADE = {
     "bilinear_form": multiplicative(8, 8, 1),
     "teacher_student": multiplicative(8, 8, 32) + multiplicative(32, 8, 1),
@@ -96,6 +103,10 @@ MADE = {
     "digits": lstm(1, 64) + mlp([64, 10]),
     # With γ of both products and of c, and a β.
     "digits_batch_norm": lstm(1, 64) + 2 * 4 * 64 + 2 * 64 + mlp([64, 10]),
+    "babi": reader(32),
+    "novels": reader(32),
+    "cnn_lstm": reader(240),
+    "cnn_mi_lstm": reader(240, mi=3),  # α, β₁ and β₂
     "yesno": 2 * lstm(24 * 23, 64) + mlp([128, 3]),
     # Two directions of MI-LSTMs, with α, β₁ and β₂; the bias is counted in `lstm`.
     "an4": 2 * (lstm(9 * 13, 128) + 2 * lstm(256, 128) + 3 * 3 * 4 * 128) + mlp([256, 28]),
@@ -167,10 +178,21 @@ def speech(task, data):
     return network
 
 
+def reading(task, data):
+    """The task's network, after one call."""
+    assert isinstance(data, ReadingData)
+    network = task._build_network(50, 10)
+    words, lengths = torch.zeros(3, 2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    logits, weights = network(words, lengths, words, lengths)
+    assert (logits.shape, weights.shape) == ((2, 10), (3, 2))
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
     Memory: memory,
     NeuralProcesses: neural_process,
+    Reading: reading,
     Regression: regression,
     Speech: speech,
     StateTracking: state_tracking,

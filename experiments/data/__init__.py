@@ -1,6 +1,7 @@
 """What is learnt from: a file or a folder for each kind of data."""
 
 from experiments.data.functions import Curves, FunctionData, Images, Table
+from experiments.data.reading import BAbI, NovelCloze, QuestionFiles, ReadingData
 from experiments.data.speech import AN4, Labelling, Recordings, SpeechData, Units, YesNo
 from experiments.data.synthetic import (
     Adding,
@@ -20,6 +21,7 @@ __all__ = [
     "AN4",
     "Adding",
     "AffineTasks",
+    "BAbI",
     "Batch",
     "CopyMemory",
     "Curves",
@@ -27,7 +29,10 @@ __all__ = [
     "FunctionData",
     "Images",
     "Labelling",
+    "NovelCloze",
     "Pairs",
+    "QuestionFiles",
+    "ReadingData",
     "Recall",
     "Recordings",
     "Sequences",
