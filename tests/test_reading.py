@@ -316,7 +316,7 @@ def test_babi_is_read_unpacked_and_from_its_archive(babi, tmp_path):
     for data in (babi_of(tmp_path), babi_of(babi / "babi"), babi_of(babi / "babi/en-valid")):
         assert data.wording == babi_of(babi).wording
         assert len(data.questions("train")) == 24
-    assert {one.group for one in babi_of(babi, tasks=[2]).questions("test")} == {"2"}
+    assert {one.group for one in babi_of(babi, tasks=2).questions("test")} == {"2"}
 
 
 def test_babi_that_is_not_there_says_where_it_was_looked_for(babi, tmp_path):

@@ -1,7 +1,7 @@
 """bAbI: twenty tasks of made-up stories, each with questions that need one kind of reasoning."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.core.errors import ExperimentError
@@ -22,18 +22,18 @@ class BAbI(ReadingData):
 
     Args:
         root: the folder in which `babi` lies, with `en-valid` or as an archive, or that folder itself.
-        tasks: those to learn together, by number; None: all.
+        tasks: one, or those to learn together, by number; None: all.
         batch_size, seed: see `ReadingData`.
 
     Source: Weston et al. 2015, version 1.2.
     """
 
     def __init__(
-        self, root: str, tasks: Sequence[int] | None = None, batch_size: int = 32, seed: int | None = None
+        self, root: str, tasks: int | list[int] | None = None, batch_size: int = 32, seed: int | None = None
     ) -> None:
         super().__init__(None, 1, False, batch_size, seed)
         self.root = Path(root).expanduser()
-        self.tasks = list(TASKS if tasks is None else tasks)
+        self.tasks = [tasks] if isinstance(tasks, int) else list(TASKS if tasks is None else tasks)
         if not self.tasks or set(self.tasks) - set(TASKS) or len(set(self.tasks)) < len(self.tasks):
             raise ExperimentError(f"--data.tasks: got {self.tasks}, expected distinct numbers from 1 to {TASKS[-1]}.")
         self._contents: dict[str, bytes] | None = None  # of an archive
