@@ -207,6 +207,11 @@ def test_an_answer_that_the_training_has_not_is_number_0():
     assert [one.answer for one in sets["train"] + sets["test"]] == [2, 1, 1, 0]
 
 
+def test_a_split_without_questions_is_refused():
+    with pytest.raises(ExperimentError, match="the data have no questions for the split 'valid'"):
+        encoded(lambda split: questions(split) if split == "train" else (), None, 1)
+
+
 @pytest.mark.parametrize(("document", "query", "what"), [([], ["?"], "document"), (["x"], [], "query")])
 def test_an_empty_question_is_refused(document, query, what):
     with pytest.raises(ExperimentError, match=f"q7: the {what} is empty"):
@@ -572,6 +577,7 @@ def test_markers_are_drawn_anew_in_training_alone(books):
         ({"path": "latin.txt"}, "latin.txt: no text in utf-8 .* Name its --data.encoding"),
         ({"path": "bad.zip"}, "bad.zip: no archive of one text"),
         ({"path": "", "books": ["three.txt"]}, "there is no three.txt in .* Choices: bad.zip, empty.txt"),
+        ({"path": "plain.txt", "books": ["three.txt"]}, "plain.txt is no folder of them"),
         ({"path": "folder"}, "the folder has no .txt and no .zip"),
         ({"path": "", "encoding": "utf-9"}, "--data.encoding: got 'utf-9'"),
         ({"path": "", "entities": 1}, "--data.entities: got 1, expected at least 2"),

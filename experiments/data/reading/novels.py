@@ -75,6 +75,10 @@ class NovelCloze(ReadingData):
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
+            if self.books is not None:
+                raise ExperimentError(
+                    f"--data.books: got names, and {self.path} is no folder of them. Give one, or --data.books=null."
+                )
             return [self.path]
         there = {path.name: path for path in sorted(self.path.iterdir()) if path.suffix in (".txt", ".zip")}
         if missing := [book for book in self.books or () if book not in there]:

@@ -77,7 +77,7 @@ def encoded(
             if split == "train":
                 counts[answer] = counts.get(answer, 0) + 1
         if not sets[split]:
-            raise ExperimentError(f"there are no questions for the split '{split}'.")
+            raise ExperimentError(f"the data have no questions for the split '{split}', expected some. Give more text.")
         known = known or len(numbers)
     wording = Wording(_words(numbers, sets["train"], known, max_words, min_count), _answers(counts, [*numbers]))
     of_word, of_answer = ({word: i for i, word in enumerate(part)} for part in wording)
