@@ -46,7 +46,11 @@ def quick_to_trace():
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_collect():
-    """What the imports and the tests before have left is looked through once, and not at each collection of garbage."""
+    """What the imports and the tests before have left is looked through once, and not at each collection of garbage.
+
+    Tracing makes so many objects that Python would look for garbage all the time.
+    """
+    gc.set_threshold(50_000)
     gc.collect()
     gc.freeze()
 

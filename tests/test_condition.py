@@ -287,6 +287,7 @@ def test_derivatives_of_second_order():
     assert torch.autograd.gradgradcheck(lambda x, c: f(x, context=c), inputs, fast_mode=True)
 
 
+@pytest.mark.compiles
 def test_it_is_compiled_whole():
     torch.compiler.reset()  # its limit of compilations is for all networks together
     f, x = conditioned(volumes)
@@ -295,6 +296,7 @@ def test_it_is_compiled_whole():
         exact(compiled(x, context=context), f(x, context=context))
 
 
+@pytest.mark.compiles
 def test_it_is_exported_with_a_free_batch_size():
     f, x = conditioned(conv_net)
     batch = torch.export.Dim("batch")

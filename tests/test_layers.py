@@ -134,6 +134,7 @@ def test_packed_equals_lengths(cell, batch_first, lengths):
         exact(fields(packed_final), fields(final))
 
 
+@pytest.mark.compiles
 def test_a_sequence_of_no_steps_keeps_its_state_and_lengths_may_be_batched():
     """The same with numbers to read and without: eagerly, under vmap and in a compiled program."""
     rnn = LSTM(5, 7, bidirectional=True, engine="loop").double()

@@ -67,6 +67,7 @@ def test_with_closed_gates_it_is_the_cell(kind):
 
 
 @pytest.mark.usefixtures("eager", "poisoned")
+@pytest.mark.compiles
 def test_five_rounds_run_compiled():
     """Every round is a product in the step, and none is left to the loop."""
     cell = randomise(Mogrifier(X, H, lstm, rank=2).double())
@@ -113,6 +114,7 @@ IN_YAML = {
 }
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("written", IN_YAML)
 def test_a_config_names_it(written, tmp_path):
     path = tmp_path / "own.yaml"

@@ -86,6 +86,7 @@ def test_imports_within_a_folder_run_in_no_circle(folder):
 LIGHT = ["core.inspection", "core.export", "sample"]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("names", "heavy"),
     [
@@ -122,6 +123,7 @@ def test_every_class_and_function_without_an_underscore_has_a_docstring():
     assert bare == []
 
 
+@pytest.mark.runs
 def test_importing_multint_brings_nothing_heavy():
     """In an interpreter of its own, without the libraries that only the experiments need."""
     code = "import sys, torch; before = set(sys.modules); import multint; print(*(set(sys.modules) - before))"

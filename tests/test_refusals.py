@@ -297,6 +297,11 @@ RIGHT_OR_REFUSED = {
     "checkpoint": lambda cell, x, h: checkpoint(base, cell, x, h, use_reentrant=False),
     "own-gradient": by_the_steps_own_gradient,
     "func-grad": lambda cell, x, h: base(cell, x, h) + 0.1 * torch.func.grad(lambda v: v.pow(3).sum())(h),
+    "version": lambda cell, x, h: base(cell, x, h) * (1 + x._version),
+}
+
+# The same of numbers and sizes, for which it is all one what wants a gradient.
+OF_NUMBERS_AND_SIZES = {
     "vmap": lambda cell, x, h: base(cell, x, torch.vmap(lambda row: row.cumsum(0))(h) / 10),
     "complex": lambda cell, x, h: base(cell, x, torch.view_as_real(torch.complex(h, h) * 1j).sum(-1)),
     "fft": lambda cell, x, h: base(cell, x, torch.fft.rfft(h, dim=-1).abs()[:, :1] * h),
@@ -305,7 +310,6 @@ RIGHT_OR_REFUSED = {
     "value": lambda cell, x, h: base(cell, x, h) * (0.5 if float(h.detach().sum()) > 0 else 2.0),
     "list": lambda cell, x, h: base(cell, x, h) * (0.5 if h.detach().tolist()[0][0] > 0 else 2.0),
     "numpy": lambda cell, x, h: base(cell, x, h) * float(h.detach().numpy().mean()),
-    "version": lambda cell, x, h: base(cell, x, h) * (1 + x._version),
     "strides": lambda cell, x, h: base(cell, x, h) * (0.5 if x.is_contiguous() else 2.0),
     "more-rows-than-one": lambda cell, x, h: base(cell, x, h) * (0.5 if x.shape[0] > 1 else 2.0),
     "squeezed": lambda cell, x, h: (
@@ -342,6 +346,16 @@ def test_what_a_graph_does_not_show_is_right_or_refused(name):
     right_or_refused(cell, *of_one_row)
     with torch.no_grad():
         right_or_refused(cell, *wanting(cell, xs, state, True, True))
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS_AND_SIZES)
+def test_what_a_graph_does_not_show_of_numbers_is_right_or_refused(name):
+    cell = Free(OF_NUMBERS_AND_SIZES[name]).float()
+    xs, state = inputs(cell)
+    right_or_refused(cell, xs, state)
+    right_or_refused(cell, *wanting(cell, xs[:, :1], HiddenState(state.h[:1]), True, True))
+    with torch.no_grad():
+        right_or_refused(cell, xs, state)
 
 
 @pytest.mark.parametrize("name", RIGHT_OR_REFUSED)
