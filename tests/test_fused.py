@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("poisoned")]
 
 
 MODES = {
-    **LAYERS,
+    "bidirectional": LAYERS["bidirectional"],  # and stacked
+    "zoneout": LAYERS["zoneout"],
     "lengths": {"bidirectional": True},
     "reset": {},
     "noise": {"zoneout": 0.3, "state_dropout": 0.3, "input_dropout": 0.3, "weight_drop": 0.3, "weight_noise": 0.1},
