@@ -33,6 +33,8 @@ from multint import MultintError
 
 register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are
 
+_parsed_objects: dict[tuple[int, str, str, bool], Namespace] = {}  # of the parse under way, see `_Parser`
+
 # Of these an empty text, as from an unset shell variable, would mean the current folder.
 _NEVER_EMPTY = ("name", "ckpt_path", "base", "trainer.default_root_dir")
 
@@ -203,9 +205,46 @@ def _first_lines(error: BaseException) -> str:
     return " ".join(map(str.strip, str(error).splitlines()[:2])) or type(error).__name__
 
 
+class _Parser(ArgumentParser):
+    """jsonargparse's, whose own would take a second for a config.
+
+    It has a parser for each class that a config names. Every level of these parses the one below several times, for its
+    defaults, for what is given, and to validate both: from a network down to its integrator that is some hundred times.
+    Here the same settings are parsed once, and a class's defaults are put in where they are missing in the end.
+    """
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        if (defaults := vars(self).get("_resolved")) is None:
+            defaults = self._resolved = super().get_defaults(*args, **kwargs)
+        return defaults.clone()
+
+    def parse_object(
+        self, obj: Any, namespace: Any = None, env: Any = None, defaults: bool = True, **kwargs: Any
+    ) -> Namespace:
+        asked = id(self), repr(obj), repr(namespace), defaults
+        if asked in _parsed_objects:
+            try:
+                self.validate(_parsed_objects[asked])  # which the first time it may not have been
+            except (TypeError, KeyError) as error:
+                self.error(str(error), error)
+        else:
+            given = super().parse_object(obj, namespace, env, defaults=False, **kwargs)
+            _parsed_objects[asked] = _over(self.get_defaults(), given) if defaults else given
+        return _parsed_objects[asked].clone()
+
+
+def _over(defaults: Namespace, given: Namespace) -> Namespace:
+    """The defaults, where nothing else is given; a class that is given has its own."""
+    for name, value in vars(given).items():
+        default = vars(defaults).get(name)
+        is_group = all(isinstance(of, Namespace) and "class_path" not in of for of in (value, default))
+        defaults[name] = _over(default, value) if is_group else value
+    return defaults
+
+
 @cache
 def _parser(command: str, trainer: type | None) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = _Parser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="A YAML file of settings (repeatable).")
     parser.add_argument(
         "--seed_everything", type=bool | int, default=0, help="The run's seed; true draws one, false leaves torch's."
@@ -238,8 +277,10 @@ def _parser(command: str, trainer: type | None) -> ArgumentParser:
 
 
 def _parsed(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    _parsed_objects.clear()
     with _explained(parser, argv):
         config = parser.parse_args(argv)
+    _parsed_objects.clear()  # files may change until the next one
     for name in _NEVER_EMPTY:
         if config.get(name) == "":
             raise ExperimentError(f"{name}: '' is empty. Give a name, or leave the option out.")
