@@ -23,8 +23,7 @@ from experiments.core.configs import NoYAMLError, load_yaml, read_config, read_t
 from experiments.core.errors import ExperimentError, choices_message, nearest_message
 from experiments.core.trust import TRUSTED, refusal
 
-UNKNOWN = object()  # a value that only jsonargparse can judge
-SPEC = {"class_path", "init_args", "dict_kwargs"}
+_SPEC = {"class_path", "init_args", "dict_kwargs"}
 
 
 class Setting(NamedTuple):
@@ -36,35 +35,28 @@ class Setting(NamedTuple):
     group: type | None = None  # the class whose settings these are, without a choice
 
 
-class Chosen(NamedTuple):
-    """A class that was chosen, how many arguments its caller gives, and the settings given to it."""
+class Added(NamedTuple):
+    """A value that is given to be added to a list, by `NAME+`."""
 
-    cls: type
-    filled: int
-    given: dict[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Setting]:
-        return _settings_of(self.cls, self.filled)
+    value: Any
 
 
 def explain(parser: ArgumentParser, argv: Sequence[str]) -> None:
-    """Raises ExperimentError for the first mistake in the config files and options of a command, if it finds one.
+    """Raises ExperimentError for a mistake in the config files and options of a command, if it finds one.
 
     Args:
         parser: the command's parser.
         argv: its arguments, after `expanded`.
     """
-    settings = _settings(parser)
-    given: dict[str, Any] = {}
+    given: list[dict[str, Any]] = []
     for name, value in _options(argv):
         if name not in ("-c", "--config"):
-            given = _merged(settings, "", {name.lstrip("-"): value}, given, is_option=True)
+            given.append({name.lstrip("-"): value})
         elif value is None or (config := read_config(value)) is None or "config" in config:
             return  # settings that are not seen here
         else:
-            given = _merged(settings, "", config, given)
-    _require(settings, "", given)
+            given.append(config)
+    _check_settings(_settings(parser), "", given)
 
 
 def _options(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -97,95 +89,98 @@ def _settings_of(cls: type, filled: int) -> dict[str, Setting]:
     return _settings(parser)
 
 
-def _merged(
+def _check_settings(
     settings: dict[str, Setting],
     path: str,
-    given: Mapping[str, Any],
-    before: dict[str, Any],
-    is_option: bool = False,
+    given: Sequence[Mapping[str, Any]],  # one over the other
     owner: type | None = None,
-) -> dict[str, Any]:
-    """What is given, checked against the settings that there are, over what was given before."""
-    merged = dict(before)
-    for key, value in _undotted(given).items():
-        name = key.removesuffix("+")
-        place = f"{path}.{name}".lstrip(".")
-        if name not in settings:
-            of = f" of {owner.__name__}" if owner else ""
-            raise ExperimentError(f"{place}: there is no setting '{name}'{of}{choices_message(name, settings)}")
-        judge = _appended if name != key else _value
-        merged[name] = judge(settings[name], place, value, merged.get(name), is_option)
-    return merged
+) -> None:
+    values: dict[str, list[Any]] = {}  # each setting's, in turn
+    for part in given:
+        for key, value in _undotted(part).items():
+            name = key.removesuffix("+")
+            if name not in settings:
+                of = f" of {owner.__name__}" if owner else ""
+                place = f"{path}.{name}".lstrip(".")
+                raise ExperimentError(f"{place}: there is no setting '{name}'{of}{choices_message(name, settings)}")
+            values.setdefault(name, []).append(value if name == key else Added(value))
+    for name, of_name in values.items():
+        _check(settings[name], f"{path}.{name}".lstrip("."), of_name)
+    for name, setting in settings.items():
+        if setting.is_required and values.get(name, [None])[-1] is None:
+            where = f"{path}: the setting '{name}' is missing, which {owner.__name__} requires" if owner else None
+            raise ExperimentError(where or f"the setting '{name}' is missing. Start from a config: --config CONFIG")
 
 
-def _appended(setting: Setting, path: str, value: Any, before: Any, is_option: bool) -> Any:
-    if setting.hint.items is None or before is UNKNOWN:
-        return UNKNOWN
-    value = _loaded(path, value)
-    old = before if isinstance(before, list) else [] if before is None else [before]
-    item = Setting(setting.hint.items)
-    return old + [_value(item, path, new, None) for new in (value if isinstance(value, list) else [value])]
+def _check(setting: Setting, path: str, values: Sequence[Any]) -> None:
+    """Raises ExperimentError for a mistake among the values that are given to a setting, one over the other."""
+    hint, parts = setting.hint, list[list[Any]]()  # what is given to a class in turn; to each item, of a list of them
+    for given in values:
+        value = given.value if isinstance(given, Added) else given
+        if value is None and setting.group:
+            raise ExperimentError(f"{path}: it is empty, expected settings, NAME: VALUE")
+        # jsonargparse takes the path of a file for classes and for lists.
+        if isinstance(value, str) and os.path.isfile(value) and (hint.takes_classes or "[" in hint.shown):
+            _loaded(path, read_text(value))  # only so that nobody walks a huge one
+            return
+        if isinstance(value, str) and hint.takes_classes and not hint.accepts(value):
+            value = _loaded(path, value)
+        if setting.group and not isinstance(value, dict):
+            raise ExperimentError(f"{path}: '{value}' does not fit: expected settings, NAME: VALUE")
+        if isinstance(given, Added):
+            parts += [[item] for item in (value if isinstance(value, list) else [value])]
+        elif value is None or hint.accepts(value):
+            parts = []
+        elif isinstance(value, list) and hint.items:
+            if None in value and not hint.items.accepts(None):
+                raise hint.items.misfit(path, None)
+            before = parts if len(parts) == len(value) else [[]] * len(value)
+            parts = [[*old, item] for old, item in zip(before, value, strict=True)]
+        elif isinstance(value, dict) and parts and "class_path" not in value:
+            parts[-1].append(value)
+        elif isinstance(value, dict | str) and hint.takes_classes and hint.is_clear:
+            parts = [[*(parts[0] if len(parts) == 1 else []), value]]
+        elif hint.is_clear or "{" not in str(value):
+            raise hint.misfit(path, value)
+    item = setting if hint.bases else Setting(hint.items or hint)
+    for part in parts if hint.takes_classes else []:
+        _check_class(item, path, part)
 
 
-def _value(setting: Setting, path: str, value: Any, before: Any, is_option: bool = False) -> Any:
-    """A value, checked: a class as Chosen, a list of them, UNKNOWN, or the value itself."""
-    hint = setting.hint
-    if value is None and setting.group:
-        raise ExperimentError(f"{path}: it is empty, expected settings, NAME: VALUE")
-    if value is UNKNOWN or value is None or hint.accepts(value):
-        return value
-    # jsonargparse takes the path of a file for classes and for lists.
-    if isinstance(value, str) and os.path.isfile(value) and (hint.takes_classes or "[" in hint.shown):
-        _loaded(path, read_text(value))  # only so that nobody walks a huge one
-        return UNKNOWN
-    if isinstance(value, str) and hint.takes_classes:
-        value, is_option = _loaded(path, value), False
-    if value is None:
-        return None
-    if setting.group and not isinstance(value, dict):
-        raise ExperimentError(f"{path}: '{value}' does not fit: expected settings, NAME: VALUE")
-    if isinstance(value, list) and hint.items:
-        if None in value and not hint.items.accepts(None):
-            raise hint.items.misfit(path, None)
-        old = before if isinstance(before, list) and len(before) == len(value) else [None] * len(value)
-        return [_value(Setting(hint.items), path, item, last) for item, last in zip(value, old, strict=True)]
-    if isinstance(value, dict) and is_option and hint.items and isinstance(before, list) and before:
-        return [*before[:-1], _value(Setting(hint.items), path, value, before[-1], is_option)]
-    if isinstance(value, dict | str) and hint.bases:
-        given = {"class_path": value} if isinstance(value, str) else _undotted(value)
-        return _class(setting, path, given, before, is_option)
-    if not hint.is_clear and "{" in str(value):
-        return UNKNOWN
-    raise hint.misfit(path, value)
-
-
-def _class(setting: Setting, path: str, given: dict[str, Any], before: Any, is_option: bool) -> Any:
-    """The class that the value names, or that is there already, with the settings given to it."""
-    own = given.keys() - SPEC
-    if own and len(own) < len(given):
-        raise ExperimentError(f"{path}: '{min(own)}' stands beside class_path or init_args, expected in init_args")
-    if "class_path" in given:
-        cls = setting.hint.find(path, str(given["class_path"]))
-    elif isinstance(before, Chosen):
-        cls = before.cls
-    else:
-        cls = None if before is UNKNOWN or isinstance(before, list) else _implied(setting, path, given)
-    arguments = given if own else _loaded(path, given.get("init_args", {}))
-    if cls is None or arguments is UNKNOWN:
-        return UNKNOWN
-    if not isinstance(arguments, dict):
-        raise ExperimentError(f"{path}: '{arguments}' does not fit: expected init_args to hold settings, NAME: VALUE")
-    chosen = Chosen(cls, setting.hint.filled(path, cls, given.get("class_path")), {})
-    if isinstance(kwargs := given.get("dict_kwargs"), dict):  # for what is in no signature
-        arguments = arguments | {name: value for name, value in kwargs.items() if name in chosen.settings}
-    old = before.given if isinstance(before, Chosen) and before.cls is cls else {}
-    return chosen._replace(given=_merged(chosen.settings, path, arguments, old, is_option, cls))
+def _check_class(setting: Setting, path: str, values: Sequence[Any]) -> None:
+    """Raises ExperimentError for a mistake in the name of a class, or in the settings that are given to it in turn."""
+    hint, cls, given = setting.hint, setting.group, list[dict[str, Any]]()
+    name: str | None = None
+    for value in values:
+        if not isinstance(value, dict | str) or not hint.bases:
+            raise hint.misfit(path, value)
+        spec = {"class_path": value} if isinstance(value, str) else _undotted(value)
+        own = spec.keys() - _SPEC
+        if own and len(own) < len(spec):
+            raise ExperimentError(f"{path}: '{min(own)}' stands beside class_path or init_args, expected in init_args")
+        if "class_path" in spec:
+            before, name = cls, str(spec["class_path"])
+            cls = hint.find(path, name)
+            given = given if cls is before else []
+        elif cls is None:
+            cls = _implied(setting, path, spec)
+        arguments = spec if own else _loaded(path, spec.get("init_args", {}))
+        if cls is None or (isinstance(arguments, str) and os.path.isfile(arguments)):
+            return  # which only jsonargparse can tell
+        if not isinstance(arguments, dict):
+            raise ExperimentError(
+                f"{path}: '{arguments}' does not fit: expected init_args to hold settings, NAME: VALUE"
+            )
+        known = _settings_of(cls, hint.filled(path, cls, name))
+        if isinstance(kwargs := spec.get("dict_kwargs"), dict):  # for what is in no signature
+            arguments = arguments | {key: of_key for key, of_key in kwargs.items() if key in known}
+        given.append(arguments)
+    if cls is not None:
+        _check_settings(_settings_of(cls, hint.filled(path, cls, name)), path, given, cls)
 
 
 def _implied(setting: Setting, path: str, given: dict[str, Any]) -> type | None:
     """The class that settings are for where none was named: the default, or else the one that is expected."""
-    if setting.group:
-        return setting.group
     with suppress(TypeError, KeyError):
         return setting.hint.find(path, setting.default["class_path"])
     if len(setting.hint.bases) != 1:
@@ -196,17 +191,6 @@ def _implied(setting: Setting, path: str, given: dict[str, Any]) -> type | None:
         choices = choices_message("", setting.hint.choices())
         raise ExperimentError(f"{path}: '{min(names)}' is given, but no class was named that could have it{choices}")
     return base
-
-
-def _require(settings: dict[str, Setting], path: str, given: dict[str, Any], owner: type | None = None) -> None:
-    for name, setting in settings.items():
-        if setting.is_required and given.get(name) is None:
-            where = f"{path}: the setting '{name}' is missing, which {owner.__name__} requires" if owner else None
-            raise ExperimentError(where or f"the setting '{name}' is missing. Start from a config: --config CONFIG")
-        value = given.get(name)
-        for chosen in value if isinstance(value, list) else [value]:
-            if isinstance(chosen, Chosen):
-                _require(chosen.settings, f"{path}.{name}".lstrip("."), chosen.given, chosen.cls)
 
 
 def _undotted(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,11 +204,9 @@ def _undotted(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loaded(path: str, value: Any) -> Any:
-    """A value as jsonargparse reads it: a text may hold a mapping or a list, or be the path of a file with one."""
+    """A value as jsonargparse reads it: a text may hold a mapping or a list, or mean nothing."""
     if not isinstance(value, str) or not value.strip():
         return value
-    if os.path.isfile(value):
-        return UNKNOWN
     with suppress(NoYAMLError):
         loaded = load_yaml(value, path)
         return loaded if loaded is None or isinstance(loaded, dict | list) else value
