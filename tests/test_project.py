@@ -102,6 +102,14 @@ def test_commands_that_train_nothing_import_nothing_heavy(names, heavy):
     assert not set(out.split()) & heavy
 
 
+def test_a_summary_imports_no_compiler():
+    config = ROOT / "experiments/configs/characters/quickstart.yaml"
+    code = f"import sys, experiments.__main__ as of; of.main(['summary', '--config', '{config}']); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert "multiply-adds" in out
+    assert not set(out.split()) & {"lightning", "scipy", "sympy", "torch._dynamo"}
+
+
 def test_the_version_is_that_of_the_package():
     assert multint.__version__ == version("multint")
 

@@ -1,17 +1,23 @@
 """The commands that look at a network: `summary` of a config's, and `show` of what a trained one does."""
 
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, building, write_figure, writing
 from experiments.core.loading import RunSettings, checkpoint_in, load_task
 from experiments.core.network_size import layer_table, layers, table, without_memory
 from experiments.core.task import Data, Task
+
+# Below so many bytes a network is built with its values: without, torch imports its compiler to call it.
+_SMALL = 2**28
 
 # By torch's optimizers: the numbers kept of each parameter, and the settings that add one each.
 _KEPT = {
@@ -86,11 +92,14 @@ def show(invocation: Invocation) -> None:
 
 
 def _summary(task: Task, data: Data | None, sizes: dict[str, int]) -> str:
+    description = task.imagined(data, sizes)
     with without_memory(), building(f"{type(task).__name__}: the network"):
-        task.network = task.build(task.imagined(data, sizes)).eval()
+        task.network = task.build(description).eval()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
+    if size < _SMALL:
+        task.network = task.build(description).eval()
     shapes, work, in_all = _called(task)
     rows = {f"for each of its {task.unit}": f"{in_all} multiply-adds forward"} if in_all else {}
-    size = sum(parameter.numel() * parameter.element_size() for parameter in task.network.parameters())
     name, moments = _moments(task.settings["optimizer"])
     kept = f"parameters {_bytes(size)}, gradients {_bytes(size)}, {name}"
     if moments is None:
@@ -110,30 +119,55 @@ def _called(task: Task) -> tuple[dict[str, str], dict[str, str], str]:
     network = task.network
     assert network is not None
     shapes: dict[str, str] = {}
+    counter = _Counter()
 
-    def note(name: str, result: Any) -> None:
+    def enter(name: str) -> None:
+        counter.inside.append(name)
+
+    def leave(name: str, result: Any) -> None:
+        counter.inside.remove(name)
         first = pytree.tree_leaves(result)[0]
         shapes[name] = " × ".join(map(str, first.shape)) if isinstance(first, torch.Tensor) else ""
 
+    hooks = []
     try:
-        with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        has_values = not any(parameter.is_meta for parameter in network.parameters())
+        with torch.no_grad(), nullcontext() if has_values else without_memory():
             example = task.example()
-            hooks = [
-                layer.module.register_forward_hook(lambda *call, name=layer.name: note(name, call[-1]))
-                for layer in layers(network)
-            ]
-            counter.flop_counts.clear()
-            network(*example.arguments)
+            for layer in layers(network):
+                hooks.append(layer.module.register_forward_pre_hook(lambda *_, name=layer.name: enter(name)))
+                hooks.append(layer.module.register_forward_hook(lambda *call, name=layer.name: leave(name, call[-1])))
+            with counter:
+                network(*example.arguments)
     except ExperimentError:
         return {}, {}, ""
     for hook in hooks:
         hook.remove()
-    work = {
-        name.partition(".")[2]: f"{sum(counts.values()) // 2 // example.count:,}"
-        for name, counts in counter.flop_counts.items()
-        if "." in name
-    }
-    return shapes, work, f"{counter.get_total_flops() // 2 // example.count:,}"
+    work = {name: f"{count // 2 // example.count:,}" for name, count in counter.flops.items()}
+    return shapes, work, work.pop("", "0")
+
+
+class _ByDispatch:
+    """Counts as torch's `FlopCounterMode` does.
+
+    That one imports the compiler, which takes two seconds: torch excludes the method below from being compiled where it
+    is of a mode's own class.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = [""]  # the layers whose calls are under way; "" is the network
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function.overloadpacket):
+            self.flops.update(dict.fromkeys(self.inside, formula(*args, **(kwargs or {}), out_val=result)))
+        return result
+
+
+class _Counter(_ByDispatch, TorchDispatchMode):
+    pass
 
 
 def _moments(optimizer: dict[str, Any]) -> tuple[str, int | None]:
