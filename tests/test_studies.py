@@ -624,13 +624,6 @@ def test_short_runs_leave_their_results_alone(tmp_path, capsys):
     assert "2 runs: 2 finished, 0 to run" in capsys.readouterr().out
 
 
-def test_runs_of_before_lie_in_cells(tmp_path):
-    run = Run(Arm("MI", "key", {}, Monitor("bpc", "min")), 3, tmp_path)
-    assert run.folder.path == tmp_path / "runs/key/seed_3/version_0"
-    (tmp_path / "cells").mkdir()
-    assert run.folder.path == tmp_path / "cells/key/seed_3/version_0"
-
-
 def test_a_damaged_file_of_results_is_told(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"key": "a"')
     with pytest.raises(ExperimentError, match=r"results.jsonl: not what a study wrote there"):

@@ -133,7 +133,7 @@ class _Runner:
         self._study, self._options, self._start = study, options, start
         self._trust = _trust(trusted)
         self._at_once = options.jobs or 1
-        self._threads = max(1, len(os.sched_getaffinity(0)) // self._at_once)
+        self._threads = max(1, _processors() // self._at_once)
         self._is_joined = False
 
     def __call__(self, runs: Sequence[Run], metric: str, part: str = "") -> bool:
@@ -158,6 +158,11 @@ class _Runner:
         if board.failed:
             print(f"\n{board.errors()}", file=sys.stderr)
         return bool(board.failed)
+
+
+def _processors() -> int:
+    """How many this process may use; all there are where the system does not say, as on macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _trust(modules: Sequence[str]) -> list[str]:

@@ -32,8 +32,7 @@ class Run(NamedTuple):
 
     @property
     def of_arm(self) -> Path:
-        before = self.root / "cells"  # as it was called: runs that lie there are taken over
-        return (before if before.is_dir() else self.root / "runs") / self.arm.key
+        return self.root / "runs" / self.arm.key
 
     @property
     def log(self) -> Path:
