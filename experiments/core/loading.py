@@ -237,14 +237,8 @@ def _over(defaults: Namespace, given: Namespace) -> Namespace:
     """The defaults, where nothing else is given; a class that is given has its own."""
     for name, value in vars(given).items():
         default = vars(defaults).get(name)
-        if isinstance(value, Namespace) and isinstance(default, Namespace):
-            if "class_path" not in value and "class_path" not in default:
-                value = _over(default, value)
-            elif "init_args" in default and value.get("class_path") != default.get("class_path"):
-                value["init_args"] = value.get(
-                    "init_args", Namespace()
-                )  # as jsonargparse leaves them: the keys of studies hold it
-        defaults[name] = value
+        is_group = all(isinstance(of, Namespace) and "class_path" not in of for of in (value, default))
+        defaults[name] = _over(default, value) if is_group else value
     return defaults
 
 

@@ -112,4 +112,13 @@ def key_of(settings: Settings) -> str:
             inside = inside.get(part) or {}
         if isinstance(inside, dict):
             inside.pop(last, None)
+    _give_arguments(kept)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _give_arguments(settings: Any) -> None:
+    """Give every class `init_args`: of one without settings, jsonargparse leaves them empty or out."""
+    if isinstance(settings, dict) and "class_path" in settings:
+        settings.setdefault("init_args", {})
+    for value in settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ():
+        _give_arguments(value)
