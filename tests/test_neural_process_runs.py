@@ -210,6 +210,8 @@ def test_a_run_is_fitted_reported_and_shown(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{run / 'predictions.png'}\n"
     assert (run / "predictions.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "curves.png").is_file()
+    assert main(["show", best, "--examples=2"]) == 2
+    assert "--examples: a NeuralProcesses shows no examples of the test" in capsys.readouterr().err
     (run / "config.yaml").unlink()
     assert main(["show", best]) == 2
     assert "--config CONFIG" in capsys.readouterr().err

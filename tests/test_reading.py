@@ -696,10 +696,13 @@ def test_a_run_is_tested_and_drawn(babi, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "expected" in out
     assert "accuracy_2" in out
-    assert main(["show", str(tmp_path / "tiny/version_0")]) == 0
-    assert "attention_1" in capsys.readouterr().out
+    show = ["show", str(tmp_path / "tiny/version_0"), "--examples"]
+    assert main([*show, "2"]) == 0
+    assert capsys.readouterr().out.count("expected") == 2
     pictures = sorted(path.name for path in tmp_path.glob("tiny/version_0/**/attention_*.png"))
-    assert pictures == [f"attention_{number}.png" for number in (1, 2, 3)]
+    assert pictures == [f"attention_{number}.png" for number in (1, 2)]
+    assert main([*show, "0"]) == 2
+    assert "--examples: got 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_other_data_are_refused():

@@ -656,9 +656,9 @@ def test_what_cannot_be_transcribed_is_one_message(run, tmp_path, capsys):
 
 
 def test_a_checkpoint_is_drawn(run, capsys):
-    assert main(["show", str(run / "checkpoints/best.ckpt")]) == 0
-    assert "hypothesis" in capsys.readouterr().out
-    assert (run / "posteriors.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["show", str(run / "checkpoints/best.ckpt"), "--examples=2"]) == 0
+    assert capsys.readouterr().out.count("hypothesis") == 2
+    assert sorted(path.name for path in run.glob("posteriors_*.png")) == ["posteriors_1.png", "posteriors_2.png"]
 
 
 def test_features_without_a_waveform_cannot_transcribe(an4, tmp_path):

@@ -58,7 +58,7 @@ def show(invocation: Invocation) -> None:
     """Print what the task says of the checkpoint, and write its pictures, each as NAME.png.
 
     The data are those of the run's config.yaml. Raises ExperimentError where that is not beside the checkpoint, for a
-    task with nothing to show, and for a folder that cannot be written.
+    task with nothing to show, for a number of examples of one that shows none, and for a folder that cannot be written.
     """
     parser = OptionParser(
         prog="python -m experiments show", description="What a checkpoint does, in text and pictures."
@@ -66,9 +66,16 @@ def show(invocation: Invocation) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--config", type=Path, help="whose data to show (config.yaml of the checkpoint's run)")
     parser.add_argument("--output", type=Path, help="the pictures' folder (that of the checkpoint's run)")
+    parser.add_argument("--examples", type=int, metavar="N", help="how many of the test, where a task shows some")
     options = parser.parse_args(invocation.argv[1:])
     checkpoint = checkpoint_in(options.checkpoint)
     task = load_task(checkpoint)
+    if options.examples is not None:
+        if task.examples is None:
+            raise ExperimentError(f"--examples: a {type(task).__name__} shows no examples of the test.")
+        if options.examples < 1:
+            raise ExperimentError(f"--examples: got {options.examples}, expected at least 1.")
+        task.examples = options.examples
     run = checkpoint.absolute().parent.parent
     config = options.config or run / "config.yaml"
     if not config.is_file():

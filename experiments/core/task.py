@@ -107,6 +107,7 @@ class Task(ABC):
 
     monitor: Monitor  # of the class, or set before Task's own __init__
     unit: ClassVar[str] = "examples"  # what the weight of the loss counts
+    examples: int | None = None  # how many of the test `show` prints and draws; None where it shows none
 
     def __init__(
         self,

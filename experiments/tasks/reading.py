@@ -15,7 +15,6 @@ from models import AttentiveReader
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN = 3  # questions of the test, when a run has ended
 _WORDS = 5  # of a document, those that it was read by most
 
 
@@ -35,6 +34,7 @@ class Reading(Task):
     """
 
     unit = "questions"
+    examples = 3  # questions
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Reading(Task):
 
     def _show(self, batch: Batch, chosen: Tensor, weights: Tensor) -> None:
         for b, name in enumerate(batch.names):
-            if name in self._shown or len(self._shown) < _SHOWN:
+            if name in self._shown or len(self._shown) < self.examples:
                 self._shown[name] = self._told(batch, b, int(chosen[b]), weights[:, b])
 
     def _told(self, batch: Batch, b: int, chosen: int, weights: Tensor) -> str:
@@ -140,7 +140,7 @@ class Reading(Task):
         assert self.network is not None
         self.network.eval()
         figures = {}
-        for number, batch in enumerate(data.singly("test", _SHOWN), start=1):
+        for number, batch in enumerate(data.singly("test", self.examples), start=1):
             logits, weights = self.network(batch.documents, batch.lengths, batch.queries, batch.query_lengths)
             document, query = self._text(batch.documents[:, 0]), self._text(batch.queries[:, 0])
             chosen, answer = (self._wording.answers[int(i)] for i in (logits[0].argmax(), batch.answers[0]))

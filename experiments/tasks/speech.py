@@ -18,8 +18,6 @@ from models import AcousticModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN = 3  # utterances of the test, when a run has ended
-
 
 class Speech(Task):
     """Minimises −log Pr[labels | features] by connectionist temporal classification (Graves et al. 2006).
@@ -38,6 +36,7 @@ class Speech(Task):
     """
 
     unit = "frames"
+    examples = 3  # utterances
 
     def __init__(
         self,
@@ -139,7 +138,7 @@ class Speech(Task):
 
     def _show(self, batch: Batch, hypotheses: list[str]) -> None:
         for name, text, hypothesis in zip(batch.names, batch.texts, hypotheses, strict=True):
-            if name in self._shown or len(self._shown) < _SHOWN:
+            if name in self._shown or len(self._shown) < self.examples:
                 self._shown[name] = self._alignment(name, text, hypothesis)
 
     def _alignment(self, name: str, text: str, hypothesis: str) -> str:
@@ -180,16 +179,19 @@ class Speech(Task):
         return self.network(xs), torch.tensor([len(xs)])
 
     def pictures(self, data: Data | None) -> "dict[str, Figure]":
-        """The features of the test's first utterance, and the posteriors of its labels."""
+        """The features of the test's first utterances, and the posteriors of their labels."""
         from experiments.tasks.speech_pictures import posteriors
 
         assert isinstance(data, SpeechData)
         assert self.labelling is not None
-        first = data.utterances("test")[0]
-        self._shown = {first.name: self.compare([first])}
-        log_posteriors, _ = self._posteriors(first.features)
         front_end = FrontEnd(**self.description["front_end"])
-        return {"posteriors": posteriors(first, log_posteriors[:, 0].exp().cpu(), self.labelling.units, front_end)}
+        figures = {}
+        for number, one in enumerate(data.utterances("test")[: self.examples], start=1):
+            self._shown[one.name] = self.compare([one])
+            log_posteriors, _ = self._posteriors(one.features)
+            probabilities = log_posteriors[:, 0].exp().cpu()
+            figures[f"posteriors_{number}"] = posteriors(one, probabilities, self.labelling.units, front_end)
+        return figures
 
     def sizes(self) -> dict[str, Any]:
         assert self.labelling is not None
