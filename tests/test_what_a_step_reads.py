@@ -318,6 +318,15 @@ def a_tie_that_moves_and_leaves_the_number_of_tensors():
 
 
 @taken
+def a_tie_that_the_step_asks_for():
+    cell = Free(lambda cell, x, h: (x @ cell.W + h @ cell.V * (2.0 if cell.U is cell.V else 0.5)).tanh())
+    cell.V = nn.Parameter(cell.U.detach() * 2)
+    yield cell
+    cell.V = cell.U
+    yield cell
+
+
+@taken
 def a_tie_that_is_added_and_removed():
     cell = Tied()
     a, b, c = cell.maps
@@ -765,6 +774,15 @@ def test_layers_that_are_not_equal_have_programs_of_their_own():
     cells[4].W = cells[4].U
     for cell in cells * 2:
         close(scan(cell, xs, state, "fused"), scan(cell, xs, state, "loop"), torch.float64)
+
+
+def test_a_number_of_numpys_may_change():
+    """The first state wants no gradient, and the next ones do: both traces have a tensor of their own for it."""
+    cell = Scaled(lambda cell: cell.gain).float()
+    xs, state = inputs(cell)
+    for cell.gain in (np.float64(1.0), np.float64(0.5)):
+        actual, expected = (scan(cell, xs, HiddenState(state.h.detach()), engine) for engine in ("fused", "loop"))
+        close(actual, expected, torch.float32)
 
 
 def test_training_and_evaluation_differ_where_they_do():

@@ -71,6 +71,7 @@ class Graph:
 
     Attributes:
         results: its nodes that are the results.
+        of_numpy: its arguments that were an array or a number of NumPy's, and are a tensor of its own at each call.
         program: what is made of it; None before that, and when it was dropped.
         failure: why nothing is made of it.
     """
@@ -78,6 +79,7 @@ class Graph:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.results: tuple[fx.Node, ...] = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.of_numpy = frozenset(filter(private.is_of_numpy, module.graph.nodes))
         self.program: Any = None
         self.failure = ""
 
@@ -114,7 +116,9 @@ class Match(NamedTuple):
         for node in self.graph.module.graph.nodes:
             value = node.meta.get("example_value")
             argument = next(arguments) if node.op == "placeholder" else None
-            if isinstance(argument, Tensor):
+            if node in self.graph.of_numpy:
+                names[node] = node.name
+            elif isinstance(argument, Tensor):
                 names[node] = order.get(id(argument), id(argument))
             elif value is None and not node.users:  # a question that torch has asked of sizes
                 continue
@@ -150,12 +154,19 @@ class Structure(NamedTuple):
 
     classes: tuple[type, ...]  # of their modules, and of the state
     names: tuple[tuple[str, ...], ...]  # in the modules' own dictionaries, which hide those of the classes unguarded
+    ties: tuple[int, ...]  # the place of each parameter's first name: that two become one, no guard sees
 
     @staticmethod
     def of(cell: nn.Module, state: Any) -> Structure:
         """The structure of a cell for states of such a type."""
         modules = private.modules_of(cell)
-        return Structure((*map(type, modules), type(state)), tuple([tuple(vars(module)) for module in modules]))
+        first: dict[int, int] = {}
+        parameters = [parameter for module in modules for parameter in module._parameters.values()]
+        return Structure(
+            (*map(type, modules), type(state)),
+            tuple([tuple(vars(module)) for module in modules]),
+            tuple([first.setdefault(id(parameter), place) for place, parameter in enumerate(parameters)]),
+        )
 
 
 class GuardedStep:

@@ -107,6 +107,11 @@ def is_stride(number: Any) -> bool:
     return bool(_strides(number.node.shape_env, number.node.expr))
 
 
+def is_of_numpy(node: fx.Node) -> bool:
+    """Whether a node of a traced step is an array or a number of NumPy's that it was given."""
+    return type(getattr(node.meta.get("grapharg"), "source", None)).__name__ == "NumpyTensorSource"
+
+
 def is_unknown(number: Any) -> bool:
     """Whether an open number is of no size: it is a tensor's version, or comes of its numbers."""
     if not isinstance(number, torch.SymInt | torch.SymFloat):
