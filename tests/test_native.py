@@ -32,6 +32,7 @@ from tests.both_engines import (
     bfloat16_by_default,
     built,
     close,
+    compare,
     inputs,
     is_whole,
     random_state,
@@ -277,6 +278,13 @@ def test_convolutions_are_each_rows_own():
     assert all(isinstance(loop, Loop) for loop in loops(cell))
     with kernel.eager_pieces():
         close(results(cell, xs, state, "fused"), expected, torch.float32)
+
+
+def test_a_constant_that_torch_rounds_to_float32_in_float64():
+    """A sixth, in the derivative of hardsigmoid."""
+    cell = Free(lambda cell, x, h: F.hardsigmoid(x @ cell.W + h @ cell.U)).double()
+    compare(cell, 3, 4)
+    assert all(isinstance(loop, Loop) for loop in loops(cell))
 
 
 @pytest.mark.parametrize("place", ["stream", "state", "weight", "bias", "gradient"])

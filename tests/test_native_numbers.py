@@ -57,7 +57,7 @@ SETTINGS = {
 ROUND_NEAR_1 = {aten.tanh.default, aten.gelu.default}
 
 # Their derivatives have no native code: steps that use them run from Python.
-WITHOUT_DERIVATIVE = {aten.sgn.default, aten.log_sigmoid_forward.default}
+WITHOUT_DERIVATIVE = {aten.log_sigmoid_forward.default}
 
 
 def operations():

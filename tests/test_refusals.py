@@ -149,6 +149,21 @@ SYMBOLS_SEE_EACH_OTHER = {
 }
 
 
+def test_rows_that_see_each_other_in_a_gradient_alone():
+    """Each row's part is divided by how many rows have the same symbol."""
+    cell = Symbols(lambda y, x: y).float()
+    cell.embedding.scale_grad_by_freq = True
+    right_or_refused(cell, *symbols())
+    refused(cell, *symbols(), ROWS_MEET)
+
+
+def test_a_sparse_gradient_is_refused():
+    cell = Symbols(lambda y, x: y).float()
+    cell.embedding.sparse = True
+    right_or_refused(cell, *symbols())
+    refused(cell, *symbols(), "cannot be differentiated: .*sparse")
+
+
 @pytest.mark.parametrize("name", SYMBOLS_SEE_EACH_OTHER)
 def test_rows_of_integers_and_bools_that_see_each_other(name):
     cell = Symbols(SYMBOLS_SEE_EACH_OTHER[name]).float()
@@ -423,6 +438,8 @@ TAKEN = {
     "logsumexp": lambda cell, x, h: base(cell, x, h) * h.logsumexp(-1, keepdim=True),
     "layer-norm": lambda cell, x, h: base(cell, x, F.layer_norm(h, (h.shape[-1],), cell.a, cell.a)),
     "normalize": lambda cell, x, h: base(cell, F.normalize(x, dim=-1), h),
+    "by-the-device": lambda cell, x, h: base(cell, x, h) * (0.5 if h.is_cpu and not h.is_xpu else 2.0),
+    "sgn": lambda cell, x, h: base(cell, x, h * h.sgn()),
     "flip-of-features": lambda cell, x, h: base(cell, x, h.flip(-1)),
     "outer-product": lambda cell, x, h: base(cell, x, h) + torch.einsum("bi,bj->bij", h, x).sum((-1, -2))[:, None],
 }
@@ -434,6 +451,13 @@ def test_what_works_on_each_row_is_taken(name):
     cell = Free(TAKEN[name], input_size=7, hidden_size=64).double()
     for rows in (3, 64):
         compare(cell, 3, rows)
+
+
+def test_a_stream_of_no_features_is_taken():
+    cell = Free(base).double()
+    cell.W = nn.Parameter(cell.W[:0])
+    xs, state = normal(4, 3, 0), inputs(cell)[1]
+    close(results(cell, xs, state, "fused"), results(cell, xs, state, "loop"), torch.float64)
 
 
 def test_literals_are_taken():

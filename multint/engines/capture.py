@@ -157,6 +157,7 @@ _PLAINER = {
     aten.copy.default: _copy,
     aten.index_put.default: _index_put,
     aten.where.self: _where,
+    aten.sgn.default: torch.sign,  # whose derivative is no tensor without memory
     aten.new_zeros.default: _constant(0),
     aten.zeros_like.default: _constant(0),
     aten.new_ones.default: _constant(1),
@@ -214,6 +215,8 @@ _CALLS = {
     "register_hook": "the step registers a hook on a tensor",
     "tag_activation_checkpoint": "the step uses checkpointing; a scan computes again by itself",
 }
+# Attributes that a tensor's device and dtype tell. `pad` asks for one where algorithms are to be deterministic.
+_KNOWN = ("is_cpu", "is_mps", "is_xpu", "itemsize")
 
 
 def _draws(name: Any) -> str:
@@ -238,8 +241,8 @@ def _check_calls(graph: fx.Graph) -> None:
     for node in graph.nodes:
         name = _name(node)
         value = node.meta.get("example_value")
-        is_tensor = name == "getattr" and isinstance(value, Tensor)
-        if node.op in ("call_function", "call_method") and name in _CALLS and not is_tensor:
+        is_known = name == "getattr" and (isinstance(value, Tensor) or node.args[1] in _KNOWN)
+        if node.op in ("call_function", "call_method") and name in _CALLS and not is_known:
             raise EngineError(f"fused: {_CALLS[name]}")
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             raise EngineError(f"fused: the step has the operator {name}, whose gradient a graph does not show")
@@ -266,7 +269,9 @@ def _check_operations(trace: Trace) -> None:
             raise EngineError(f"fused: the step writes to one of its inputs ({target}); return a new tensor instead")
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise EngineError(f"fused: {_draws(target)}")
-        if target is torch.ops.aten._local_scalar_dense.default:
+        if target is aten.embedding.default and any(node.args[3:4]):  # forward no row sees another one
+            raise EngineError("fused: rows interact in the gradient of an embedding with scale_grad_by_freq")
+        if target is aten._local_scalar_dense.default:
             raise EngineError(f"fused: the step branches on a value ({target}); use torch.where")
     fixed = trace.world.fixed_rows()
     if fixed:

@@ -87,7 +87,7 @@ def products() -> dict[Any, Callable[..., Any]]:
 # By the decompositions that torch has for them.
 COMPOSITE = """
     addcdiv addcmul all any celu diag_embed elu elu_backward embedding fill frac gelu gelu_backward glu glu_backward
-    hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward index_select leaky_relu
+    hardsigmoid hardswish hardswish_backward hardtanh hardtanh_backward index_select leaky_relu
     leaky_relu_backward lerp linalg_vector_norm log_sigmoid_backward log_sigmoid_forward _log_softmax
     _log_softmax_backward_data logaddexp logsumexp masked_fill mish nan_to_num _native_batch_norm_legit
     _native_batch_norm_legit_no_training native_group_norm native_group_norm_backward native_layer_norm
@@ -106,6 +106,7 @@ def plainer() -> dict[Any, Callable[..., Any]]:
         derivative = getattr(aten, name).default
         found[derivative] = _with_nan(found[derivative], value)
     return found | {
+        aten.hardsigmoid_backward.default: _hardsigmoid_backward,
         **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _with_factor(torch.add)),
         **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _with_factor(torch.sub)),
         aten.view.default: _view,
@@ -157,6 +158,11 @@ def _with_nan(derivative: Callable[..., Tensor], value: float) -> Callable[..., 
         return torch.where(x == x, derivative(*args), value)
 
     return decomposition
+
+
+def _hardsigmoid_backward(d: Tensor, x: Tensor) -> Tensor:
+    """With a sixth as torch's own operation has it, in float64 too: rounded to float32."""
+    return torch.where((x > -3) & (x < 3), d * 0.1666666716337204, 0.0)
 
 
 def _with_factor(operation: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from multint.engines.failures import RefusedError
 from multint.engines.kernel import Kernel
 from multint.engines.plan import Multiplication, Piece, Plan
 from multint.engines.private import has_rows
@@ -236,7 +237,10 @@ def vjp(
             values[p].expand(rows, -1) if n in plan.by_row else values[p] for p, n in zip(places, wanted, strict=True)
         ]
         _, pull = torch.func.vjp(of, *given)  # type: ignore[misc]
-        pairs = zip(wanted, pull(tuple(totals[node] for node in unique)), strict=True)
+        found = pull(tuple(totals[node] for node in unique))
+        if any(value.layout is not torch.strided for value in found):
+            raise RefusedError("a gradient is sparse")
+        pairs = zip(wanted, found, strict=True)
         return [value.to(_summed_in(value.dtype)) if node in plan.vectors else value for node, value in pairs]
 
     module = plan.world.trace(function, [plan.world.like(node.meta["val"]) for node in [*piece.roots, *results]])

@@ -101,7 +101,7 @@ def _drawn(schedule: Schedule, of: Callable[[Tensor], Tensor]) -> tuple[dict[str
         else:
             # Matrices as layers have them, so that the states keep their size.
             is_matrix = len(shape) == 2 and not buffer.has_rows
-            numbers = of(numbers) * (shape[0] ** -0.5 if is_matrix else 1.0)
+            numbers = of(numbers) * (max(1, shape[0]) ** -0.5 if is_matrix else 1.0)
         return numbers.to(buffer.device, buffer.dtype)
 
     firsts = dict.fromkeys(schedule.states, Extent.NOW)
