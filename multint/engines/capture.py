@@ -273,8 +273,7 @@ def _check_operations(trace: Trace) -> None:
             raise EngineError("fused: rows interact in the gradient of an embedding with scale_grad_by_freq")
         if target is aten._local_scalar_dense.default:
             raise EngineError(f"fused: the step branches on a value ({target}); use torch.where")
-    fixed = trace.world.fixed_rows()
-    if fixed:
+    if fixed := private.fixed_rows([node.meta["val"] for node in trace.states.values()]):
         raise EngineError(f"fused: the step branches on the number of rows, or fixes it ({fixed})")
     rows = next(iter(trace.states.values())).meta["val"].shape[0]
     for name, node in zip(trace.states, trace.outputs, strict=True):

@@ -57,10 +57,10 @@ class StandIns:
         with self.mode:
             return torch.empty_like(stand_in, memory_format=torch.contiguous_format)
 
-    def new(self, stand_in: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def new(self, stand_in: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """One of another shape, on the same device."""
         with self.mode:
-            return stand_in.new_empty(shape, dtype=dtype)
+            return stand_in.new_empty(shape)
 
     def _stand_in(self, tensor: Tensor, open_rows: bool) -> Tensor:
         # Open sizes that are equal are one symbol, and only the numbers of rows are open.
@@ -79,19 +79,6 @@ class StandIns:
                 _allow_non_fake_inputs=True,
             )(*stand_ins)
         return module
-
-    def fixed_rows(self) -> str:
-        """The condition on the number of rows that the traced code has tested; empty where there is none.
-
-        What every number from 2 on meets is not among them.
-        """
-        return _first_guard(self._shapes)
-
-
-def fixed_rows(values: Sequence[Tensor]) -> str:
-    """The same for what a traced step was given."""
-    sizes: list[Any] = [size for value in values for size in value.shape if isinstance(size, torch.SymInt)]
-    return _first_guard(sizes[0].node.shape_env) if sizes else ""
 
 
 def for_rows(number: Any, rows: int) -> Any:
@@ -119,7 +106,15 @@ def is_unknown(number: Any) -> bool:
     return any(not number.node.shape_env.var_to_sources.get(symbol) for symbol in number.node.expr.free_symbols)
 
 
-def _first_guard(shapes: Any) -> str:
+def fixed_rows(values: Sequence[Tensor]) -> str:
+    """The condition on the number of rows of such stand-ins that the traced code has tested; empty where there is none.
+
+    What every number from 2 on meets is not among them.
+    """
+    sizes: list[Any] = [size for value in values for size in value.shape if isinstance(size, torch.SymInt)]
+    if not sizes:
+        return ""
+    shapes = sizes[0].node.shape_env
     for guard in shapes.guards:
         if _strides(shapes, guard.expr):
             # Torch's own code asks for the order of a tensor in memory, which changes no number. What else a step asks
@@ -190,11 +185,6 @@ def is_view(target: Any) -> bool:
 def writes(target: Any) -> bool:
     """Whether an operation writes to one of its arguments."""
     return is_operation(target) and bool(target._schema.is_mutable)
-
-
-def arguments(target: Any) -> list[str]:
-    """The names of an operation's arguments, in order."""
-    return [argument.name for argument in target._schema.arguments] if is_operation(target) else []
 
 
 # What Inductor is told. tanh as 2 / (1 + exp(−2x)) − 1 would be accurate near 0 in absolute terms only. The asserts on

@@ -47,7 +47,6 @@ class Program:
         self.last: Schedule | None = None
         self.executors: dict[tuple[int, bool], tuple[Executor, str]] = {}
         self._schedules: dict[frozenset[str], Schedule | str] = {}  # or why there is none
-        self._native: bool | None = None
 
     @cached_property
     def reach(self) -> Reach:
@@ -56,13 +55,11 @@ class Program:
             found: Reach = in_own_thread(reach, self.forward, self.plan.world)
         return found
 
-    def schedule(self, wanted: frozenset[str] | None) -> Schedule:
-        """The schedule that gives gradients to the wanted arguments; forward only where that is None.
+    def schedule(self, wanted: frozenset[str]) -> Schedule:
+        """The schedule that gives gradients to the wanted arguments.
 
         Raises: EngineError where the step has no derivative.
         """
-        if wanted is None:
-            return self.forward
         kept = self._schedules.get(wanted)
         if kept is None:
             with TRACING:
@@ -109,13 +106,13 @@ class Program:
 
     def is_native(self) -> bool:
         """Whether its loops are native, or would be when they are compiled."""
-        if not compiles():  # for now
-            return False
-        if self._native is None:
-            schedule = self.whole()
-            sections = [False, True] if schedule.reverse else [False]
-            self._native = not any(self._why_pieces(schedule, reverse) for reverse in sections)
-        return self._native
+        return compiles() and self._native
+
+    @cached_property
+    def _native(self) -> bool:
+        schedule = self.whole()
+        sections = [False, True] if schedule.reverse else [False]
+        return not any(self._why_pieces(schedule, reverse) for reverse in sections)
 
     def _why_pieces(self, schedule: Schedule, reverse: bool) -> str:
         """Why a section is run by pieces; empty where it has native code, or will have."""

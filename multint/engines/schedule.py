@@ -55,6 +55,11 @@ class Buffer:
         shape = (rows, *self.shape) if self.has_rows else self.shape
         return (counts[self.extent], *shape) if self.extent in counts else shape
 
+    def allocate(self, shape: tuple[int, ...], zero: bool) -> Tensor:
+        """Memory for its values in that shape."""
+        make = torch.zeros if zero else torch.empty
+        return make(shape, dtype=self.dtype, device=self.device)
+
     def place(self, step: int) -> int:
         """Where a step's value stands, where there are several."""
         return step % 2 if self.extent is Extent.TURNS else step

@@ -39,12 +39,8 @@ class Pieces:
         self, names: Iterable[str], results: Collection[str], cleared: Collection[str], steps: int, rows: int
     ) -> Memory:
         """Memory for some buffers, 0 where it is `cleared`. The results outlive the pass; here all do."""
-        found: Memory = {}
-        for name in names:
-            buffer = self._buffers[name]
-            make = torch.zeros if name in cleared else torch.empty
-            found[name] = make(buffer.sizes(rows, steps), dtype=buffer.dtype, device=buffer.device)
-        return found
+        some = [self._buffers[name] for name in names]
+        return {buffer.name: buffer.allocate(buffer.sizes(rows, steps), buffer.name in cleared) for buffer in some}
 
     def release(self, memory: Memory) -> None:
         """Nothing is kept for the next pass."""
@@ -140,7 +136,7 @@ def run_backward(
     d_output, *d_final = cotangents
     if d_output is None:
         buffer = buffers[schedule.output_gradient]
-        d_output = torch.zeros(buffer.sizes(rows, steps), dtype=buffer.dtype, device=buffer.device)
+        d_output = buffer.allocate(buffer.sizes(rows, steps), zero=True)
     memory[schedule.output_gradient] = d_output.contiguous()
     for state, given in zip(schedule.states, d_final, strict=True):
         for name in schedule.gradients[state]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,13 +170,10 @@ class Loop:
         for name in names:
             buffer = self._buffers[name]
             shape = buffer.sizes(rows, steps, block)
-            kind: dict[str, Any] = {"dtype": buffer.dtype, "device": "cpu"}  # whatever the defaults are
             if name in self.own:
-                found[name] = torch.zeros(torch.get_num_threads(), 2, *buffer.shape, **kind)
-            elif name in cleared:
-                found[name] = torch.zeros(shape, **kind)
-            elif name in results or buffer.dtype != self._dtype:
-                found[name] = torch.empty(shape, **kind)
+                found[name] = buffer.allocate((torch.get_num_threads(), 2, *buffer.shape), zero=True)
+            elif name in cleared or name in results or buffer.dtype != self._dtype:
+                found[name] = buffer.allocate(shape, name in cleared)
             else:
                 size = math.prod(shape)
                 together.append((name, shape))
