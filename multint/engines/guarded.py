@@ -154,18 +154,18 @@ class Structure(NamedTuple):
 
     classes: tuple[type, ...]  # of their modules, and of the state
     names: tuple[tuple[str, ...], ...]  # in the modules' own dictionaries, which hide those of the classes unguarded
-    ties: tuple[int, ...]  # the place of each parameter's first name: that two become one, no guard sees
+    ties: tuple[int, ...]  # where some parameters are one, the place of each's first name: no guard sees that
 
     @staticmethod
     def of(cell: nn.Module, state: Any) -> Structure:
         """The structure of a cell for states of such a type."""
         modules = private.modules_of(cell)
-        first: dict[int, int] = {}
-        parameters = [parameter for module in modules for parameter in module._parameters.values()]
+        parameters = [id(p) for module in modules for p in module._parameters.values() if p is not None]
+        are_tied = len(set(parameters)) < len(parameters)
         return Structure(
             (*map(type, modules), type(state)),
             tuple([tuple(vars(module)) for module in modules]),
-            tuple([first.setdefault(id(parameter), place) for place, parameter in enumerate(parameters)]),
+            tuple(map(parameters.index, parameters)) if are_tied else (),
         )
 
 
