@@ -656,9 +656,9 @@ def test_what_cannot_be_transcribed_is_one_message(run, tmp_path, capsys):
 
 
 def test_a_checkpoint_is_drawn(run, capsys):
-    assert main(["show", str(run / "checkpoints/best.ckpt"), "--examples=2"]) == 0
-    assert capsys.readouterr().out.count("hypothesis") == 2
-    assert sorted(path.name for path in run.glob("posteriors_*.png")) == ["posteriors_1.png", "posteriors_2.png"]
+    assert main(["show", str(run / "checkpoints/best.ckpt"), "--examples=2"]) == 0  # of which there is one
+    assert capsys.readouterr().out.count("hypothesis") == 1
+    assert [path.name for path in run.glob("posteriors*.png")] == ["posteriors_1.png"]
 
 
 def test_features_without_a_waveform_cannot_transcribe(an4, tmp_path):
