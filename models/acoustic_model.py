@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from models.initialisation import Uniform
+from models.time_major import time_major
 from multint import Recurrent
 
 
@@ -21,6 +22,7 @@ class AcousticModel(nn.Module):
             what follows, too.
         initialise: fills the matrices anew after they are built; None leaves every part its own initialisation.
 
+    Raises: OptionError for a stack that is `batch_first`.
     Source: Graves et al. 2006; Miao et al. 2015 for the stack of 4 bidirectional LSTMs of 320 each way.
     """
 
@@ -29,7 +31,7 @@ class AcousticModel(nn.Module):
     ) -> None:
         super().__init__()
         self.features, self.labels = features, labels
-        self.recurrent = recurrent(features)
+        self.recurrent = time_major(self, recurrent(features))
         self.decoder = nn.Linear(self.recurrent.output_size, labels)
         if initialise is not None:
             initialise(self)

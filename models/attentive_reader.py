@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.initialisation import Uniform
+from models.time_major import time_major
 from multint import Additive, BiAffine, Integrator, Recurrent
 from multint.errors import OptionError
 from multint.integrators.base import build
@@ -42,7 +43,7 @@ class AttentiveReader(nn.Module):
         initialise: fills the matrices anew after they are built; None leaves every part its own initialisation.
 
     Raises: OptionError for an attention that gives the score itself as a sum of both, so that the weights would not
-    depend on the query.
+    depend on the query, and for stacks that are `batch_first`.
     Source: Hermann et al. 2015, section 3, where both integrators are `Additive`; Chen et al. 2016 for the bilinear
     attention without tanh.
     """
@@ -62,7 +63,7 @@ class AttentiveReader(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(positive(self, "words", words), positive(self, "embedding_size", embedding_size))
-        self.document, self.query = recurrent(embedding_size), recurrent(embedding_size)
+        self.document, self.query = (time_major(self, recurrent(embedding_size)) for _ in range(2))
         size = self.document.output_size
         outputs = 1 if attention_size is None else positive(self, "attention_size", attention_size)
         self.attention = build(self, "attention", attention, size, size, outputs)
@@ -90,7 +91,7 @@ class AttentiveReader(nn.Module):
         scores = self.attention(d, q)
         if self.score is not None:
             scores = self.score(scores.tanh())
-        steps = torch.arange(len(documents), device=documents.device).unsqueeze(1)
+        steps = torch.arange(documents.shape[0], device=documents.device).unsqueeze(1)
         weights = scores.squeeze(-1).masked_fill(steps >= lengths, -torch.inf).softmax(0)
         read = torch.einsum("tb,tbd->bd", weights, d)
         g = self.join(read, q).tanh()
@@ -107,7 +108,7 @@ def _refuse_a_sum(attention: Integrator) -> None:
     """Raise an OptionError for f(d, q) = Vd + Uq + b, of which the softmax over d leaves out all but Vd."""
     if isinstance(attention, BiAffine):
         W = attention.terms().W
-        if not (W.requires_grad or W.any()):
+        if not (W.requires_grad or W.is_meta or W.any()):
             raise OptionError(
                 f"AttentiveReader: {type(attention).__name__} gives the score as a sum of what document and query "
                 "give, so the weights would not depend on the query. Give attention_size, or an attention that "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.initialisation import Uniform
+from models.time_major import time_major
 from multint import Integrator, Recurrent
 from multint.errors import OptionError, ShapeError
 from multint.integrators import build
@@ -92,7 +93,7 @@ class LanguageModel(nn.Module):
         symbol = vocabulary_size if embedding_size is None else embedding_size  # X
         self.embedding = nn.Embedding(vocabulary_size, symbol) if embedding_size is not None else None
         self.encoder = build(self, "encoder", encoder, symbol, context_size, symbol) if encoder is not None else None
-        self.recurrent = recurrent(symbol)
+        self.recurrent = time_major(self, recurrent(symbol))
         _check_stack(self.recurrent, symbol)
         hidden = self.recurrent.output_size  # H
         features = output_size or (symbol if tied and output is not None else hidden)  # O
@@ -196,10 +197,8 @@ def _check_stack(recurrent: Recurrent, symbol: int) -> None:
             f"LanguageModel: recurrent reads {recurrent.input_size} features, expected {symbol}, those of a symbol: "
             "its factory is called with them"
         )
-    reasons = {
-        "bidirectional": "its backward direction reads the symbols to predict",
-        "batch_first": "the tokens are time-major, (T, B)",
-    }
-    for name, reason in reasons.items():
-        if getattr(recurrent, name):
-            raise OptionError(f"LanguageModel: recurrent.{name} is true, expected false: {reason}")
+    if recurrent.bidirectional:
+        raise OptionError(
+            "LanguageModel: recurrent.bidirectional is true, expected false: its backward direction reads the symbols "
+            "to predict"
+        )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from models.time_major import time_major
 from multint import Recurrent
 
 
@@ -15,12 +16,14 @@ class SequenceLabeller(nn.Module):
         symbols: S, the number of symbols.
         labels: Q, the number of labels.
         recurrent: factory `(S) -> Recurrent` of the recurrent stack, which is time-major.
+
+    Raises: OptionError for one that is `batch_first`.
     """
 
     def __init__(self, symbols: int, labels: int, recurrent: Callable[[int], Recurrent]) -> None:
         super().__init__()
         self.symbols = symbols
-        self.recurrent = recurrent(symbols)
+        self.recurrent = time_major(self, recurrent(symbols))
         self.decoder = nn.Linear(self.recurrent.output_size, labels)
 
     def forward(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from models.time_major import time_major
 from multint import Recurrent
 
 
@@ -14,11 +15,13 @@ class SequenceReader(nn.Module):
         inputs: X, the features of the sequence.
         outputs: O.
         recurrent: factory `(X) -> Recurrent` of the recurrent stack, which is time-major.
+
+    Raises: OptionError for one that is `batch_first`.
     """
 
     def __init__(self, inputs: int, outputs: int, recurrent: Callable[[int], Recurrent]) -> None:
         super().__init__()
-        self.recurrent = recurrent(inputs)
+        self.recurrent = time_major(self, recurrent(inputs))
         self.decoder = nn.Linear(self.recurrent.output_size, outputs)
 
     def forward(

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 import tarfile
 import zipfile
 from functools import partial
@@ -14,7 +15,9 @@ from torch.testing import assert_close
 
 from experiments.__main__ import main
 from experiments.core.callbacks import RandomState
+from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
+from experiments.core.export import trace
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
@@ -27,7 +30,7 @@ from experiments.data.reading.question_files import cut, read_question
 from experiments.data.reading.questions import collated, renumbered
 from experiments.data.reading.wording import Wording, encoded
 from experiments.tasks import Reading
-from models import AttentiveReader
+from models import AcousticModel, AttentiveReader, SequenceLabeller, SequenceReader
 from multint import GRU, LSTM, RNN, Additive, Bilinear, Concat, LowRank, MultiplicativeIntegration
 from multint.errors import OptionError
 
@@ -151,6 +154,43 @@ def test_a_bilinear_score_is_a_product():
 def test_a_score_that_is_a_sum_is_refused():
     with pytest.raises(OptionError, match="the weights would not depend on the query"):
         reader(attention=Concat, attention_size=None)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        partial(AttentiveReader, 9, 5),
+        partial(AcousticModel, 3, 4),
+        partial(SequenceReader, 3, 4),
+        partial(SequenceLabeller, 3, 4),
+    ],
+    ids=lambda network: network.func.__name__,
+)
+def test_a_stack_that_takes_steps_for_sequences_is_refused(network):
+    with pytest.raises(OptionError, match=f"{network.func.__name__}: recurrent.batch_first is true"):
+        network(recurrent=partial(GRU, hidden_size=4, batch_first=True))
+
+
+@pytest.mark.compiles
+def test_a_reader_is_exported_for_any_lengths():
+    task = Reading(partial(NETWORK, recurrent=partial(RNN, hidden_size=4)))
+    task.use({"words": "<unk> @entity0 @entity1 x", "answers": "@entity0 @entity1"}, "the data")
+    task.network.eval()
+    program = trace(task.network, task.example()).module()
+    documents, queries = torch.randint(4, (7, 5)), torch.randint(4, (2, 5))
+    call = documents, torch.tensor([7, 3, 1, 2, 7]), queries, torch.tensor([2, 1, 1, 2, 2])
+    assert_close(program(*call), tuple(task.network(*call)))
+
+
+def test_a_reader_is_summed_up_without_its_data(capsys):
+    command = ["summary", "--config", str(CONFIGS / "reading/novels.yaml")]
+    assert main([*command, "--vocabulary_size=100"]) == 2
+    assert "give --vocabulary_size V and --answers A" in capsys.readouterr().err
+    assert main([*command, "--vocabulary_size=100", "--answers=10"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^decoder +Linear +2 × 10 +640 +650$", out, re.MULTILINE)
+    assert main([*command, "--vocabulary_size=9", "--answers=5", "--model.network.attention_size=null"]) == 2
+    assert "the weights would not depend on the query" in capsys.readouterr().err
 
 
 def test_one_direction_reads_the_query_to_its_last_word():

@@ -41,10 +41,12 @@ def summary(invocation: Invocation) -> None:
     Raises ExperimentError for a config that cannot be built, or one that needs its data to be.
     """
     parser = OptionParser(prog="python -m experiments summary", add_help=False)
-    parser.add_argument("--vocabulary_size", type=int, default=None)
+    for name in ("vocabulary_size", "answers"):
+        parser.add_argument(f"--{name}", type=int, default=None)
     sizes, rest = parser.parse_known_args(invocation.argv[1:])
     if rest in ([], ["-h"], ["--help"]):
-        print("usage: python -m experiments summary --config CONFIG [--vocabulary_size V] [the options of fit]")
+        sized = "[--vocabulary_size V] [--answers A]"
+        print(f"usage: python -m experiments summary --config CONFIG {sized} [the options of fit]")
         return
     settings = RunSettings(["fit", *rest])
     given = {name: size for name, size in vars(sizes).items() if size is not None}

@@ -1,6 +1,6 @@
 """Reading: answer a question on a document."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,7 +58,17 @@ class Reading(Task):
             )
         return data.wording.state_dict()
 
+    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+        if not sizes.keys() >= {"vocabulary_size", "answers"}:
+            raise ExperimentError(
+                "the numbers of words and of answers are not known without the data: give --vocabulary_size V and "
+                "--answers A."
+            )
+        return {"sizes": [sizes["vocabulary_size"], sizes["answers"]]}
+
     def build(self, description: dict[str, Any]) -> AttentiveReader:
+        if "sizes" in description:  # imagined
+            return self._build_network(*description["sizes"])
         self.wording = Wording.from_state(description)
         self._answer_of_word = self.wording.numbers_of_answers()
         return self._build_network(len(self.wording.words), len(self.wording.answers))
