@@ -23,6 +23,8 @@ def main(invocation: Invocation) -> None:
     options = parser.parse_args(invocation.argv[1:])
     if bool(options.files) == (options.show is not None):
         parser.error("expected audio files, or --show N")
+    if options.show is not None and options.show < 1:
+        raise ExperimentError(f"--show: got {options.show}, expected at least 1.")
     checkpoint = checkpoint_in(options.checkpoint)
     task = load_task(checkpoint)
     if not isinstance(task, Speech):

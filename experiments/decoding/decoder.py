@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class Decoder(ABC):
         labelling: the units, the counts of labels and the transcripts of training.
     """
 
+    finds_words: ClassVar[bool] = True  # of phones too, which takes a lexicon; otherwise these
+
     def __init__(self, labelling: Labelling) -> None:
         self.units = labelling.units
 
@@ -24,7 +27,7 @@ class Decoder(ABC):
         log_posteriors: Tensor,  # (T, B, V), label 0 the blank
         lengths: Tensor,  # (B,) int64
     ) -> list[str]:
-        """The text of each utterance, with one space between words; of phones without a language model, these."""
+        """The text of each utterance, with one space between words, or between phones where it finds no words."""
 
 
 class BeamSearch(Decoder):

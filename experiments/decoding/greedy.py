@@ -9,6 +9,8 @@ from experiments.decoding.decoder import Decoder
 class Greedy(Decoder):
     """The likeliest path: of every frame its likeliest label, equal neighbours once, and without blanks."""
 
+    finds_words = False
+
     def __call__(self, log_posteriors: Tensor, lengths: Tensor) -> list[str]:
         paths = log_posteriors.argmax(-1).T.cpu()
         texts = []

@@ -10,7 +10,7 @@ from torch.optim import Adam, Optimizer
 
 from experiments.core.errors import ExperimentError
 from experiments.core.task import Data, Example, Mean, Monitor, Stage, Task
-from experiments.data.speech import Batch, FrontEnd, Labelling, SpeechData, Utterance, read_audio
+from experiments.data.speech import Batch, FrontEnd, Labelling, SpeechData, Utterance, read_audio, warn_of_lowered
 from experiments.data.speech.features import log_mel
 from experiments.decoding import Decoder, Greedy, alignment
 from models import AcousticModel
@@ -100,11 +100,12 @@ class Speech(Task):
             return means
         assert self.labelling is not None
         hypotheses = Greedy(self.labelling)(log_posteriors, batch.lengths)
-        means |= self._errors("", hypotheses, batch.texts)
+        means |= self._errors("", hypotheses, batch.texts, finds_words=False)
         if stage == "test":
             if self.build_decoder is not None:
                 hypotheses = self.decoder(log_posteriors, batch.lengths)
-                means |= self._errors(f"{type(self.decoder).__name__.lower()}_", hypotheses, batch.texts)
+                prefix = f"{type(self.decoder).__name__.lower()}_"
+                means |= self._errors(prefix, hypotheses, batch.texts, self.decoder.finds_words)
             self._show(batch, hypotheses)
         return means
 
@@ -121,16 +122,15 @@ class Speech(Task):
         assert self.labelling is not None
         self.build_decoder, self._decoder = decoder, decoder(self.labelling)
 
-    def _errors(self, prefix: str, hypotheses: list[str], texts: Iterable[str]) -> dict[str, Mean]:
+    def _errors(self, prefix: str, hypotheses: list[str], texts: Iterable[str], finds_words: bool) -> dict[str, Mean]:
         """The error rates of a batch, each over as many words or characters as its references have."""
         from torchmetrics.functional.text import char_error_rate, word_error_rate  # slow to import
 
+        references = [self._reference(text, finds_words) for text in texts]
         assert self.labelling is not None
-        units = self.labelling.units
-        if units.kind == "phones" and not prefix:
-            references = [units.reference(text) for text in texts]
-            return {"per": _rate(word_error_rate, hypotheses, references, sum(len(r.split()) for r in references))}
-        references = list(texts)
+        if self.labelling.units.kind == "phones" and not finds_words:
+            words = sum(len(r.split()) for r in references)
+            return {f"{prefix}per": _rate(word_error_rate, hypotheses, references, words)}
         return {
             f"{prefix}wer": _rate(word_error_rate, hypotheses, references, sum(len(r.split()) for r in references)),
             f"{prefix}cer": _rate(char_error_rate, hypotheses, references, sum(map(len, references))),
@@ -141,17 +141,23 @@ class Speech(Task):
             if name in self._shown or len(self._shown) < self.examples:
                 self._shown[name] = self._alignment(name, text, hypothesis)
 
-    def _alignment(self, name: str, text: str, hypothesis: str) -> str:
-        """The reference over the hypothesis: of words, or of phones where a greedy decoder gives these."""
+    def _reference(self, text: str, finds_words: bool) -> str:
+        """What a decoder of words, or of labels alone, should find."""
         assert self.labelling is not None
-        reference = text if self.build_decoder is not None else self.labelling.units.reference(text)
-        return alignment(name, reference, hypothesis)
+        return text if finds_words else self.labelling.units.reference(text)
+
+    def _alignment(self, name: str, text: str, hypothesis: str) -> str:
+        """The reference over the hypothesis: of words, or of phones where the decoder gives these."""
+        return alignment(name, self._reference(text, self.decoder.finds_words), hypothesis)
 
     def show(self) -> str:
         return "\n".join(self._shown.values())
 
     def transcribe(self, path: Path) -> str:
-        """What is said in an audio file. Raises ExperimentError for a file that `read_audio` or `log_mel` refuses."""
+        """What is said in an audio file. Warns where its sample rate is lowered.
+
+        Raises ExperimentError for a file that `read_audio` or `log_mel` refuses.
+        """
         front_end = FrontEnd(**self.description["front_end"])
         if front_end.sample_rate is None:
             raise ExperimentError(
@@ -159,6 +165,7 @@ class Speech(Task):
                 "of one that was trained on recordings, as YesNo or Recordings."
             )
         audio = read_audio(path, front_end.sample_rate)
+        warn_of_lowered({audio.file_rate}, front_end.sample_rate)
         [frames] = front_end.frames([log_mel(audio.samples, front_end.sample_rate, front_end.static, str(path))])
         return self.decoder(*self._posteriors(frames))[0]
 

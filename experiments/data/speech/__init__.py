@@ -1,7 +1,7 @@
 """Speech: recordings with transcripts, as features and labels."""
 
 from experiments.data.speech.an4 import AN4
-from experiments.data.speech.audio import read_audio
+from experiments.data.speech.audio import read_audio, warn_of_lowered
 from experiments.data.speech.batches import Batch, Utterance
 from experiments.data.speech.features import FrontEnd
 from experiments.data.speech.labelling import Labelling
@@ -20,4 +20,5 @@ __all__ = [
     "Utterance",
     "YesNo",
     "read_audio",
+    "warn_of_lowered",
 ]

@@ -55,7 +55,7 @@ class AN4(SpeechData):
     def _recordings(self) -> dict[str, list[Recording]]:
         read = _reader(self.root)
         dictionary = "etc/an4.dic"
-        self._dictionary = read_lexicon(Path(dictionary), read(dictionary).decode())
+        self._dictionary = read_lexicon(Path(dictionary), _text(read, dictionary))
         train, test = (self._of(read, split) for split in ("train", "test"))
         held_out = set(sorted({one.speaker for one in train})[_HELD_OUT])
         return {
@@ -66,12 +66,12 @@ class AN4(SpeechData):
 
     def _of(self, read: Read, split: str) -> list[Recording]:
         transcripts = {}
-        for line in read(f"etc/an4_{split}.transcription").decode().splitlines():
+        for line in _text(read, f"etc/an4_{split}.transcription").splitlines():
             if (match := re.fullmatch(r"(.*)\((\S+)\)\s*", line)) is None:
                 raise ExperimentError(f"an4_{split}.transcription: got {line!r}, expected WORDS (UTTERANCE).")
             transcripts[match[2]] = one_spaced(match[1])
         recordings = []
-        for line in read(f"etc/an4_{split}.fileids").decode().split():
+        for line in _text(read, f"etc/an4_{split}.fileids").split():
             path = PurePosixPath(line)
             if path.name not in transcripts:
                 raise ExperimentError(f"an4_{split}.transcription: it has no transcript of {path.name}.")
@@ -112,6 +112,13 @@ def _read_below(folder: Path, name: str) -> bytes:
         raise ExperimentError(f"{folder / name}: cannot be read: {error.strerror or error}.") from error
 
 
+def _text(read: Read, name: str) -> str:
+    try:
+        return read(name).decode()
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{name}: no text in UTF-8 ({error}).") from error
+
+
 def _cepstra(content: bytes, name: str) -> Tensor:
     """The frames (T, 13) of a file: their number of values, then these, all of four bytes, the highest first."""
     values = int.from_bytes(content[:4], "big")
@@ -121,4 +128,7 @@ def _cepstra(content: bytes, name: str) -> Tensor:
             "values: empty, truncated or of another kind."
         )
     frames = torch.frombuffer(bytearray(content[4:]), dtype=torch.uint8).view(-1, 4).flip(1).contiguous()
-    return frames.view(torch.float32).view(-1, _STATIC)
+    cepstra = frames.view(torch.float32).view(-1, _STATIC)
+    if not cepstra.isfinite().all():
+        raise ExperimentError(f"{name}: some values are no finite numbers: damaged, or of another byte order.")
+    return cepstra

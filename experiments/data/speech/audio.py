@@ -3,6 +3,8 @@
 import io
 import math
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +66,15 @@ def read_audio(path: Path, sample_rate: int, content: bytes | None = None) -> Au
             "all files, or leave this one out."
         )
     return Audio(_lowered(wave, rate, sample_rate), rate)
+
+
+def warn_of_lowered(rates: Iterable[int], sample_rate: int) -> None:
+    """Tell the sample rates of files that were lowered to the one asked for."""
+    if lowered := sorted({*rates} - {sample_rate}):
+        warnings.warn(
+            f"files with {' and '.join(map(str, lowered))} samples per second were lowered to {sample_rate}.",
+            stacklevel=3,
+        )
 
 
 def _check_whole(path: Path, notes: str) -> None:

@@ -68,7 +68,8 @@ def log_mel(
 ) -> Tensor:  # (T, mels)
     """Log energies of mel bands in windows of 25 ms, each 10 ms after the one before, as Kaldi has them.
 
-    Raises ExperimentError without `kaldi-native-fbank`, and for a waveform that is shorter than a window.
+    Raises ExperimentError without `kaldi-native-fbank`, for more bands than the sample rate has room for, and for a
+    waveform that is shorter than a window.
     """
     try:
         import kaldi_native_fbank
@@ -79,7 +80,12 @@ def log_mel(
     options.frame_opts.frame_length_ms, options.frame_opts.frame_shift_ms = _WINDOW_MS, _SHIFT_MS
     options.frame_opts.dither = 0.0  # no random numbers
     options.mel_opts.num_bins = mels
-    bank = kaldi_native_fbank.OnlineFbank(options)
+    try:
+        bank = kaldi_native_fbank.OnlineFbank(options)
+    except ValueError as error:
+        raise ExperimentError(
+            f"--data.mels, --data.sample_rate: there are no {mels} bands in {sample_rate} samples per second ({error})."
+        ) from error
     bank.accept_waveform(sample_rate, (wave * _FULL_SCALE).numpy())
     bank.input_finished()
     if not bank.num_frames_ready:

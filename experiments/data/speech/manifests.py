@@ -1,6 +1,7 @@
 """Which audio files there are, and what is said in them."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,9 +39,9 @@ def read_manifest(path: Path) -> list[Row]:
         raise ExperimentError(f"{path}: no manifest in UTF-8 ({error}). Give yours by --data.path.") from error
     try:
         if path.suffix in (".jsonl", ".json"):
-            rows: list[Any] = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows: list[Any] = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines(), strict=True))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except (json.JSONDecodeError, csv.Error) as error:
         raise ExperimentError(f"{path}: no {'JSON lines' if path.suffix != '.csv' else 'CSV'}: {error}.") from error
     if not rows:

@@ -1,6 +1,5 @@
 """Recordings of a user's own, and those of the smallest public corpus."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from experiments.core.errors import ExperimentError
 from experiments.data.archives import read_archive
 from experiments.data.downloads import KnownFile
-from experiments.data.speech.audio import read_audio
+from experiments.data.speech.audio import read_audio, warn_of_lowered
 from experiments.data.speech.features import FrontEnd, Normalise, log_mel
 from experiments.data.speech.manifests import SPLITS, Row, read_manifest, rows_by_name, words_of
 from experiments.data.speech.speech_data import Recording, SpeechData
@@ -74,16 +73,14 @@ class Recordings(SpeechData):
         """The features of every file; the contents are those of an archive."""
         sample_rate, mels = self.front_end.sample_rate, self.front_end.static
         assert sample_rate is not None
-        recordings, lowered = [], set()
+        recordings, rates = [], set()
         for row in rows:
             audio = read_audio(row.path, sample_rate, None if contents is None else contents[row.path])
-            if audio.file_rate != sample_rate:
-                lowered.add(audio.file_rate)
+            rates.add(audio.file_rate)
             static = log_mel(audio.samples, sample_rate, mels, str(row.path))
-            recordings.append(Recording(row.path.name, row.speaker or row.path.name, static, row.text))
-        if lowered:
-            rates = " and ".join(map(str, sorted(lowered)))
-            warnings.warn(f"files with {rates} samples per second were lowered to {sample_rate}.", stacklevel=2)
+            # Files of two folders may have one name.
+            recordings.append(Recording(row.path.name, row.speaker or str(row.path), static, row.text))
+        warn_of_lowered(rates, sample_rate)
         return recordings
 
 
