@@ -245,7 +245,46 @@ def test_a_sequence_that_goes_on_alone_and_steps_without_any_have_finite_gradien
     found = torch.autograd.grad(output.square().sum(), [x, *rnn.parameters()])
     assert all(gradient.isfinite().all() for gradient in found)
     of = rnn.directions[0].cell.memory_norm
-    assert_close(of.count[:3], torch.tensor([2.0, 2.0, 1.0]).double())
+    assert_close(of.count[:3], torch.tensor([2.0, 2.0, 0.0]).double(), msg="one row has no variance")
+
+
+def test_a_sequence_longer_than_the_others_spoils_no_step_of_evaluation():
+    """The steps that it alone has reached take the last statistics that there are."""
+    longest, shorter = (stack(RNNCell, Normalised.of(Additive, norm=partial(norm, max_steps=9))) for _ in range(2))
+    x = inputs(T, B)
+    with population_statistics(longest):
+        longest(x, lengths=torch.tensor([6, 3, 3, 2, 3]))
+    with population_statistics(shorter):
+        shorter(x[:3], lengths=torch.tensor([3, 3, 3, 2, 3]))
+    assert_close(longest.eval()(x)[0], shorter.eval()(x)[0])
+
+
+def test_replicas_keep_statistics_of_their_own():
+    """As those of DataParallel, which run at once and share what is no tensor and no module."""
+    rnn = stack(RNNCell).float()
+    replicas = [replica(rnn) for _ in range(2)]
+    norms = [next(part for part in one.modules() if isinstance(part, RecurrentBatchNorm)) for one in replicas]
+    first, alone = inputs(T, B).float(), replica(rnn)
+
+    def meanwhile(*_):
+        handle.remove()
+        replicas[1](inputs(T, B, seed=2).float())
+
+    handle = norms[0].register_forward_hook(meanwhile)
+    replicas[0](first)
+    alone(first)
+    expected = next(part for part in alone.modules() if isinstance(part, RecurrentBatchNorm))
+    assert_close(dict(norms[0].named_buffers()), dict(expected.named_buffers()))
+
+
+def replica(network):
+    copies = {part: part._replicate_for_data_parallel() for part in network.modules()}
+    for part, one in copies.items():
+        for name, child in part._modules.items():
+            setattr(one, name, copies.get(child))
+        for name, value in [*part._parameters.items(), *part._buffers.items()]:
+            setattr(one, name, None if value is None else value.detach().clone())
+    return copies[network]
 
 
 # ---- With the rest.

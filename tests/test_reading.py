@@ -212,10 +212,14 @@ def test_batches_of_a_number_of_questions():
     buckets = Buckets(lengths, 4, "examples")
     batches = buckets.batches(torch.Generator().manual_seed(0))
     assert sorted(i for batch in batches for i in batch) == list(range(45))
-    assert sorted(map(len, batches)) == [1] + [4] * 11
+    assert sorted(map(len, batches)) == [4] * 10 + [5], "none is left alone"
     assert len(batches) == len(buckets)
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
     assert max(spread) < 45
+    for count, size, sizes in ((33, 4, [4] * 7 + [5]), (3, 1, [1] * 3), (1, 4, [1]), (6, 4, [2, 4])):
+        buckets = Buckets(range(1, count + 1), size, "examples")
+        assert sorted(map(len, buckets.batches())) == sizes
+        assert len(buckets) == len(sizes)
 
 
 def questions(split):

@@ -18,37 +18,47 @@ class Buckets:
     """Examples of like lengths in buckets, from which batches are made.
 
     A batch of so many steps is as many examples of a bucket as fit when padded to the bucket's longest, at least one.
+    One of so many examples has one more where this would be left alone: statistics of a batch want two.
     Every epoch has as many batches, whatever it shuffles.
 
     Args:
         lengths: of the examples.
-        size: of a batch: steps, padding included, or examples; of these the last batch may have fewer.
+        size: of a batch: steps, padding included, or examples; of these the last batch may have fewer, or one more.
         unit: which.
     """
 
     def __init__(self, lengths: Sequence[int], size: int, unit: Literal["steps", "examples"] = "steps") -> None:
         order = torch.tensor(lengths).argsort(descending=True, stable=True)
         if unit == "examples":
-            self._buckets = list(order.split(size * _BATCHES_IN_BUCKET))
-            self._sizes = [size] * len(self._buckets)
+            least = min(2, size)
+            self._buckets = list(order.split(_parts(len(order), size * _BATCHES_IN_BUCKET, least)))
+            self._sizes = [_parts(len(bucket), size, least) for bucket in self._buckets]
         else:
             count = max(1, round(sum(lengths) / (size * _BATCHES_IN_BUCKET)))
             self._buckets = [bucket for bucket in order.tensor_split(count) if len(bucket)]
-            self._sizes = [max(1, size // lengths[bucket[0]]) for bucket in self._buckets]
+            self._sizes = [_parts(len(bucket), max(1, size // lengths[bucket[0]])) for bucket in self._buckets]
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return sum(-(-len(bucket) // size) for bucket, size in zip(self._buckets, self._sizes, strict=True))
+        return sum(map(len, self._sizes))
 
     def batches(self, generator: torch.Generator | None = None) -> list[list[int]]:
         """The examples of each batch of an epoch: shuffled within their buckets, and the batches too, or in order."""
         batches = []
-        for bucket, size in zip(self._buckets, self._sizes, strict=True):
+        for bucket, sizes in zip(self._buckets, self._sizes, strict=True):
             shuffled = bucket if generator is None else bucket[torch.randperm(len(bucket), generator=generator)]
-            batches += [batch.tolist() for batch in shuffled.split(size)]
+            batches += [batch.tolist() for batch in shuffled.split(sizes)]
         if generator is None:
             return batches
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def _parts(count: int, size: int, least: int = 1) -> list[int]:
+    """So many in parts of a size and what is left, which goes to the last part where it is fewer than the least."""
+    sizes = [min(size, count - first) for first in range(0, count, size)]
+    if len(sizes) > 1 and sizes[-1] < least:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
 
 
 class BucketedData(Data):

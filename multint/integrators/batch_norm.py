@@ -19,10 +19,11 @@ class RecurrentBatchNorm(nn.Module):
     an LSTM's `memory_norm` BN(c; γ, β). γ and β are the same at all steps.
 
     In training, mean and biased variance are those of the batch at this step, without sequences that have ended
-    (`lengths=`); of a sequence that goes on alone, BN gives β. In evaluation they are the population's at this step.
-    These are buffers: training estimates them on the way, from all it has seen, each pass with 1 − momentum times the
-    weight of the next one, and `population_statistics` estimates them anew. Step `max_steps` − 1 and all after it share
-    one mean and variance, and a step that training has never reached takes those of the last that it has.
+    (`lengths=`). Of a sequence that goes on alone, BN gives β, and nothing is learnt of the population. In evaluation
+    they are the population's at this step. These are buffers: training estimates them on the way, from all it has seen,
+    each pass with 1 − momentum times the weight of the next one, and `population_statistics` estimates them anew. Step
+    `max_steps` − 1 and all after it share one mean and variance, and a step that training has never reached takes those
+    of the last that it has.
 
     The cell is written as with any norm. What step it is and which sequences have ended, the layer around it
     (`multint.Recurrent`) tells each norm before it runs the cell's step. It counts from the first step of a call, and
@@ -33,7 +34,8 @@ class RecurrentBatchNorm(nn.Module):
         features: F.
         gain: what γ starts at. With 1 the gradient does not keep its size over hundreds of steps; see section 4 there.
         bias: whether there is a β, which starts at 0. An integrator has a bias of its own.
-        max_steps: for how many steps statistics are kept.
+        max_steps: for how many steps statistics are kept: no more than many sequences have, since those of few rows are
+            poor ones, which all later steps would take.
         momentum: the part of its weight that the past loses with every pass in training.
 
     Raises: OptionError for a setting out of range, and outside of a layer; ShapeError for a p that is not (B, F), and
@@ -101,7 +103,9 @@ class RecurrentBatchNorm(nn.Module):
             rows, going_on = going_on.sum().to(self.count.dtype), going_on.unsqueeze(1)
             mean = torch.where(going_on, p, 0).sum(0) / rows.clamp(min=1)
             variance = torch.where(going_on, p - mean, 0).square().sum(0) / rows.clamp(min=1)
-        self.seen.append((time, rows, mean.detach().to(self.mean), variance.detach().to(self.mean)))
+        # One row has no variance: taken for the population's, 0 would blow up whatever comes there in evaluation.
+        counted = torch.where(rows > 1, rows, 0)
+        self.seen.append((time, counted, mean.detach().to(self.mean), variance.detach().to(self.mean)))
         return mean, variance
 
     @torch.no_grad()
@@ -110,7 +114,7 @@ class RecurrentBatchNorm(nn.Module):
         if not self.seen:
             return
         times, of_step, means, variances = map(torch.stack, zip(*self.seen, strict=True))
-        self.seen.clear()
+        self.seen = []
         at, of_step = times.clamp(max=self.max_steps - 1), of_step.unsqueeze(1)
         nothing = torch.zeros_like(self.mean)
         # First the rows of the pass that share a place, as all do whose step is past the last one.
@@ -146,7 +150,7 @@ def population_statistics(network: nn.Module) -> Iterator[None]:
 
     In the block the network runs without gradients and as in evaluation, so without dropout and noise, but each
     `RecurrentBatchNorm` normalises by the batch. The estimate is the mean and the biased variance over all rows of all
-    batches. After an error the old statistics stand.
+    batches, without those that go on alone. After an error the old statistics stand.
 
     Raises: OptionError for a network that has no such norm, and where nothing passed in the block.
     """

@@ -115,7 +115,7 @@ class Direction(nn.Module):
         """Scan with the streams and the weights that there are."""
         batch_norms = self._batch_norms() if "time" in streams else []
         for norm in batch_norms:
-            norm.seen.clear()  # of a pass that failed
+            norm.seen = []  # not those of a pass that failed, nor the list that the replicas of a network share
         result = scan(self, streams, state, engine)
         for norm in batch_norms:
             norm.end_pass()
