@@ -62,29 +62,37 @@ class BAbI(ReadingData):
 def read_stories(text: str, name: str, group: str = "") -> Iterator[Question]:
     """The questions in a file of bAbI's format: lines NUMBER SENTENCE, or NUMBER QUESTION, tab, ANSWER, tab, ….
 
-    A story begins where the number is 1. Raises ExperimentError for an empty file, and for a line that is neither, or
-    a question without an answer or a story.
+    A story begins where the number is 1. Raises ExperimentError for an empty file, for a line that is neither, or a
+    question without an answer or a story, and where lines are missing.
     """
     story: list[str] = []
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ExperimentError(f"{name}: the file is empty, expected stories and questions.")
+    last, answer = 0, list[str]()
     for place, line in enumerate(lines, start=1):
         number, _, rest = line.partition(" ")
         if not number.isdigit() or not rest.strip():
             raise ExperimentError(f"{name}, line {place}: got {line[:60]!r}, expected NUMBER SENTENCE.")
-        if number == "1":
+        if int(number) not in (1, last + 1):
+            raise ExperimentError(
+                f"{name}, line {place}: got the number {number}, expected {last + 1}: lines are missing."
+            )
+        last = int(number)
+        if last == 1:
             story = []
         sentence, *answer = rest.split("\t")
         words = _TOKEN.findall(sentence.lower())
         if not answer:
             story = story + words
             continue
-        if not story or not words or not answer[0].strip() or " " in answer[0].strip():
+        if not story or not words or len(answer[0].split()) != 1:
             raise ExperimentError(
                 f"{name}, line {place}: got {line[:60]!r}, expected a question, a tab and an answer, after a story."
             )
         yield Question(f"{name}:{place}", story, words, answer[0].strip().lower(), group)
+    if not answer:
+        raise ExperimentError(f"{name}: the last line is no question: the file is truncated.")
 
 
 def _decoded(data: bytes, name: str) -> str:

@@ -5,6 +5,7 @@ Derived here from public texts, after the way of Hermann et al. 2015; it is none
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def _text(path: Path, encoding: str) -> str:
         raise ExperimentError(f"{path}: cannot be read: {error.strerror}. Check --data.path.") from error
     except UnicodeDecodeError as error:
         raise ExperimentError(f"{path}: no text in {encoding} ({error}). Name its --data.encoding.") from error
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: it is encrypted
         raise ExperimentError(f"{path}: no archive of one text ({error}).") from error
     if not text.strip():
         raise ExperimentError(f"{path}: the file is empty, expected a text.")

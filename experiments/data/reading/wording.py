@@ -113,6 +113,6 @@ def _answers(counts: Mapping[str, int], words: list[str]) -> list[str]:
 
 
 def _markers(words: Iterable[str]) -> list[str]:
-    """All up to the highest number, in whatever split that is."""
-    highest = max((number for word in words if (number := marker_number(word)) is not None), default=-1)
-    return [f"@entity{number}" for number in range(highest + 1)]
+    """All that there are in any split, by their numbers."""
+    numbers = {word: number for word in words if (number := marker_number(word)) is not None}
+    return sorted(numbers, key=lambda word: numbers[word])
