@@ -18,10 +18,12 @@ from experiments.__main__ import main
 from experiments.core.callbacks import RandomState
 from experiments.core.configs import CONFIGS
 from experiments.core.errors import ExperimentError
-from experiments.core.export import trace
+from experiments.core.export import load_network, trace
+from experiments.core.loading import load_task
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
+from experiments.core.trust import trusting
 from experiments.data import BAbI, NovelCloze, QuestionFiles
 from experiments.data.buckets import Buckets
 from experiments.data.reading import Batch, Question
@@ -59,9 +61,9 @@ def reader(layer=GRU, **settings):
     return network
 
 
-def batch_of(T=6, L=4):
+def batch_of(T=6, L=4, words=9):
     torch.manual_seed(1)
-    documents, queries = torch.randint(9, (T, 3)), torch.randint(9, (L, 3))
+    documents, queries = torch.randint(words, (T, 3)), torch.randint(words, (L, 3))
     return documents, torch.tensor([T, 2, 1]), queries, torch.tensor([1, L, 2])
 
 
@@ -758,6 +760,15 @@ def test_a_run_is_tested_and_drawn(babi, tmp_path, capsys):
     assert pictures == [f"attention_{number}.png" for number in (1, 2)]
     assert main([*show, "0"]) == 2
     assert "--examples: got 0, expected at least 1" in capsys.readouterr().err
+    run, command = tmp_path / "tiny/version_0", ["--config", str(config), "--ckpt_path"]
+    assert main(["validate", *command, str(run)]) == 0
+    assert main(["fit", *command, str(run)]) == 2
+    assert re.search(r"is a folder, expected .* as .*/checkpoints/last\.ckpt", capsys.readouterr().err)
+    assert main(["export", str(run), "--format", "safetensors", "--output", str(tmp_path / "tiny.safetensors")]) == 0
+    with trusting():
+        network = load_task(run / "checkpoints/best.ckpt").network.eval()
+    call = batch_of(words=network.embedding.num_embeddings)
+    assert_close(load_network(tmp_path / "tiny.safetensors")(*call), network(*call))
 
 
 def test_other_data_are_refused():

@@ -216,6 +216,19 @@ def test_the_arms_of_batch_normalisation_differ_in_gamma_alone():
     assert gains == {"γ = 0.1": [0.1, 0.1], "γ = 1": [1.0, 1.0], "without": [None, None]}
 
 
+def test_the_cloze_has_an_arm_whose_steps_are_normalised():
+    """Its statistics are kept for as many steps as a document has at most, and are estimated anew."""
+    study = read_study(STUDIES / "reading_novels.yaml")
+    [arm] = resolved(study, {of: one for of, one in study.conditions().items() if "normalisation" in of.arm}, [])
+    cell = arm.settings["model"]["init_args"]["network"]["init_args"]["recurrent"]["init_args"]["cell"]["init_args"]
+    assert cell["integrator"]["init_args"]["integrator"]["class_path"].endswith(".MultiplicativeIntegration")
+    length = arm.settings["data"]["init_args"]["length"]
+    norms = cell["integrator"]["init_args"]["norm"], cell["memory_norm"]
+    assert [norm["init_args"]["max_steps"] for norm in norms] == [length, length]
+    callbacks = [callback["class_path"].rpartition(".")[2] for callback in arm.settings["trainer"]["callbacks"]]
+    assert callbacks == ["LearningRate", "PopulationStatistics"]
+
+
 SETTINGS = {"name": "a", "data": {"init_args": {"root": "x", "length": 3}}, "trainer": {"max_steps": 2, "logger": None}}
 
 

@@ -42,7 +42,7 @@ from experiments.core.callbacks import (
 )
 from experiments.core.command_line import Invocation
 from experiments.core.errors import ExperimentError, WritingError, building, write_text
-from experiments.core.loading import RunSettings, read_checkpoint
+from experiments.core.loading import RunSettings, checkpoint_in, read_checkpoint
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.run_folder import RunFolder, read_result
 from experiments.core.run_report import RunReport, shown
@@ -101,6 +101,13 @@ class _Run:
         if self._checkpoint is None and self._command != "fit":
             raise ExperimentError(f"{self._command} needs a checkpoint: --ckpt_path CKPT.")
         if self._checkpoint is not None:
+            if self._command != "fit":
+                self._checkpoint = str(checkpoint_in(Path(self._checkpoint)))
+            elif Path(self._checkpoint).is_dir():
+                raise ExperimentError(
+                    f"--ckpt_path: {self._checkpoint} is a folder, expected the checkpoint to go on from, as "
+                    f"{Path(self._checkpoint) / 'checkpoints' / 'last.ckpt'}."
+                )
             read_checkpoint(Path(self._checkpoint))
         if config.seed_everything is not False:
             seed = None if config.seed_everything is True else config.seed_everything
