@@ -595,7 +595,9 @@ def test_novels_become_questions(books):
         "@entity2",
         ".",
     ]
-    assert first.name == "one:1"
+    assert first.name == "one:1.1"
+    names = [one.name for split in ("train", "valid", "test") for one in data.questions(split)]
+    assert len({*names}) == len(names)
     counts = {split: len(data.questions(split)) for split in ("train", "valid", "test")}
     assert counts["train"] > 3 * counts["valid"] > 0 < counts["test"]
     again, alone = novels_of(books), novels_of(books, ["two.zip"])
@@ -603,7 +605,8 @@ def test_novels_become_questions(books):
     assert len(alone.questions("train")) < counts["train"]
     # sentence i of 240 is in part i // 12 of 20, and parts 4, 14 | 9, 19 are held out
     parts = {
-        split: {int(one.name[4:]) // 12 for one in data.questions(split) if one.name[:3] == "one"} for split in counts
+        split: {int(float(one.name[4:])) // 12 for one in data.questions(split) if one.name[:3] == "one"}
+        for split in counts
     }
     assert (parts["valid"], parts["test"]) == ({4, 14}, {9, 19})
 

@@ -106,9 +106,9 @@ def questions_of(text: str, name: str, length: int, entities: int) -> Iterator[t
         for i in range(first, end):
             if not _SHORTEST <= len(whole[i]) <= _LONGEST or not any(isinstance(word, Mention) for word in whole[i]):
                 continue
-            for question in _asked(_before(whole, first, i, length), whole[i], entities):
+            for number, question in enumerate(_asked(_before(whole, first, i, length), whole[i], entities), start=1):
                 count += 1
-                yield part, Question(f"{name}:{i}", *question)
+                yield part, Question(f"{name}:{i}.{number}", *question)
     if not count:
         raise ExperimentError(
             f"{name}: no sentence names an entity that was named shortly before, so nothing is asked."
