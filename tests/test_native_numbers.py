@@ -56,8 +56,8 @@ SETTINGS = {
 # An error of the rounding of 1 is in these by torch's own formulas, and some of its kernels leave the sign of a 0 open.
 ROUND_NEAR_1 = {aten.tanh.default, aten.gelu.default}
 
-# Their derivatives have no native code: steps that use them run from Python.
-WITHOUT_DERIVATIVE = {aten.log_sigmoid_forward.default}
+# Their derivatives have no native code. Steps that use the first run from Python, and sgn is in derivatives alone.
+WITHOUT_DERIVATIVE = {aten.log_sigmoid_forward.default, aten.sgn.default}
 
 
 def operations():

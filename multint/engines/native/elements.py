@@ -147,7 +147,7 @@ _POINTWISE = {
     aten._to_copy.default: "({type})({0})",
     aten.neg.default: "-{0}",
     aten.abs.default: "std::fabs({0})",
-    aten.sign.default: "({0} > 0.0f ? 1.0f : {0} < 0.0f ? -1.0f : 0.0f)",
+    **dict.fromkeys((aten.sign.default, aten.sgn.default), "({0} > 0.0f ? 1.0f : {0} < 0.0f ? -1.0f : 0.0f)"),
     aten.reciprocal.default: "1.0f / {0}",
     aten.rsqrt.default: "1.0f / std::sqrt({0})",
     aten.exp.default: "exponential({0})",
