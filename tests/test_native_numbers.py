@@ -174,7 +174,7 @@ def native(op):
     inputs = [*floats, *bools, cotangent]
     world = private.StandIns()
     stand_ins = [world.rows(tensor) for tensor in inputs]
-    graph = kernel.plain(world.trace(all_results, stand_ins), stand_ins, world)
+    graph = kernel.plain(world.trace(all_results, stand_ins), world)
     text = loops.function_of(graph, [False] * len(expected)).text
     return Function(text, inputs, names, [tensor.contiguous() for tensor in expected])
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from multint.engines import convolutions, private
 from multint.engines.private import row_dimensions, rows_in
@@ -107,9 +107,7 @@ def plainer() -> dict[Any, Callable[..., Any]]:
         found[derivative] = _with_nan(found[derivative], value)
     return found | {
         aten.hardsigmoid_backward.default: _hardsigmoid_backward,
-        **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _with_factor(torch.add)),
-        **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _with_factor(torch.sub)),
-        aten.view.default: _view,
+        **_SUMS,
         aten.pow.Tensor_Scalar: _power,
         aten.clamp.default: _clamp,
         aten.slice_scatter.default: _slice_scatter,
@@ -145,6 +143,12 @@ def plainer() -> dict[Any, Callable[..., Any]]:
     }
 
 
+def is_composite(node: fx.Node) -> bool:
+    """Whether `plainer` may have plainer operations for one of a graph, of whose arguments the graph tells the kind."""
+    is_known = all("val" in given.meta for given in node.all_input_nodes)
+    return node.target in plainer() and is_known and (bool(node.kwargs) or node.target not in _SUMS)
+
+
 # Torch's own operations give these where whole vectors are computed. Its decompositions give what it gives for the few
 # numbers at the end of a tensor, where an exploded activation gets the gradient of a large one.
 _AT_NAN = {"elu_backward": math.nan, "hardswish_backward": math.nan, "hardtanh_backward": 0.0}
@@ -167,6 +171,12 @@ def _hardsigmoid_backward(d: Tensor, x: Tensor) -> Tensor:
 
 def _with_factor(operation: Callable[..., Tensor]) -> Callable[..., Any]:
     return lambda x, y, alpha=1: NotImplemented if alpha == 1 else operation(x, alpha * y)
+
+
+_SUMS = {  # of which only those with a factor are composite
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _with_factor(torch.add)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _with_factor(torch.sub)),
+}
 
 
 def _power(x: Tensor, exponent: float) -> Any:
@@ -198,11 +208,6 @@ def _product_in_each_row(x: Tensor, y: Tensor) -> Tensor:
     if isinstance(y.stride(-1), int) and isinstance(y.stride(-2), int) and y.stride(-1) > y.stride(-2):
         return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
     return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
-
-
-def _view(x: Tensor, size: Any) -> Any:
-    """Of a copy where what is composed of plainer operations lies in another order than what it stands for."""
-    return NotImplemented if x.is_contiguous() else x.contiguous().view(size)
 
 
 def _dims(x: Tensor, dim: Any) -> list[int]:

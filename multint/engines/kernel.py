@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from multint.engines import private
-from multint.engines.decompositions import plainer
+from multint.engines.decompositions import is_composite, plainer
 from multint.engines.failures import RefusedError
 from multint.engines.native.loops import RowFunction, function_of
 from multint.engines.private import StandIns
@@ -84,7 +85,7 @@ class Kernel:
         if self._cpp is None:
             with TRACING:
                 try:
-                    graph = in_own_thread(plain, self.module, self._inputs, self._world)
+                    graph = in_own_thread(plain, self.module, self._world)
                     self._cpp = function_of(graph, self.adds)
                 except RefusedError as error:
                     self._cpp = error
@@ -121,12 +122,45 @@ def _is_bool(node: Any) -> bool:
     return node.meta["val"].dtype == torch.bool
 
 
-def plain(module: fx.GraphModule, stand_ins: list[Tensor], world: StandIns) -> fx.Graph:
-    """The module's graph with composite operations, such as norms and derivatives, in terms of plainer ones."""
-    with torch.no_grad():
-        graph: fx.Graph = world.trace(module, [world.like(s) for s in stand_ins], plainer()).graph
+def plain(module: fx.GraphModule, world: StandIns) -> fx.Graph:
+    """The module's graph with composite operations, such as norms and derivatives, in terms of plainer ones.
+
+    Only these are traced, and those that are alike once: to trace all operations again takes twice as long.
+    """
+    graph, values = fx.Graph(), dict[fx.Node, Any]()
+    for node in module.graph.nodes:
+        if is_composite(node):
+            part = _plainer_graph(node, world)
+            given = zip(part.nodes, (values[n] for n in node.all_input_nodes), strict=False)
+            values[node] = graph.graph_copy(part, dict(given))
+        elif node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
+            values[node] = values[node.args[0]][node.args[1]]
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
     for node in graph.nodes:  # what only writes passes for dead code
         if private.writes(node.target):
             raise RefusedError(f"it has the operation {node.target}, which writes into a tensor")
     graph.eliminate_dead_code()
     return graph
+
+
+def _plainer_graph(node: fx.Node, world: StandIns) -> fx.Graph:
+    """An operation in terms of plainer ones: a function of the nodes that it takes, in order."""
+    target: Any = node.target
+    given = node.all_input_nodes
+    names = {n: f"%{i}" for i, n in enumerate(given)}
+    values = [n.meta["val"] for n in given]
+    kinds = [(v.dtype, v.device, v.shape, v.stride()) if isinstance(v, Tensor) else v for v in values]
+    key = target, str((fx.node.map_arg((node.args, node.kwargs), names.get), kinds))
+    if key not in world.plainer:
+
+        def operation(*arguments: Any) -> Any:
+            values = dict(zip(given, arguments, strict=True))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.get)
+            return target(*args, **kwargs)
+
+        with torch.no_grad():
+            # A tensor that is two arguments would be traced as one.
+            apart = [value.detach() if isinstance(value, Tensor) else value for value in values]
+            world.plainer[key] = world.trace(operation, apart, plainer()).graph
+    return world.plainer[key]

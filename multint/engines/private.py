@@ -31,7 +31,11 @@ _TYPICAL_ROWS = 64
 
 
 class StandIns:
-    """A world of tensors without numbers, in which steps are traced; the number of rows is one open symbol."""
+    """A world of tensors without numbers, in which steps are traced; the number of rows is one open symbol.
+
+    Attributes:
+        plainer: the graphs of composite operations in terms of plainer ones; see `kernel.plain`.
+    """
 
     def __init__(self) -> None:
         from torch._dispatch.python import enable_python_dispatcher
@@ -41,6 +45,7 @@ class StandIns:
 
         self._make_graph, self._dispatcher = make_fx, enable_python_dispatcher
         self._context, self._open, self._fixed = StatelessSymbolicContext, DimDynamic.DUCK, DimDynamic.STATIC
+        self.plainer: dict[Any, fx.Graph] = {}
         self._shapes = ShapeEnv()
         self.mode: Any = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
