@@ -357,9 +357,10 @@ def tracing_settings(side_effects: bool) -> Iterator[None]:
 
     `side_effects` lets the step change Python objects, which it is then seen to do at each call of its graph.
     """
-    from torch._dynamo import config
+    from torch import _dynamo
 
-    settings: Any = config.patch(
+    guards: Any = _dynamo.guards
+    settings: Any = _dynamo.config.patch(
         side_effect_replay_policy="silent" if side_effects else "error",
         skip_nnmodule_hook_guards=False,  # hooks may come later
         recompile_limit=10**6,  # we count ourselves
@@ -370,11 +371,13 @@ def tracing_settings(side_effects: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")  # the tracer looks at the .grad of what a step takes, leaf or not
         logger = logging.getLogger("torch._guards")  # which tells of what is raised, too
         logger.disabled, before = True, logger.disabled
+        # What the tracer tells its log: how long its guards take, with the processor's caches emptied first.
+        measure, guards.profile_guard_manager = guards.profile_guard_manager, lambda *_: 0.0
         _thread.reads_a_step = True
         try:
             yield
         finally:
-            _thread.reads_a_step, logger.disabled = False, before
+            _thread.reads_a_step, logger.disabled, guards.profile_guard_manager = False, before, measure
 
 
 def forget_code(function: Any) -> None:
