@@ -35,15 +35,6 @@ def quick_to_compile():
     machine._OPTIMISED = before
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick_to_trace():
-    """The tracer does not measure its guards, for which it writes over the processor's caches after each trace."""
-    guards = torch._C._dynamo.guards  # from which torch._dynamo takes it when that is imported
-    before, guards.profile_guard_manager = guards.profile_guard_manager, lambda *_: 0.0
-    yield
-    guards.profile_guard_manager = before
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_collect():
     """What the imports and the tests before have left is looked through once, and not at each collection of garbage.
