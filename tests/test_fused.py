@@ -331,7 +331,7 @@ REFUSED_STEPS = {
     "changes the cell; keep it in the state": noting,
     "writes to one of its inputs|fails when it is traced": writing,
     "turns gradients on or off": without_gradient,
-    "registers a hook": hooked,
+    "registers a hook|an autograd.Function": hooked,  # which is what torch 2.12 shows of it
     "the step draws random numbers": lambda cell, x, h: nn.functional.dropout(x @ cell.W + h, 0.5),
     "the step branches on a value": lambda cell, x, h: x @ cell.W + h if h.sum() > 0 else h,
     r"rows may interact: .*aten\.sum": lambda cell, x, h: (x + 3e-4 * x.mean(0)) @ cell.W + h,

@@ -56,6 +56,9 @@ SETTINGS = {
 # An error of the rounding of 1 is in these by torch's own formulas, and some of its kernels leave the sign of a 0 open.
 ROUND_NEAR_1 = {aten.tanh.default, aten.gelu.default}
 
+# The sign of its zeros is another one in torch 2.12.
+ZEROS_OF_ANY_SIGN = {aten.frac.default}
+
 # Their derivatives have no native code. Steps that use the first run from Python, and sgn is in derivatives alone.
 WITHOUT_DERIVATIVE = {aten.log_sigmoid_forward.default, aten.sgn.default}
 
@@ -213,5 +216,5 @@ def test_numbers_and_gradients_are_torchs(op, functions):
     for name, ours, theirs in zip(function.names, actual, function.expected, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerances, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
         zeros = (ours == 0) & (theirs == 0)
-        if ours.dtype == torch.float32 and not rounds_near_1:
+        if ours.dtype == torch.float32 and not rounds_near_1 and op not in ZEROS_OF_ANY_SIGN:
             torch.testing.assert_close(ours.signbit() & zeros, theirs.signbit() & zeros, msg=f"{name}: the sign of 0")

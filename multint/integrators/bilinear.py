@@ -47,7 +47,7 @@ class TensorProduct(nn.Module):
         # taken: it is what is written and read back, and a stream shared by many rows is contracted once.
         by_outer = math.prod(torch.broadcast_shapes(x.shape[:-1], z.shape[:-1])) * z_features * x_features
         by_x, by_z = x_rows * out_features * z_features, z_rows * out_features * x_features
-        if by_outer < min(by_x, by_z):
+        if by_outer < by_x and by_outer < by_z:
             outer = z.unsqueeze(-1) * x.unsqueeze(-2)  # (..., Z, X)
             return functional.linear(outer.flatten(-2), rearrange(W, "o z x -> o (z x)"))
         if by_x <= by_z:
