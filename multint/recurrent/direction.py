@@ -72,9 +72,9 @@ class Direction(nn.Module):
                 raise OptionError(f"weight_drop: {type(cell).__name__} has no integrator that names its z_weights")
             # By the parameter, since one that stands in several places is to be dropped once.
             self.dropped_weights += {self.get_parameter(name): name for name in names}.values()
-        batch_norms = self._batch_norms()
-        self.has_steps = any(norm.max_steps > 1 for norm in batch_norms)  # with statistics of their own
-        self.why_looped = _NORMALISED if batch_norms else ""  # which the engines ask
+        self.batch_norms = self._batch_norms()
+        self.has_steps = any(norm.max_steps > 1 for norm in self.batch_norms)  # with statistics of their own
+        self.why_looped = _NORMALISED if self.batch_norms else ""  # which the engines ask
         self.noisy_weights: list[str] = []
         if weight_noise:
             # By name: a replica, or a functional call around this one, puts other tensors in the parameters' places.
@@ -113,11 +113,12 @@ class Direction(nn.Module):
 
     def forward(self, streams: dict[str, Tensor], state: Any, engine: str) -> tuple[Tensor, Any]:
         """Scan with the streams and the weights that there are."""
-        batch_norms = self._batch_norms() if "time" in streams else []
-        for norm in batch_norms:
+        if self.batch_norms:
+            self.batch_norms = self._batch_norms()  # a replica's are others
+        for norm in self.batch_norms:
             norm.seen = []  # not those of a pass that failed, nor the list that the replicas of a network share
         result = scan(self, streams, state, engine)
-        for norm in batch_norms:
+        for norm in self.batch_norms:
             norm.end_pass()
         return result
 
@@ -130,22 +131,21 @@ class Direction(nn.Module):
         masked = {name: hook for name, hook in self.hooks.items() if f"dropout.{name}" in streams}
         for name, hook in masked.items():
             hook.mask = streams[f"dropout.{name}"]
-        batch_norms = self._batch_norms() if "time" in streams else []
-        for norm in batch_norms:
+        for norm in self.batch_norms:
             norm.now = streams["time"], streams.get("valid")
         try:
             new = self.cell.step(x, state)
         finally:
             for hook in masked.values():
                 hook.mask = None
-            for norm in batch_norms:
+            for norm in self.batch_norms:
                 norm.now = None
         if self.zoneout:
             new = self._zoned(streams, state._asdict(), new)
         return select(streams["valid"], new, state) if "valid" in streams else new
 
     def _batch_norms(self) -> list[RecurrentBatchNorm]:
-        """Those of the cell. Looked for anew, since a replica has others."""
+        """Those of the cell."""
         return [part for part in self.cell.modules() if isinstance(part, RecurrentBatchNorm)]
 
     def _zoned(self, streams: dict[str, Tensor], old: dict[str, Tensor], new: Any) -> Any:
