@@ -33,7 +33,7 @@ from multint import MultintError
 
 register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are
 
-_parsed_objects: dict[tuple[int, str, str, bool], Namespace] = {}  # of the parse under way, see `_Parser`
+_parsed_objects: dict[tuple[ArgumentParser, str, str, bool], Namespace] = {}  # of the parse under way, see `_Parser`
 
 # Of these an empty text, as from an unset shell variable, would mean the current folder.
 _NEVER_EMPTY = ("name", "ckpt_path", "base", "trainer.default_root_dir")
@@ -221,7 +221,7 @@ class _Parser(ArgumentParser):
     def parse_object(
         self, obj: Any, namespace: Any = None, env: Any = None, defaults: bool = True, **kwargs: Any
     ) -> Namespace:
-        asked = id(self), repr(obj), repr(namespace), defaults
+        asked = self, repr(obj), repr(namespace), defaults
         if asked in _parsed_objects:
             try:
                 self.validate(_parsed_objects[asked])  # which the first time it may not have been
