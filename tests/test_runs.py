@@ -1,5 +1,6 @@
 """A run's life: killed, resumed, finished, diverged, out of room, and in several processes."""
 
+import multiprocessing
 import os
 import random
 import resource
@@ -51,39 +52,59 @@ def command(text, tmp_path):
     return arguments
 
 
-def start(arguments, **settings):
-    """The command in a process of its own."""
-    python = [sys.executable, "-W", "ignore", "-m", "experiments", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(python, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes, **settings)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["experiments.core.training", "experiments.tasks", "experiments.data", "matplotlib.pyplot"])
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 60
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert path.exists(), process.communicate()[0]
+class Command:
+    """A command in a process of its own, forked from one that has imported everything, which takes seconds."""
+
+    def __init__(self, arguments, log, largest_file=None):
+        self.log = log
+        self.process = FORKS.Process(target=self.run, args=(arguments, log, largest_file))
+        self.process.start()
+
+    @staticmethod
+    def run(arguments, log, largest_file):
+        with open(log, "w") as file:
+            for output in (sys.stdout, sys.stderr):
+                os.dup2(file.fileno(), output.fileno())
+        torch.set_num_threads(1)
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        sys.exit(main(arguments))
+
+    def wait_until(self, happened):
+        """Whether it happens before the command is over."""
+        deadline = time.monotonic() + 60
+        while not happened() and self.process.is_alive():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+        return self.process.is_alive()
+
+    def end(self):
+        """Wait for its end.
+
+        Returns its exit code, negative for the signal that killed it, and what it has printed.
+        """
+        self.process.join(60)
+        return self.process.exitcode, self.log.read_text()
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(command, tmp_path):
     """Kills at random moments of real processes: in steps, validations, and while checkpoints are written."""
-    limits = ("--trainer.max_epochs=12", "--trainer.val_check_interval=11", "--save_every=0.0003", "--name=killed")
+    limits = ("--trainer.max_epochs=7", "--trainer.val_check_interval=11", "--save_every=0.0003", "--name=killed")
     killed = tmp_path / "killed" / "version_0"
     last = killed / "checkpoints" / "last.ckpt"
     chance = random.Random(0)
     options, kills = [], 0
     for _ in range(3):
-        process = start(command(*limits, *options))
         before = last.stat().st_mtime_ns if last.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if last.exists() and last.stat().st_mtime_ns > before:
-                time.sleep(chance.uniform(0, 0.4))
-                break
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        fit = Command(command(*limits, *options), tmp_path / "log.txt")
+        if fit.wait_until(lambda before=before: last.exists() and last.stat().st_mtime_ns > before):
+            time.sleep(chance.uniform(0, 0.4))
+        fit.process.kill()
+        kills += fit.end()[0] == -signal.SIGKILL
         options = ["--ckpt_path", str(last)]
     assert kills >= 2, "the runs were over before they were killed"
     assert main(command(*limits, *options)) == 0
@@ -98,13 +119,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(comma
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, command, tmp_path):
-    process = start(command("--trainer.max_epochs=-1"))
+    fit = Command(command("--trainer.max_epochs=-1"), tmp_path / "log.txt")
     last = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    wait_for(last, process)
+    assert fit.wait_until(last.exists), fit.end()
     written = last.stat().st_mtime_ns
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == code, out
+    os.kill(fit.process.pid, number)
+    ended, out = fit.end()
+    assert ended == code, out
     assert last.stat().st_mtime_ns > written
     *_, how = [line for line in out.splitlines() if line.startswith("python -m experiments fit")]
     assert str(last) in how
@@ -115,7 +136,10 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, command, tmp_path):
 
 def test_two_processes_equal_one(command, tmp_path):
     limits = ("--trainer.max_steps=15", "--trainer.val_check_interval=10", "--data.eval_batch_size=1")
-    two = start(command(*limits, "--trainer.devices=2", "--trainer.strategy=ddp", "--name=two"))
+    two_devices = ("--trainer.devices=2", "--trainer.strategy=ddp", "--name=two")
+    python = [sys.executable, "-W", "ignore", "-m", "experiments", *command(*limits, *two_devices)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    two = subprocess.Popen(python, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     assert main(command(*limits, "--name=one")) == 0
     out, _ = two.communicate(timeout=120)
     assert two.returncode == 0, out
@@ -330,18 +354,13 @@ def test_a_folder_that_cannot_be_made_is_one_message(command, tmp_path, capsys):
     assert "cannot be written" in mistake(capsys, command())
 
 
-def limit_files():
-    """Runs in the child: no file grows beyond 40 kB, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-
-def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(command, finished):
+def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(command, finished, tmp_path):
     last = finished / "checkpoints" / "last.ckpt"
     assert last.stat().st_size > 40_000
     whole = last.read_bytes()
-    process = start(command("--trainer.max_epochs=3", "--ckpt_path", str(last)), preexec_fn=limit_files)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, out
+    fit = command("--trainer.max_epochs=3", "--ckpt_path", str(last))
+    code, out = Command(fit, tmp_path / "log.txt", largest_file=40_000).end()
+    assert code == 2, out
     assert "Traceback" not in out
     assert f"Kept: {last}" in out
     assert f"--ckpt_path {last}" in out

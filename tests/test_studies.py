@@ -726,6 +726,12 @@ def test_processes_of_a_pool_make_one_run_after_the_other(tmp_path, monkeypatch)
             time.sleep(0.05)
         return code
 
+    def until_refused(argv, log):
+        """The job may have ended before it was stopped, and the pool learns later that its processes are gone."""
+        for _ in range(200):
+            Here(argv, tmp_path / log, pool)
+            time.sleep(0.05)
+
     with workers(2) as pool:
         assert ended(["--help"], "first") == ended(["--help"], "second") == 0
         assert ended(["--trust"], "third") == 2
@@ -733,11 +739,8 @@ def test_processes_of_a_pool_make_one_run_after_the_other(tmp_path, monkeypatch)
         job.stop(signal.SIGKILL)
         while job.poll() is None:
             time.sleep(0.05)
-        # It may have ended before it was stopped; the pool learns a little later that its processes are gone.
         with pytest.raises(ExperimentError, match=r"has died, .* fewer --jobs"):
-            for _ in range(200):
-                Here(["--help"], tmp_path / "fifth", pool)
-                time.sleep(0.05)
+            until_refused(["--help"], "fifth")
     assert "usage: python -m experiments" in (tmp_path / "second").read_text()
     assert "error: argument --trust" in (tmp_path / "third").read_text()
 

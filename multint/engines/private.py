@@ -39,6 +39,7 @@ class StandIns:
 
     def __init__(self) -> None:
         from torch._dispatch.python import enable_python_dispatcher
+        from torch._dynamo import config
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -47,7 +48,8 @@ class StandIns:
         self._context, self._open, self._fixed = StatelessSymbolicContext, DimDynamic.DUCK, DimDynamic.STATIC
         self.plainer: dict[Any, fx.Graph] = {}
         self._shapes = ShapeEnv()
-        self.mode: Any = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+        with config.patch(fake_tensor_cache_enabled=False):  # as in `tracing_settings`
+            self.mode: Any = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A stand-in for a tensor whose every size is fixed."""
@@ -366,6 +368,8 @@ def tracing_settings(side_effects: bool) -> Iterator[None]:
         recompile_limit=10**6,  # we count ourselves
         accumulated_recompile_limit=10**6,
         error_on_recompile=False,
+        # It would keep a megabyte of every step for good, and few steps ask the same twice.
+        fake_tensor_cache_enabled=False,
     )
     with settings, free_of_rows(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer looks at the .grad of what a step takes, leaf or not
