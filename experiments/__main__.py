@@ -20,6 +20,8 @@ COMMANDS = {
     "show": Command(f"{_LOOK}:show", "what a run's network does, in pictures", "RUN", _BUILDING),
     "sample": Command("experiments.sample:main", "text from a run's network", "RUN --prompt TEXT", _BUILDING),
     "transcribe": Command("experiments.transcribe:main", "what is said in audio files", "RUN FILE.wav", _BUILDING),
+    "encode": Command("experiments.encode:encode", "vectors of sentences", "RUN FILE --output NPY", _BUILDING),
+    "nearest": Command("experiments.encode:nearest", "sentences like one", "RUN FILE SENTENCE", _BUILDING),
     "export": Command(_EXPORT, "weights or a program from a run", "RUN --format onnx", _BUILDING),
     "study": Command(_STUDY, "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
     "report": Command(_STUDY, "the report of a study, from its files", "STUDY", _TRAINING),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.initialisation import Uniform
-from models.time_major import time_major
+from models.time_major import last_output, time_major
 from multint import Additive, BiAffine, Integrator, Recurrent
 from multint.errors import OptionError
 from multint.integrators.base import build
@@ -85,9 +85,7 @@ class AttentiveReader(nn.Module):
     ) -> Answer:
         """Read a batch. What stands past a length has no influence."""
         d, _ = self.document(self._embedded(documents), lengths=lengths)  # (T, B, D)
-        _, state = self.query(self._embedded(queries), lengths=query_lengths)
-        last = state if isinstance(state, Tensor) else state[0]  # (layers · directions, B, H)
-        q = torch.cat([*last[-2 if self.query.bidirectional else -1 :]], -1)  # (B, D)
+        q = last_output(self.query, self._embedded(queries), query_lengths)  # (B, D)
         scores = self.attention(d, q)
         if self.score is not None:
             scores = self.score(scores.tanh())

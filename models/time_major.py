@@ -1,6 +1,7 @@
 """What networks whose inputs are time-major ask of their recurrent stack."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from multint import Recurrent
 from multint.errors import OptionError
@@ -13,3 +14,14 @@ def time_major(owner: nn.Module, recurrent: Recurrent) -> Recurrent:
             f"{type(owner).__name__}: recurrent.batch_first is true, expected false: its inputs are time-major, (T, B)"
         )
     return recurrent
+
+
+def last_output(
+    recurrent: Recurrent,
+    xs: Tensor,  # (T, B, X)
+    lengths: Tensor,  # (B,)
+) -> Tensor:  # (B, O)
+    """The stack's output at each sequence's end; of a bidirectional one beside it that at its start, read backwards."""
+    _, state = recurrent(xs, lengths=lengths)
+    fields = state if isinstance(state, tuple) else (state,)
+    return torch.cat([*fields[0][-2 if recurrent.bidirectional else -1 :]], -1)  # of (layers · directions, B, H)

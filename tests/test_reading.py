@@ -629,7 +629,7 @@ def test_markers_are_drawn_anew_in_training_alone(books):
         ({"path": "none.txt"}, "none.txt: cannot be read: No such file"),
         ({"path": "empty.txt"}, "empty.txt: the file is empty"),
         ({"path": "plain.txt"}, "plain: no sentence names an entity that was named shortly before"),
-        ({"path": "latin.txt"}, "latin.txt: no text in utf-8 .* Name its --data.encoding"),
+        ({"path": "latin.txt"}, "latin.txt: no text in utf-8 .* Name its encoding"),
         ({"path": "bad.zip"}, "bad.zip: no archive of one text"),
         ({"path": "spoilt.zip"}, "spoilt.zip: no archive of one text"),
         ({"path": "", "books": ["three.txt"]}, "there is no three.txt in .* Choices: bad.zip, empty.txt"),

@@ -2,6 +2,7 @@
 
 from experiments.data.functions import Curves, FunctionData, Images, Table
 from experiments.data.reading import BAbI, NovelCloze, QuestionFiles, ReadingData
+from experiments.data.sentences import Books
 from experiments.data.speech import AN4, Labelling, Recordings, SpeechData, Units, YesNo
 from experiments.data.synthetic import (
     Adding,
@@ -23,6 +24,7 @@ __all__ = [
     "AffineTasks",
     "BAbI",
     "Batch",
+    "Books",
     "CopyMemory",
     "Curves",
     "SyntheticData",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from experiments.core.errors import ExperimentError
 from experiments.core.task import Data
@@ -27,8 +28,13 @@ class Buckets:
         unit: which.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, unit: Literal["steps", "examples"] = "steps") -> None:
-        order = torch.tensor(lengths).argsort(descending=True, stable=True)
+    def __init__(
+        self,
+        lengths: Sequence[int] | Tensor,
+        size: int,
+        unit: Literal["steps", "examples"] = "steps",
+    ) -> None:
+        order = torch.as_tensor(lengths).argsort(descending=True, stable=True)
         if unit == "examples":
             least = min(2, size)
             self._buckets = list(order.split(_parts(len(order), size * _BATCHES_IN_BUCKET, least)))

@@ -5,7 +5,17 @@ from experiments.tasks.memory import Memory
 from experiments.tasks.neural_processes import NeuralProcesses
 from experiments.tasks.reading import Reading
 from experiments.tasks.regression import Regression
+from experiments.tasks.sentence_vectors import SentenceVectors
 from experiments.tasks.speech import Speech
 from experiments.tasks.state_tracking import StateTracking
 
-__all__ = ["LanguageModelling", "Memory", "NeuralProcesses", "Reading", "Regression", "Speech", "StateTracking"]
+__all__ = [
+    "LanguageModelling",
+    "Memory",
+    "NeuralProcesses",
+    "Reading",
+    "Regression",
+    "SentenceVectors",
+    "Speech",
+    "StateTracking",
+]

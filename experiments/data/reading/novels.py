@@ -3,13 +3,11 @@
 Derived here from public texts, after the way of Hermann et al. 2015; it is none of theirs.
 """
 
-import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.core.errors import ExperimentError
+from experiments.data.books import book_files, check_encoding, read_book, works
 from experiments.data.reading.entities import Mention, mentioning, merged, names_in, sentences
 from experiments.data.reading.questions import PLACEHOLDER, Question
 from experiments.data.reading.reading_data import ReadingData
@@ -18,8 +16,6 @@ _PARTS = 20  # of a book, of which every tenth is for validation, and every tent
 _SPLITS = {4: "valid", 9: "test"}  # by a part's number modulo 10; the others are for training
 _SHORTEST, _LONGEST = 5, 40  # words of a sentence that is asked
 _CANDIDATES = 3  # entities of a document at least: of two, one guess in two is right
-# Project Gutenberg's own text, before a book or behind it. The longest has 15,000 characters.
-_LICENCE = re.compile(r"^[^\n]*Project Gutenberg(?:.{0,20000}?^\*END\b[^\n]*$|[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 Sentence = list[str | Mention]
 
@@ -59,36 +55,17 @@ class NovelCloze(ReadingData):
             if value < least:
                 raise ExperimentError(f"--data.{name}: got {value}, expected at least {least}.")
         self.path, self.books = Path(path).expanduser(), books
-        self.length, self.entities, self.encoding = length, entities, encoding
-        try:
-            "".encode(encoding)
-        except LookupError as error:
-            raise ExperimentError(f"--data.encoding: got {encoding!r}, expected one that Python knows.") from error
+        self.length, self.entities, self.encoding = length, entities, check_encoding(encoding)
         self._found: dict[str, list[Question]] | None = None  # by split
 
     def _questions(self, split: str) -> Iterator[Question]:
         if self._found is None:
             self._found = {"train": [], "valid": [], "test": []}
-            for book in self._files():
-                for part, question in questions_of(_text(book, self.encoding), book.stem, self.length, self.entities):
+            for book in book_files(self.path, self.books):
+                text = read_book(book, self.encoding)
+                for part, question in questions_of(text, book.stem, self.length, self.entities):
                     self._found[_SPLITS.get(part % 10, "train")].append(question)
         yield from self._found.pop(split)
-
-    def _files(self) -> list[Path]:
-        if not self.path.is_dir():
-            if self.books is not None:
-                raise ExperimentError(
-                    f"--data.books: got names, and {self.path} is no folder of them. Give one, or --data.books=null."
-                )
-            return [self.path]
-        there = {path.name: path for path in sorted(self.path.iterdir()) if path.suffix in (".txt", ".zip")}
-        if missing := [book for book in self.books or () if book not in there]:
-            raise ExperimentError(
-                f"--data.books: there is no {missing[0]} in {self.path}. Choices: {', '.join(there) or 'none'}."
-            )
-        if not there:
-            raise ExperimentError(f"{self.path}: the folder has no .txt and no .zip. Give texts by --data.path.")
-        return [there[book] for book in self.books or there]
 
 
 def questions_of(text: str, name: str, length: int, entities: int) -> Iterator[tuple[int, Question]]:
@@ -97,7 +74,7 @@ def questions_of(text: str, name: str, length: int, entities: int) -> Iterator[t
     Of a sentence's entities each is asked that stands in the document, if that has others.
     Raises ExperimentError for a text that gives none.
     """
-    plain = sentences(_LICENCE.sub("", text.replace("\r", "")))
+    plain = sentences("\n\n".join(works(text)))
     names = names_in(plain)
     whole = [mentioning(sentence, names) for sentence in plain]
     count = 0
@@ -139,23 +116,3 @@ def _asked(read: Sentence, asked: Sentence, entities: int) -> Iterator[tuple[lis
         if one in named:
             answer = marker[one]
             yield document, [PLACEHOLDER if word == answer else word for word in query], answer
-
-
-def _text(path: Path, encoding: str) -> str:
-    """The text of a file, or of the one file in an archive. Raises ExperimentError where there is none."""
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                [inside] = archive.namelist()
-                data = archive.read(inside)
-        text = data.decode(encoding)
-    except OSError as error:
-        raise ExperimentError(f"{path}: cannot be read: {error.strerror}. Check --data.path.") from error
-    except UnicodeDecodeError as error:
-        raise ExperimentError(f"{path}: no text in {encoding} ({error}). Name its --data.encoding.") from error
-    except (ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: it is encrypted
-        raise ExperimentError(f"{path}: no archive of one text ({error}).") from error
-    if not text.strip():
-        raise ExperimentError(f"{path}: the file is empty, expected a text.")
-    return text
