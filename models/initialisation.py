@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from multint import Cell
 from multint.errors import OptionError
 from multint.integrators import outermost_integrators
 
@@ -21,14 +22,16 @@ class Uniform:
         scale: half the width of the distribution.
         input_scale: the same for the matrices that multiply an integrator's x, the paper's r_W; `scale` if None.
         integrators_only: fill the integrators' matrices alone; an embedding, a softmax and the like keep their own.
+        orthogonal: the cells' recurrent matrices are orthogonal instead, that of each gate on its own.
 
     Raises: OptionError for a width that is not positive.
-    Source: Wu et al. 2016, section 3.1.
+    Source: Wu et al. 2016, sections 3.1 and, for orthogonal ones, 3.4.
     """
 
     scale: float
     input_scale: float | None = None
     integrators_only: bool = False
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("scale", self.scale), ("input_scale", self.input_scale)):
@@ -48,6 +51,20 @@ class Uniform:
                 for name in integrator.x_weights:
                     if name not in integrator.z_weights:
                         integrator.get_parameter(name).uniform_(-self.input_scale, self.input_scale)
+        if self.orthogonal:
+            _make_orthogonal(network)
+
+
+def _make_orthogonal(network: nn.Module) -> None:
+    """Matrices that multiply the state alone; each block of as many rows as it has columns is a gate's."""
+    for cell in network.modules():
+        if isinstance(cell, Cell):
+            for integrator in outermost_integrators(cell).values():
+                for name in integrator.z_weights:
+                    matrix = integrator.get_parameter(name)
+                    if name not in integrator.x_weights and matrix.ndim == 2:
+                        for block in matrix.split(matrix.shape[1]):
+                            nn.init.orthogonal_(block)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def _starting(decoder: Any, v: Tensor) -> Any:
 def _checked(decoder: Recurrent, size: int) -> Recurrent:
     if decoder.bidirectional:
         raise OptionError(
-            "SkipThought: decoder.bidirectional is true, expected false: backwards it reads the words that it is to write"
+            "SkipThought: decoder.bidirectional is true, expected false: its backward direction reads the words to be "
+            "written"
         )
     if decoder.output_size != size:
         raise ShapeError(

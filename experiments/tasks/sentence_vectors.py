@@ -69,4 +69,4 @@ class SentenceVectors(Task):
 
     def example(self) -> Example:
         words, lengths = torch.zeros(3, 2, dtype=torch.long), torch.tensor([3, 2])
-        return Example((words, lengths), {"words": {0: "T", 1: "B"}, "lengths": {0: "B"}}, ("vectors",), 2)
+        return Example((words, lengths), {"words": {0: "T", 1: "B"}, "lengths": {0: "B"}}, ("vectors",), 6)
