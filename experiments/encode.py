@@ -9,7 +9,7 @@ import numpy as np
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, replacing
 from experiments.data.books import check_encoding, read_book
-from experiments.data.sentences import lines_of
+from experiments.data.sentences import read_sentences
 from experiments.sentence_encoder import SentenceEncoder
 
 
@@ -45,7 +45,8 @@ def nearest(invocation: Invocation) -> None:
     wanted = encoder.encode([options.sentence])[0]
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted)
     cosines = vectors @ wanted / np.maximum(lengths, np.finfo(np.float32).tiny)
-    for i in np.argsort(-cosines, kind="stable")[: options.count]:
+    order = [i for i in np.argsort(-cosines, kind="stable") if sentences[i].strip()]
+    for i in order[: options.count]:
         print(f"{cosines[i]:.3f}  {sentences[i]}")
 
 
@@ -58,7 +59,7 @@ def _encoder(options: Namespace) -> SentenceEncoder:
 
 def _encoded(options: Namespace, encoder: SentenceEncoder) -> tuple[list[str], np.ndarray]:
     text = read_book(options.file, check_encoding(options.encoding))
-    sentences = text.removesuffix("\n").split("\n") if options.layout == "lines" else [*lines_of(text, "prose")]
+    sentences = [*read_sentences(text, options.layout)]
     begin = perf_counter()
     vectors = encoder.encode(sentences, options.batch_size, progress=True)
     seconds = perf_counter() - begin

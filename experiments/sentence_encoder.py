@@ -16,6 +16,7 @@ from experiments.core.loading import checkpoint_in, load_task
 from experiments.data.sentences import words_of
 from experiments.data.sentences.word_vectors import WordVectors, read_word_vectors
 from experiments.data.text import WordVocabulary
+from experiments.data.text.words import EOS, UNK
 from experiments.tasks import SentenceVectors
 from models import SkipThought
 
@@ -64,7 +65,7 @@ class SentenceEncoder:
         Source: Kiros et al. 2015, section 2.2.
         """
         given = read_word_vectors(Path(path))
-        both = [word for word in self.vocabulary.words if word in given.rows]
+        both = [word for word in self.vocabulary.words if word in given.rows and word not in (EOS, UNK)]
         if len(both) < given.vectors.shape[1]:
             raise ExperimentError(
                 f"{path}: {len(both)} of its words are known to the model, expected at least "
@@ -94,8 +95,8 @@ class SentenceEncoder:
 
         Raises: ExperimentError for a text instead of a list of texts.
         """
-        if isinstance(sentences, str):
-            raise ExperimentError("encode: got one text, expected a list of sentences: [text] is one of one sentence.")
+        if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
+            raise ExperimentError(f"encode: got a {type(sentences).__name__}, expected a list of texts, a sentence each.")
         if batch_size < 1:
             raise ExperimentError(f"encode: batch_size is {batch_size}, expected at least 1.")
         rows, embeddings = self._numbered([words_of(sentence) for sentence in sentences])

@@ -18,7 +18,16 @@ from experiments.data import ReadingData
 from experiments.data.text import Vocabulary
 from experiments.data.text.corpora import pydoc
 from experiments.study.arms import key_of
-from experiments.tasks import LanguageModelling, Memory, NeuralProcesses, Reading, Regression, Speech, StateTracking
+from experiments.tasks import (
+    LanguageModelling,
+    Memory,
+    NeuralProcesses,
+    Reading,
+    Regression,
+    SentenceVectors,
+    Speech,
+    StateTracking,
+)
 from models import Points, log_likelihood
 
 pytestmark = pytest.mark.runs
@@ -113,7 +122,16 @@ def reader(size, mi=0):
     return 50 * size + layers + size * (4 * size + 2) + 2 * size * (4 * size + 1) + mlp([2 * size, 10])
 
 
+def skip_thought(words, embedding, hidden, mi=0):
+    """An embedding, the encoder, two decoders that start from its state, and a softmax; of MI, its vectors."""
+    gru = 3 * hidden * (embedding + hidden + 1)
+    return words * embedding + 3 * gru + 3 * mi * hidden + mlp([hidden, words])
+
+
 MADE = {
+    "books": skip_thought(8000, 128, 256),
+    "skip_thought": skip_thought(20_000, 620, 2400),  # 125,673,600
+    "skip_thought_mi": skip_thought(20_000, 620, 2400, mi=3),  # 21,600 more: α, β₁ and β₂
     "bilinear_form": multiplicative(8, 8, 1),
     "teacher_student": multiplicative(8, 8, 32) + multiplicative(32, 8, 1),
     "affine_tasks": multiplicative(8, 8, 64) + multiplicative(64, 8, 8),
@@ -208,12 +226,20 @@ def reading(task, data):
     return network
 
 
+def sentence_vectors(task, data):
+    """The task's network, after one call."""
+    network = task.build(task.imagined(data, {}))
+    assert network(torch.zeros(3, 2, dtype=torch.long), torch.ones(2, dtype=torch.long)).shape[0] == 2
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
     Memory: memory,
     NeuralProcesses: neural_process,
     Reading: reading,
     Regression: regression,
+    SentenceVectors: sentence_vectors,
     Speech: speech,
     StateTracking: state_tracking,
 }
@@ -226,6 +252,17 @@ def test_one_option_swaps_a_neural_processs_decoder():
     with torch.device("meta"):
         network = settings.task._build_network(1, 1)
     assert {layer.rank for layer in network.modules() if type(layer).__name__ == "LowRank"} == {16}
+
+
+def test_options_choose_how_skip_thoughts_are_made():
+    network = "--model.network"
+    options = [f"{network}.conditioning=step", f"{network}.meet=LowRank", f"{network}.meet.rank=8"]
+    options += [f"{network}.combine.hidden_size=32", f"{network}.combine.bidirectional=true"]
+    settings = built(CONFIGS / "sentences/books.yaml", *options)
+    with torch.device("meta"):
+        network = settings.task.build(settings.task.imagined(settings.data, {}))
+    assert [meet.rank for meet in network.meets] == [8, 8]
+    assert network.vector_size == 256 + 2 * 32
 
 
 def test_one_option_swaps_the_integrator_whatever_the_config_named():

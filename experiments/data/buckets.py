@@ -40,9 +40,9 @@ class Buckets:
             self._buckets = list(order.split(_parts(len(order), size * _BATCHES_IN_BUCKET, least)))
             self._sizes = [_parts(len(bucket), size, least) for bucket in self._buckets]
         else:
-            count = max(1, round(sum(lengths) / (size * _BATCHES_IN_BUCKET)))
+            count = max(1, round(int(sum(lengths)) / (size * _BATCHES_IN_BUCKET)))
             self._buckets = [bucket for bucket in order.tensor_split(count) if len(bucket)]
-            self._sizes = [_parts(len(bucket), max(1, size // lengths[bucket[0]])) for bucket in self._buckets]
+            self._sizes = [_parts(len(bucket), max(1, size // int(lengths[bucket[0]]))) for bucket in self._buckets]
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -13,7 +13,7 @@ from experiments.data.buckets import BucketedData, Buckets
 from experiments.data.sentences.tokens import Layout, Reading, split_into_words
 from experiments.data.sentences.triples import Batch, Triples
 from experiments.data.text.stream_data import HELD_OUT
-from experiments.data.text.word_cache import encoded
+from experiments.data.text.word_cache import encoded, warn_of_untaught
 from experiments.data.text.word_encoding import Settings
 from experiments.data.text.word_sources import SPLITS
 from experiments.data.text.words import WordVocabulary
@@ -102,6 +102,12 @@ class Books(BucketedData):
         folder = self.path if self.path.is_dir() else self.path.parent
         folders = [folder / _CACHE, Path(pooch.os_cache("multint")) / "sentences"]
         words = encoded(split_into_words(files, self.reading, folders), self.words, folders)
+        if len(words.vocabulary) == 2:
+            raise ExperimentError(
+                f"{self.path}: no word occurs --data.min_count={self.words.min_count} times in the training's part. "
+                "Lower it, or give more text."
+            )
+        warn_of_untaught(str(self.path), words)
         self._vocabulary = words.vocabulary
         for split in SPLITS:
             triples = Triples(words.streams[split], words.vocabulary.start, self.max_length)

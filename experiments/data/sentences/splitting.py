@@ -42,9 +42,9 @@ def sentences_of(text: str) -> Iterator[str]:
         begin = 0
         for mark in _MARK.finditer(line):
             if _ends(line, mark):
-                yield from _told(line[begin : mark.end()])
+                yield from _if_any(line[begin : mark.end()])
                 begin = mark.end()
-        yield from _told(line[begin:])
+        yield from _if_any(line[begin:])
 
 
 def words_of(sentence: str) -> list[str]:
@@ -71,6 +71,6 @@ def _ends(line: str, mark: re.Match[str]) -> bool:
     return last[0].lower() not in _ABBREVIATIONS and (len(last[0]) > 1 or last[0] in "Ia")
 
 
-def _told(sentence: str) -> Iterator[str]:
+def _if_any(sentence: str) -> Iterator[str]:
     if any(map(str.isalnum, sentence)):
         yield sentence.strip()

@@ -37,11 +37,11 @@ class Reading(NamedTuple):
     test: float  # and for the test, at its end
 
 
-def lines_of(text: str, layout: Layout) -> Iterator[str]:
-    """The sentences of a text: of prose, or one a line, empty lines left out."""
+def read_sentences(text: str, layout: Layout) -> Iterator[str]:
+    """The sentences of a text: those of prose, or its lines, of which some may be empty."""
     if layout == "prose":
         return sentences_of(text)
-    return (line[0] for line in re.finditer(r"[^\n]*\S[^\n]*", text))
+    return (line[0].removesuffix("\n") for line in re.finditer(r"[^\n]*\n|[^\n]+", text))
 
 
 def split_into_words(files: Sequence[Path], reading: Reading, folders: Sequence[Path]) -> dict[str, list[Part]]:
@@ -61,7 +61,7 @@ def split_into_words(files: Sequence[Path], reading: Reading, folders: Sequence[
             _write(files, reading, folder / name)
         except OSError as error:
             failure = failure or error
-            continue
+        # Whoever wrote it: another process may have been quicker.
         if (found := _found(folder / name)) is not None:
             return found
     raise ExperimentError(
@@ -99,17 +99,17 @@ def _write(files: Sequence[Path], reading: Reading, folder: Path) -> None:
             for file in files:
                 for work in works(read_book(file, reading.encoding)):
                     for split, text in _cut(work, reading):
-                        lines = (" ".join(words_of(sentence)) for sentence in lines_of(text, reading.layout))
-                        outputs[split].writelines(f"{line}\n" for line in lines if line)
+                        lines = (" ".join(words_of(sentence)) for sentence in read_sentences(text, reading.layout))
+                        outputs[split].writelines(f"{line}\n" for line in lines)
                         outputs[split].write("\n")
         finally:
             for output in outputs.values():
                 output.close()
         sums = {split: checksum([Part(aside / split)]) for split in SPLITS}
         (aside / _CHECKSUMS).write_text(json.dumps(sums))
-        if folder.exists():  # damaged, or made by another process meanwhile
-            shutil.rmtree(folder)
-        aside.rename(folder)
+        if _found(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+            aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from experiments.core.errors import ExperimentError
 from experiments.data.text.word_encoding import INDEX, Settings, WordText, checksum, encode_held_out, encode_training
 from experiments.data.text.word_sources import SPLITS, Part
-from experiments.data.text.words import WordVocabulary
+from experiments.data.text.words import UNK, WordVocabulary
 
 # The layout of a cache file: a header of so many bytes, the indices of train, valid and test, each after an `<eos>`,
 # the words in order, and the checksum of all these.
@@ -34,6 +35,18 @@ class EncodedWords(NamedTuple):
     vocabulary: WordVocabulary
     streams: dict[str, Tensor]  # (1 + N,) int32 of each split: `<eos>`, then its words
     unknown: dict[str, int]  # how many of each split are <unk>
+
+
+def warn_of_untaught(source: str, words: EncodedWords) -> None:
+    """Warn where a text has words that are `<unk>`, and the training none to learn it from."""
+    for split, count in words.unknown.items():
+        if count and not words.unknown["train"]:
+            read = len(words.streams[split]) - 1
+            warnings.warn(
+                f"{source}: {count} of the {read} words of the {split} text are {UNK}, "
+                "which training has none of to learn from. --data.min_count=2 makes some, of rare words.",
+                stacklevel=3,
+            )
 
 
 def encoded(splits: dict[str, list[Part]], settings: Settings, folders: Sequence[Path]) -> EncodedWords:

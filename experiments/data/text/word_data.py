@@ -1,6 +1,5 @@
 """The data of a word language model."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import pooch
 from experiments.core.errors import ExperimentError
 from experiments.data.text import word_sources
 from experiments.data.text.stream_data import HELD_OUT, Encoded, StreamData, warn_of_idle
-from experiments.data.text.word_cache import EncodedWords, encoded
+from experiments.data.text.word_cache import EncodedWords, encoded, warn_of_untaught
 from experiments.data.text.word_encoding import Settings
 from experiments.data.text.word_sources import SPLITS, Source, WordCorpus
-from experiments.data.text.words import UNK
 
 # Beside the text that was encoded.
 _CACHE = ".multint-cache"
@@ -96,14 +94,7 @@ class WordData(StreamData):
         self._check(source, words)
         if self.path is not None and not source.is_cut:
             warn_of_idle("a directory that holds a split", {"--data.valid, --data.test": self._are_fractions_set})
-        for split, count in words.unknown.items():
-            if count and not words.unknown["train"]:
-                read = len(words.streams[split]) - 1
-                warnings.warn(
-                    f"{self.source}: {count} of the {read} words of the {split} text are {UNK}, "
-                    "which training has none of to learn from. --data.min_count=2 makes some, of rare words.",
-                    stacklevel=2,
-                )
+        warn_of_untaught(str(self.source), words)
         return Encoded(words.vocabulary, words.streams, source.is_cut)
 
     def _read(self) -> tuple[Source, EncodedWords]:
