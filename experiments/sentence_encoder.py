@@ -96,7 +96,9 @@ class SentenceEncoder:
         Raises: ExperimentError for a text instead of a list of texts.
         """
         if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise ExperimentError(f"encode: got a {type(sentences).__name__}, expected a list of texts, a sentence each.")
+            raise ExperimentError(
+                f"encode: got a {type(sentences).__name__}, expected a list of texts, a sentence each."
+            )
         if batch_size < 1:
             raise ExperimentError(f"encode: batch_size is {batch_size}, expected at least 1.")
         rows, embeddings = self._numbered([words_of(sentence) for sentence in sentences])

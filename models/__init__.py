@@ -21,7 +21,7 @@ from models.neural_process import (
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
 from models.sequence_reader import SequenceReader
-from models.skip_thought import Sentences, SkipThought
+from models.skip_thought import SkipThought
 from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "NeuralProcess",
     "Points",
     "PooledEncoder",
-    "Sentences",
     "SequenceLabeller",
     "SequenceReader",
     "SkipThought",

@@ -1,7 +1,7 @@
 """The vector of a sentence, learnt by writing the sentences beside it."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,8 @@ from multint.errors import OptionError, ShapeError
 from multint.integrators import build
 from multint.integrators.checks import positive
 
-
-class Sentences(NamedTuple):
-    """B sentences as numbers of words, the last of each the end of the sentence."""
-
-    words: Tensor  # (T, B) int64; what stands past a length has no influence
-    lengths: Tensor  # (B,) int64, each at least 1
+# The words of B sentences, (T, B) int64, of each the last one the sentence's end, and how many there are of each, (B,).
+Sentences = tuple[Tensor, Tensor]
 
 
 class SkipThought(nn.Module):
@@ -89,8 +85,8 @@ class SkipThought(nn.Module):
 
     def forward(
         self,
-        words: Tensor,  # (T, B) int64
-        lengths: Tensor,  # (B,)
+        words: Tensor,  # (T, B) int64; what stands past a length has no influence
+        lengths: Tensor,  # (B,), each at least 1
     ) -> Tensor:  # (B, D)
         """The vectors of sentences."""
         return self.vectors(self.embedding(words), lengths)

@@ -23,12 +23,12 @@ from experiments.core.module import DataModule, TaskModule
 from experiments.core.trust import trusting
 from experiments.data import Books
 from experiments.data.books import works
-from experiments.data.sentences import Batch, read_sentences, sentences_of, words_of
+from experiments.data.sentences import Batch, Sentences, read_sentences, sentences_of, words_of
 from experiments.data.sentences.word_vectors import read_word_vectors
 from experiments.data.text import WordVocabulary
 from experiments.sentence_encoder import SentenceEncoder
 from experiments.tasks import SentenceVectors
-from models import Sentences, SkipThought, Uniform
+from models import SkipThought, Uniform
 from multint import Additive, GRUCell, LSTMCell, MultiplicativeIntegration, Recurrent, RNNCell
 from multint.errors import OptionError, ShapeError
 from tests.resuming import Record, assert_together, last, stopped, trainer

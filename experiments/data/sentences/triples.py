@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models import Sentences
+
+class Sentences(NamedTuple):
+    """B sentences, each with its `<eos>`."""
+
+    words: Tensor  # (T, B) int64, padded with 0
+    lengths: Tensor  # (B,) int64
 
 
 class Batch(NamedTuple):
