@@ -23,7 +23,7 @@ def encode(invocation: Invocation) -> None:
     options = parser.parse_args(invocation.argv[1:])
     if options.output.suffix != ".npy":
         raise ExperimentError(f"--output: got {options.output}, expected a name that ends in .npy.")
-    _, vectors = _encoded(options, _encoder(options))
+    _, vectors = _encoded(options, _encoder(options, invocation))
     with replacing(options.output) as aside, open(aside, "wb") as file:
         np.save(file, vectors)
     print(f"{options.output}: {' × '.join(map(str, vectors.shape))}")
@@ -40,7 +40,7 @@ def nearest(invocation: Invocation) -> None:
     options = parser.parse_args(invocation.argv[1:])
     if options.count < 1:
         raise ExperimentError(f"--count: got {options.count}, expected at least 1.")
-    encoder = _encoder(options)
+    encoder = _encoder(options, invocation)
     sentences, vectors = _encoded(options, encoder)
     wanted = encoder.encode([options.sentence])[0]
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted)
@@ -50,8 +50,8 @@ def nearest(invocation: Invocation) -> None:
         print(f"{cosines[i]:.3f}  {sentences[i]}")
 
 
-def _encoder(options: Namespace) -> SentenceEncoder:
-    encoder = SentenceEncoder.load(options.checkpoint, options.device)
+def _encoder(options: Namespace, invocation: Invocation) -> SentenceEncoder:
+    encoder = SentenceEncoder.load(options.checkpoint, options.device, invocation.trusted)
     if options.vectors is not None:
         print(f"{options.vectors}: mapped by {encoder.expand(options.vectors)} words that the model knows")
     return encoder

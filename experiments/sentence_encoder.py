@@ -13,12 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from experiments.core.errors import ExperimentError
 from experiments.core.loading import checkpoint_in, load_task
+from experiments.core.trust import trusting
 from experiments.data.sentences import words_of
 from experiments.data.sentences.word_vectors import WordVectors, read_word_vectors
 from experiments.data.text import WordVocabulary
 from experiments.data.text.words import EOS, UNK
 from experiments.tasks import SentenceVectors
 from models import SkipThought
+
+_LARGEST = 1 << 15  # words of a batch, padding included: one of 128 sentences with 256 words each
 
 
 class SentenceEncoder:
@@ -38,13 +41,18 @@ class SentenceEncoder:
         self._expansion: tuple[WordVectors, Tensor] | None = None  # and the map (D, E) to embeddings
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> Self:
+    def load(cls, path: str | Path, device: str = "cpu", trust: Sequence[str] = ()) -> Self:
         """The encoder of a checkpoint, or of a run's folder, whose best one is taken.
 
-        Raises ExperimentError for the checkpoint of another task, and for a device that is not there.
+        Args:
+            device: where the network runs, as torch calls it.
+            trust: modules of your own whose classes the checkpoint may name; see `experiments.core.trust`.
+
+        Raises: ExperimentError for the checkpoint of another task, and for a device that is not there.
         """
         checkpoint = checkpoint_in(Path(path))
-        task = load_task(checkpoint)
+        with trusting(trust):
+            task = load_task(checkpoint)
         if not isinstance(task, SentenceVectors):
             raise ExperimentError(f"{checkpoint}: the checkpoint of a {type(task).__name__}, expected SentenceVectors.")
         assert isinstance(task.network, SkipThought)
@@ -90,7 +98,7 @@ class SentenceEncoder:
         They are encoded in batches of like lengths. Other sentences beside one change its vector by rounding at most.
 
         Args:
-            batch_size: sentences in a batch.
+            batch_size: sentences in a batch at most; of long ones it has fewer.
             progress: show a bar on the terminal.
 
         Raises: ExperimentError for a text instead of a list of texts.
@@ -103,8 +111,7 @@ class SentenceEncoder:
             raise ExperimentError(f"encode: batch_size is {batch_size}, expected at least 1.")
         rows, embeddings = self._numbered([words_of(sentence) for sentence in sentences])
         vectors = np.empty((len(rows), self.network.vector_size), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches = _batches([len(row) for row in rows], batch_size)
         console = Console(stderr=True)
         for batch in track(batches, "encode", console=console, disable=not (progress and console.is_terminal)):
             words = pad_sequence([rows[i] for i in batch]).to(embeddings.device)
@@ -125,3 +132,14 @@ class SentenceEncoder:
             table = torch.cat([table, vectors @ map_to_embeddings])
         unknown, end = self.vocabulary.unknown, self.vocabulary.start
         return [torch.tensor([*(numbers.get(word, unknown) for word in words), end]) for words in sentences], table
+
+
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The numbers of the sentences, the longest first, in batches."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches, start = [], 0
+    while start < len(order):
+        end = start + min(size, max(1, _LARGEST // lengths[order[start]]))
+        batches.append(order[start:end])
+        start = end
+    return batches

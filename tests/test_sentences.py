@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning import seed_everything
 from torch.testing import assert_close
 
 import models.softmax_loss
+from experiments import sentence_encoder
 from experiments.__main__ import main
 from experiments.core.errors import ExperimentError
 from experiments.core.export import load_network
@@ -349,7 +351,7 @@ def test_batches_are_of_like_lengths_and_have_every_triple_once(shelf):
     assert shapes[0] != shapes[1]
 
 
-def test_what_was_split_is_kept_until_it_changes(shelf, monkeypatch):
+def test_what_was_split_is_kept_until_it_changes(shelf):
     data = books_of(shelf)
     [folder] = shelf.glob(".multint-cache/sentences-*")
     assert len(told(data, "train")) == len(told(books_of(shelf), "train"))
@@ -359,6 +361,20 @@ def test_what_was_split_is_kept_until_it_changes(shelf, monkeypatch):
     (shelf / "one.txt").write_text(paragraphs("Dan", 30))
     assert "dan" in books_of(shelf).vocabulary.words
     assert len([*shelf.glob(".multint-cache/sentences-*")]) == 2
+
+
+def test_what_was_split_is_kept_elsewhere_where_it_must(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.data.sentences.sentence_data.pooch.os_cache", lambda name: tmp_path / name)
+    (shelf / ".multint-cache").write_text("no folder")
+    data = books_of(shelf)
+    assert [*tmp_path.glob("multint/sentences/sentences-*")]
+    assert told(books_of(shelf), "test") == told(data, "test")
+    shutil.rmtree(tmp_path / "multint")
+    (tmp_path / "multint").write_text("no folder")
+    with pytest.raises(
+        ExperimentError, match="the words of the sentences cannot be kept: .* make one of these folders"
+    ):
+        books_of(shelf)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +464,12 @@ def encoder():
     torch.manual_seed(0)
     vocabulary = WordVocabulary(["<eos>", "<unk>", "he", "ran", "sat", "far", "."])
     return SentenceEncoder(NETWORK(len(vocabulary)), vocabulary)
+
+
+def test_long_sentences_are_in_small_batches(monkeypatch):
+    monkeypatch.setattr(sentence_encoder, "_LARGEST", 20)
+    assert sentence_encoder._batches([3, 50, 6, 7, 9, 1, 1], 4) == [[1], [4, 3], [2, 0, 5], [6]]
+    assert sentence_encoder._batches([], 4) == []
 
 
 SENTENCES = ["He ran far.", "", "He sat.", "He ran.", "Nobody ran!", "He ran far. " * 5]
@@ -543,8 +565,8 @@ def test_a_run_is_trained_and_encodes(shelf, tmp_path, capsys):
     files = [str(run), str(tmp_path / "lines.txt")]
     assert main(["encode", *files, "--output", str(tmp_path / "vectors.npy")]) == 0
     assert re.search(r"^3 sentences in .* s, .* a second; .* of their words are known$", capsys.readouterr().out, re.M)
+    encoder = SentenceEncoder.load(run)
     with trusting():
-        encoder = SentenceEncoder.load(run)
         task = load_task(run / "checkpoints/best.ckpt")
     vectors = np.load(tmp_path / "vectors.npy")
     assert_close(encoder.encode(["Ann went.", "", "Bob went to place 3."]), vectors)
