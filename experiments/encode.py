@@ -23,6 +23,8 @@ def encode(invocation: Invocation) -> None:
     options = parser.parse_args(invocation.argv[1:])
     if options.output.suffix != ".npy":
         raise ExperimentError(f"--output: got {options.output}, expected a name that ends in .npy.")
+    if not options.output.parent.is_dir():  # found out before the work
+        raise ExperimentError(f"--output: {options.output.parent} is no folder, expected one to write to.")
     _, vectors = _encoded(options, _encoder(options, invocation))
     with replacing(options.output) as aside, open(aside, "wb") as file:
         np.save(file, vectors)

@@ -24,7 +24,7 @@ from experiments.core.loading import load_task
 from experiments.core.module import DataModule, TaskModule
 from experiments.core.trust import trusting
 from experiments.data import Books
-from experiments.data.books import works
+from experiments.data.books import read_book, works
 from experiments.data.sentences import Batch, Sentences, read_sentences, sentences_of, words_of
 from experiments.data.sentences.word_vectors import read_word_vectors
 from experiments.data.text import WordVocabulary
@@ -372,9 +372,20 @@ def test_what_was_split_is_kept_elsewhere_where_it_must(shelf, tmp_path, monkeyp
     shutil.rmtree(tmp_path / "multint")
     (tmp_path / "multint").write_text("no folder")
     with pytest.raises(
-        ExperimentError, match="the words of the sentences cannot be kept: .* make one of these folders"
+        ExperimentError, match=r"the words of the sentences cannot be kept: .* make one of these folders"
     ):
         books_of(shelf)
+
+
+def test_books_that_change_while_they_are_read_are_refused(shelf, monkeypatch):
+    def read(path, encoding):
+        path.write_text(paragraphs("Eve", 9))
+        return read_book(path, encoding)
+
+    monkeypatch.setattr("experiments.data.sentences.tokens.read_book", read)
+    with pytest.raises(ExperimentError, match="a text was changed while it was read"):
+        books_of(shelf, "one.txt")
+    assert not [*shelf.glob(".multint-cache/*")]
 
 
 @pytest.mark.parametrize(
@@ -580,6 +591,7 @@ def test_a_run_is_trained_and_encodes(shelf, tmp_path, capsys):
     capsys.readouterr()
     for command, message in (
         (["encode", *files, "--output", "vectors.txt"], "--output: got vectors.txt, expected a name that ends in .npy"),
+        (["encode", *files, "--output", str(tmp_path / "none/v.npy")], "none is no folder, expected one to write to"),
         (["encode", str(run), str(tmp_path / "none.txt"), "--output", "v.npy"], "none.txt: cannot be read"),
         (["encode", str(config), files[1], "--output", "v.npy"], "tiny.yaml: damaged, or no checkpoint"),
         (["nearest", *files, "He ran.", "--count", "0"], "--count: got 0, expected at least 1"),

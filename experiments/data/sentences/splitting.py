@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-# After these a full stop ends no sentence; nor does it after a single letter but I.
+# After these a full stop ends no sentence; nor does it after a single letter, but for the words I and a.
 _ABBREVIATIONS = {
     *("mr", "mrs", "ms", "messrs", "dr", "prof", "st", "capt", "col", "gen", "lieut", "lt", "sgt", "rev", "hon"),
     *("sen", "gov", "jr", "sr", "esq", "vs", "viz", "cf", "vol", "fig", "pp", "e.g", "i.e"),

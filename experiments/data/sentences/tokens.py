@@ -51,14 +51,15 @@ def split_into_words(files: Sequence[Path], reading: Reading, folders: Sequence[
     these are wrong they are made anew.
     Raises ExperimentError where the files cannot be read, and where no folder can be written.
     """
-    name = f"sentences-{_checksum(files, reading)[:32]}"
+    key = _checksum(files, reading)
+    name = f"sentences-{key[:32]}"
     for folder in folders:
         if (found := _found(folder / name)) is not None:
             return found
     failure: OSError | None = None
     for folder in folders:
         try:
-            _write(files, reading, folder / name)
+            _write(files, reading, key, folder / name)
         except OSError as error:
             failure = failure or error
         # Whoever wrote it: another process may have been quicker.
@@ -86,7 +87,7 @@ def _found(folder: Path) -> dict[str, list[Part]] | None:
         return None
 
 
-def _write(files: Sequence[Path], reading: Reading, folder: Path) -> None:
+def _write(files: Sequence[Path], reading: Reading, key: str, folder: Path) -> None:
     size = sum(file.stat().st_size for file in files)
     if size >= _LARGE:
         print(f"Splitting {size / 1e6:,.0f} MB into sentences, once: {folder}", file=sys.stderr, flush=True)
@@ -105,6 +106,8 @@ def _write(files: Sequence[Path], reading: Reading, folder: Path) -> None:
         finally:
             for output in outputs.values():
                 output.close()
+        if _checksum(files, reading) != key:
+            raise ExperimentError(f"{files[0].parent}: a text was changed while it was read. Start again.")
         sums = {split: checksum([Part(aside / split)]) for split in SPLITS}
         (aside / _CHECKSUMS).write_text(json.dumps(sums))
         if _found(folder) is None:
