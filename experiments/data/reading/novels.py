@@ -29,8 +29,8 @@ class NovelCloze(ReadingData):
     and one tenth for the test; no document reaches across two.
 
     Args:
-        path: a text, or a folder of texts; `.txt`, or `.zip` of one text.
-        books: names of files in the folder; None: all.
+        path: a text, or a folder of texts, with those in its folders; `.txt`, or `.zip` of one text.
+        books: files in the folder, by their paths in it; None: all.
         length: words of a document at most, whole sentences.
         entities: of a question at most, and so the number of markers.
         encoding: of the texts, by Python's name for it.

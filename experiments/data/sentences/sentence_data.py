@@ -34,7 +34,7 @@ class Books(BucketedData):
 
     Args:
         path: a text, or a folder of texts, with those in its folders; `.txt`, or `.zip` of one text.
-        books: files in the folder, by their paths; None: all.
+        books: files in the folder, by their paths in it; None: all.
         layout: "prose" is split into sentences; of "lines", as in BookCorpus, each is a sentence.
         encoding: of the texts, by Python's name for it.
         max_vocabulary: entries of the vocabulary at most, `<unk>` and `<eos>` among them; the most frequent words stay.
@@ -42,11 +42,10 @@ class Books(BucketedData):
         max_length: words of a sentence at most; triples with a longer one are left out.
         valid: the share of each document that is held out for validation.
         test: the share that is held out for the test.
-        batch_size: triples in a batch; those in one are of about as many words.
+        batch_size: triples in a batch; those in one have sentences of like lengths.
         seed: of the order in training; None takes the run's.
 
-    Raises ExperimentError at construction for a setting out of range, and in `prepare_data` and `setup` for books that
-    cannot be used.
+    Raises ExperimentError at construction for a setting out of range, and in `setup` for books that cannot be used.
     """
 
     def __init__(
@@ -64,9 +63,12 @@ class Books(BucketedData):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed)
-        at_least = {"max_vocabulary": 3, "min_count": 1, "max_length": 1, "batch_size": 1}
-        for name, least in at_least.items():
-            value = locals()[name]
+        for name, value, least in (
+            ("max_vocabulary", max_vocabulary, 3),
+            ("min_count", min_count, 1),
+            ("max_length", max_length, 1),
+            ("batch_size", batch_size, 1),
+        ):
             if value is not None and value < least:
                 raise ExperimentError(f"--data.{name}: got {value}, expected at least {least}.")
         if layout not in ("prose", "lines"):
