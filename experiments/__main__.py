@@ -22,6 +22,12 @@ COMMANDS = {
     "transcribe": Command("experiments.transcribe:main", "what is said in audio files", "RUN FILE.wav", _BUILDING),
     "encode": Command("experiments.encode:encode", "vectors of sentences", "RUN FILE --output NPY", _BUILDING),
     "nearest": Command("experiments.encode:nearest", "sentences like one", "RUN FILE SENTENCE", _BUILDING),
+    "transfer": Command(
+        "experiments.transfer.command:main",
+        "sentence vectors on other tasks",
+        "RUN --tasks sick,mr --data.root FOLDER",
+        _BUILDING,
+    ),
     "export": Command(_EXPORT, "weights or a program from a run", "RUN --format onnx", _BUILDING),
     "study": Command(_STUDY, "arms × seeds of a config, compared", "STUDY --jobs 2", _TRAINING),
     "report": Command(_STUDY, "the report of a study, from its files", "STUDY", _TRAINING),
