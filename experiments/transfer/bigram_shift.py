@@ -7,19 +7,19 @@ from pathlib import Path
 from experiments.core.errors import ExperimentError
 from experiments.data.books import book_files, read_book, works
 from experiments.data.sentences import sentences_of, words_of
+from experiments.data.text.stream_data import HELD_OUT
 from experiments.transfer.files import decoded
 
 _SHORTEST, _LONGEST = 5, 28  # words, as of Conneau et al. 2018
 _MOST = 10_000  # sentences
-_PART = 10  # the last tenth of each work is taken
 _SEED = 1234
 
 
 def bigram_shift(path: Path) -> tuple[list[str], list[int]]:
     """Sentences in small letters, and for each whether two of its words are swapped: half of them, drawn at random.
 
-    They are from the last tenth of each work of a file or a folder, which `experiments.data.sentences.Books` does not
-    train on by default; at most 10,000, of 5 to 28 words. Of the swapped words neither is punctuation, and they differ.
+    They are from the last tenth of each work in a file or a folder, on which `experiments.data.Books` does not train
+    by default; at most 10,000, of 5 to 28 words. Of the swapped words neither is punctuation, and they differ.
     Raises ExperimentError for text that cannot be read, or has too few such sentences.
     Source: Conneau et al. 2018, who have 100,000 of one corpus to train on; so no figure of theirs is comparable.
     """
@@ -29,8 +29,7 @@ def bigram_shift(path: Path) -> tuple[list[str], list[int]]:
     for file in book_files(path, None):
         text = decoded(read_book(file, "latin-1").encode("latin-1"))  # which loses no byte
         for work in works(text):
-            sentences = list(sentences_of(work))
-            candidates += [words_of(sentence) for sentence in sentences[-(len(sentences) // _PART) :]]
+            candidates += [words_of(sentence) for sentence in sentences_of(_end(work))]
     usable = [words for words in candidates if _SHORTEST <= len(words) <= _LONGEST and _places(words)]
     generator = random.Random(_SEED)
     generator.shuffle(usable)
@@ -39,6 +38,12 @@ def bigram_shift(path: Path) -> tuple[list[str], list[int]]:
     return [
         " ".join(_swapped(words, generator) if y else words) for words, y in zip(chosen, labels, strict=True)
     ], labels
+
+
+def _end(work: str) -> str:
+    """What `Books` holds out of a work by default: the last tenth, from the next paragraph on."""
+    begin = len(work) - round(2 * HELD_OUT * len(work))
+    return work[max(begin, work.find("\n\n", begin)) :]
 
 
 def _places(words: list[str]) -> list[int]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -14,7 +14,7 @@ from experiments.core.errors import ExperimentError, choices_message, write_text
 from experiments.core.intervals import estimated
 from experiments.core.run_folder import new_folder
 from experiments.transfer.encoders import Arm, arms
-from experiments.transfer.evaluation import Array, Encode, require_scikit_learn, vectors_of
+from experiments.transfer.evaluation import Vectors, require_scikit_learn
 from experiments.transfer.tasks import TASKS, Transfer, published_sizes, read_task
 
 _COLUMNS = ("encoder", "seed", "task", "metric", "value", "low", "high", "dimensions", "encode_s", "evaluate_s")
@@ -99,26 +99,11 @@ def _joined(sizes: Iterable[int]) -> str:
     return " + ".join(f"{size:,}" for size in sizes)
 
 
-class _Vectors:
-    """An encoder's vectors as the tasks use them, and how long they took."""
-
-    def __init__(self, encode: Encode, name: str) -> None:
-        self._encode, self._name = encode, name
-        self.seconds, self.dimensions = 0.0, 0
-
-    def __call__(self, sentences: Sequence[str]) -> Array:
-        begin = perf_counter()
-        vectors = vectors_of(sentences, self._encode, self._name)
-        self.seconds += perf_counter() - begin
-        self.dimensions = vectors.shape[1]
-        return vectors
-
-
 def _evaluated(name: str, task: Transfer, arm: Arm) -> list[Row]:
     """A row for each seed and metric."""
     rows = []
     for seed, made in arm.encoders.items():
-        vectors = _Vectors(made(), arm.name)
+        vectors = Vectors(made(), arm.name)
         begin = perf_counter()
         scores = task.scores(vectors)
         seconds = perf_counter() - begin - vectors.seconds

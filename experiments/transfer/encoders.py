@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,10 @@ import torch
 from experiments.core.errors import ExperimentError
 from experiments.core.loading import checkpoint_in, load_task
 from experiments.data.sentences import words_of
-from experiments.data.text import WordVocabulary
 from experiments.sentence_encoder import SentenceEncoder
-from experiments.tasks import SentenceVectors
-from experiments.transfer.evaluation import Array, Encode
-from models import SkipThought
+from experiments.transfer.evaluation import Array
+
+Encode = Callable[[Sequence[str]], Array]  # (N, D)
 
 
 class Arm(NamedTuple):
@@ -43,47 +43,41 @@ def arms(
             yield Arm(name, {None: lambda function=function: function})
             continue
         path = checkpoint_in(Path(name))
-        task = _task(path)
-        yield Arm(name, {None: lambda path=path: _encoder(_task(path), device)})
-        yield Arm(f"{name}: bag", {None: lambda path=path: _bag(_task(path))})
+        _encoder(path, None, device)  # raises now what it would later
+        yield Arm(name, {None: partial(_encode, path, None, device)})
+        yield Arm(f"{name} (bag)", {None: partial(_bag, path, None)})
+        task = load_task(path)
         kind = task.settings.get("network"), task.description
         if untrained and kind not in seen:
             seen.append(kind)
             seeds = range(untrained)
-            yield Arm(f"{name}: untrained", {s: lambda path=path, s=s: _encoder(_task(path, s), device) for s in seeds})
-            yield Arm(f"{name}: bag, untrained", {s: lambda path=path, s=s: _bag(_task(path, s)) for s in seeds})
+            yield Arm(f"{name} (untrained)", {seed: partial(_encode, path, seed, device) for seed in seeds})
+            yield Arm(f"{name} (untrained bag)", {seed: partial(_bag, path, seed) for seed in seeds})
 
 
-def _task(path: Path, seed: int | None = None) -> SentenceVectors:
-    """The task of a checkpoint, with its trained network or, with a seed, a new one."""
+def _encoder(path: Path, seed: int | None, device: str) -> SentenceEncoder:
+    """The encoder of a checkpoint or, with a seed, the same one before any training."""
+    encoder = SentenceEncoder.load(path, device)
+    if seed is None:
+        return encoder
     task = load_task(path)
-    if not isinstance(task, SentenceVectors):
-        raise ExperimentError(f"{path}: the checkpoint of a {type(task).__name__}, expected SentenceVectors.")
-    if seed is not None:
-        torch.manual_seed(seed)
-        task.network = task.build(task.description)
-    return task
+    torch.manual_seed(seed)
+    return SentenceEncoder(task.build(task.description).to(device), encoder.vocabulary)
 
 
-def _parts(task: SentenceVectors) -> tuple[SkipThought, WordVocabulary]:
-    assert isinstance(task.network, SkipThought)
-    assert task.vocabulary is not None
-    return task.network, task.vocabulary
+def _encode(path: Path, seed: int | None, device: str) -> Encode:
+    return _encoder(path, seed, device).encode
 
 
-def _encoder(task: SentenceVectors, device: str) -> Encode:
-    network, vocabulary = _parts(task)
-    return SentenceEncoder(network.to(device), vocabulary).encode
-
-
-def _bag(task: SentenceVectors) -> Encode:
+def _bag(path: Path, seed: int | None) -> Encode:
     """The mean of the embeddings of a sentence's words, each as often as it is there."""
-    network, vocabulary = _parts(task)
-    embeddings = network.embedding.weight.detach().numpy()
-    numbers = {word: number for number, word in enumerate(vocabulary.words)}
+    encoder = _encoder(path, seed, "cpu")
+    embeddings = encoder.network.embedding.weight.detach().numpy()
+    unknown = encoder.vocabulary.unknown
+    numbers = {word: number for number, word in enumerate(encoder.vocabulary.words)}
 
     def encode(sentences: Sequence[str]) -> Array:
-        rows = [[numbers.get(word, vocabulary.unknown) for word in words_of(sentence)] for sentence in sentences]
+        rows = [[numbers.get(word, unknown) for word in words_of(sentence)] for sentence in sentences]
         return np.stack([embeddings[row].mean(0) if row else np.zeros_like(embeddings[0]) for row in rows])
 
     return encode

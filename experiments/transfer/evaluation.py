@@ -6,6 +6,7 @@ vectors both have the same r within 0.002.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 Array = NDArray[Any]
-Encode = Callable[[Sequence[str]], Array]  # (N, D)
 
 FOLDS = 10
 _STRENGTHS = tuple(2.0**power for power in range(9))  # C, of vectors of length 1
@@ -47,25 +47,40 @@ def require_scikit_learn() -> None:
         raise ExperimentError('transfer needs scikit-learn: pip install -c constraints.txt -e ".[transfer]"') from error
 
 
-def vectors_of(sentences: Sequence[str], encode: Encode, name: str) -> Array:  # (N, D) float32
-    """The vectors of sentences, of length √D: their entries are of one size, whatever the encoder's are.
+class Vectors:
+    """An encoder's vectors with the length √D: their entries are of one size, whatever the encoder's are.
 
-    Each different sentence is encoded once. A vector of zeros stays one.
-    Raises ExperimentError where the encoder, which messages call `name`, does not give a finite vector for each.
+    Each sentence is encoded once. A vector of zeros stays one.
+    Raises ExperimentError where the encoder does not give a finite vector for each sentence.
     """
-    different = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
-    vectors = np.asarray(encode(list(different)))
-    if vectors.ndim != 2 or len(vectors) != len(different) or not vectors.size or vectors.dtype.kind not in "fiu":
-        raise ExperimentError(
-            f"{name}: got {vectors.dtype} of shape {vectors.shape} for {len(different)} sentences, expected a vector "
-            f"of numbers for each: ({len(different)}, D)."
-        )
-    vectors = vectors.astype(np.float64)
-    if (wrong := ~np.isfinite(vectors).all(1)).any():
-        raise ExperimentError(f"{name}: {wrong.sum()} of {len(vectors)} vectors have numbers that are not finite.")
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = (vectors * (vectors.shape[1] ** 0.5 / np.where(lengths > 0, lengths, 1))).astype(np.float32)
-    return vectors[[different[sentence] for sentence in sentences]]
+
+    def __init__(self, encode: Callable[[Sequence[str]], Array], name: str) -> None:
+        self._encode, self._name = encode, name  # what messages call it
+        self._known: dict[str, Array] = {}
+        self.seconds = 0.0  # that it took
+        self.dimensions = 0  # D, known after a call
+
+    def __call__(self, sentences: Sequence[str]) -> Array:  # (N, D) float32
+        begin = perf_counter()
+        if new := [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._known]:
+            self._known.update(zip(new, self._checked(np.asarray(self._encode(new)), len(new)), strict=True))
+        vectors = np.stack([self._known[sentence] for sentence in sentences])
+        self.seconds += perf_counter() - begin
+        return vectors
+
+    def _checked(self, vectors: Array, count: int) -> Array:
+        expected = (count, self.dimensions or max(1, *vectors.shape[1:2]))
+        if vectors.shape != expected or vectors.dtype.kind not in "fiu":
+            raise ExperimentError(
+                f"{self._name}: got {vectors.dtype} of shape {vectors.shape} for {count} sentences, expected as many "
+                "vectors of numbers: (N, D)."
+            )
+        self.dimensions = vectors.shape[1]
+        vectors = vectors.astype(np.float64)
+        if (wrong := ~np.isfinite(vectors).all(1)).any():
+            raise ExperimentError(f"{self._name}: {wrong.sum()} of {count} vectors have numbers that are not finite.")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (vectors * (self.dimensions**0.5 / np.where(lengths > 0, lengths, 1))).astype(np.float32)
 
 
 def paired(first: Array, second: Array) -> Array:  # (N, 2·D)
@@ -74,7 +89,7 @@ def paired(first: Array, second: Array) -> Array:  # (N, 2·D)
 
 
 def cross_validated(
-    features: Array,  # (N, D), of `vectors_of`
+    features: Array,  # (N, D), of `Vectors`
     labels: Array,  # (N,)
 ) -> list[Score]:
     """The accuracy of logistic regression on each tenth, its C chosen by cross-validation on the other nine.

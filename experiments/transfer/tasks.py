@@ -13,6 +13,7 @@ from experiments.transfer.evaluation import (
     FOLDS,
     Array,
     Score,
+    Vectors,
     accuracy,
     cross_validated,
     f1,
@@ -21,8 +22,6 @@ from experiments.transfer.evaluation import (
     tested,
 )
 from experiments.transfer.files import read_lines
-
-Vectors = Callable[[Sequence[str]], Array]  # (N, D), of `evaluation.vectors_of`
 
 
 class Examples(NamedTuple):
@@ -61,25 +60,23 @@ class TestedClassification(Transfer):
 
     def scores(self, vectors: Vectors) -> list[Score]:
         train, test = ((vectors(part.sentences[0]), part.answers) for part in self.parts.values())
-        return tested(train, test, train[0].shape[1], {"accuracy": accuracy})
+        return tested(train, test, vectors.dimensions, {"accuracy": accuracy})
 
 
 class Paraphrases(Transfer):
     """Whether two sentences say the same, with a test of its own."""
 
     def scores(self, vectors: Vectors) -> list[Score]:
-        both = {name: [vectors(side) for side in part.sentences] for name, part in self.parts.items()}
-        train, test = ((paired(*both[name]), part.answers) for name, part in self.parts.items())
-        return tested(train, test, both["train"][0].shape[1], {"accuracy": accuracy, "F1": f1})
+        train, test = ((paired(*map(vectors, part.sentences)), part.answers) for part in self.parts.values())
+        return tested(train, test, vectors.dimensions, {"accuracy": accuracy, "F1": f1})
 
 
 class Relatedness(Transfer):
     """How related two sentences are, from 1 to 5."""
 
     def scores(self, vectors: Vectors) -> list[Score]:
-        both = {name: [vectors(side) for side in part.sentences] for name, part in self.parts.items()}
-        features = {name: paired(*sides) for name, sides in both.items()}
-        return rated(features, {name: part.answers for name, part in self.parts.items()}, both["train"][0].shape[1])
+        features = {name: paired(*map(vectors, part.sentences)) for name, part in self.parts.items()}
+        return rated(features, {name: part.answers for name, part in self.parts.items()}, vectors.dimensions)
 
 
 class Reader(NamedTuple):
