@@ -32,7 +32,7 @@ def main(invocation: Invocation) -> None:
     if options.untrained < 0:
         raise ExperimentError(f"--untrained: got {options.untrained}, expected at least 0.")
     require_scikit_learn()
-    compared = list(arms(options.encoders, options.untrained, options.device))
+    compared = list(arms(options.encoders, options.untrained, options.device, invocation.trusted))
     tasks = {name: read_task(name, options.root, options.text or options.root / "books") for name in names}
     output = options.output or new_folder(Path("runs/transfer")) / "transfer.csv"
     _check_output(output)

@@ -11,11 +11,13 @@ import torch
 
 from experiments.core.errors import ExperimentError
 from experiments.core.loading import checkpoint_in, load_task
+from experiments.core.trust import trusting
 from experiments.data.sentences import words_of
 from experiments.sentence_encoder import SentenceEncoder
 from experiments.transfer.evaluation import Array
 
 Encode = Callable[[Sequence[str]], Array]  # (N, D)
+Load = Callable[[int | None], tuple[Any, SentenceEncoder]]
 
 
 class Arm(NamedTuple):
@@ -29,6 +31,7 @@ def arms(
     given: Sequence[str],  # runs, checkpoints and functions
     untrained: int,  # how many untrained networks, and bags, stand beside a checkpoint
     device: str,
+    trust: Sequence[str] = (),  # modules whose classes the checkpoints may name
 ) -> Iterator[Arm]:
     """The encoders given, each checkpoint with a bag of its word embeddings; and untrained ones.
 
@@ -43,36 +46,36 @@ def arms(
             yield Arm(name, {None: lambda function=function: function})
             continue
         path = checkpoint_in(Path(name))
-        _encoder(path, None, device)  # raises now what it would later
-        yield Arm(name, {None: partial(_encode, path, None, device)})
-        yield Arm(f"{name} (bag)", {None: partial(_bag, path, None)})
-        task = load_task(path)
-        kind = task.settings.get("network"), task.description
+        load = partial(_load, path, device, trust)
+        kind = load(None)[0]
+        yield Arm(name, {None: partial(_encode, load, None)})
+        yield Arm(f"{name} (bag)", {None: partial(_bag, load, None)})
         if untrained and kind not in seen:
             seen.append(kind)
             seeds = range(untrained)
-            yield Arm(f"{name} (untrained)", {seed: partial(_encode, path, seed, device) for seed in seeds})
-            yield Arm(f"{name} (untrained bag)", {seed: partial(_bag, path, seed) for seed in seeds})
+            yield Arm(f"{name} (untrained)", {seed: partial(_encode, load, seed) for seed in seeds})
+            yield Arm(f"{name} (untrained bag)", {seed: partial(_bag, load, seed) for seed in seeds})
 
 
-def _encoder(path: Path, seed: int | None, device: str) -> SentenceEncoder:
-    """The encoder of a checkpoint or, with a seed, the same one before any training."""
-    encoder = SentenceEncoder.load(path, device)
-    if seed is None:
-        return encoder
-    task = load_task(path)
-    torch.manual_seed(seed)
-    return SentenceEncoder(task.build(task.description).to(device), encoder.vocabulary)
+def _load(path: Path, device: str, trust: Sequence[str], seed: int | None) -> tuple[Any, SentenceEncoder]:
+    """What decides a network before its training, and the trained encoder or, with a seed, one before any training."""
+    encoder = SentenceEncoder.load(path, device, trust)
+    with trusting(trust):
+        task = load_task(path)
+    if seed is not None:
+        torch.manual_seed(seed)
+        encoder = SentenceEncoder(task.build(task.description).to(device), encoder.vocabulary)
+    return (task.settings.get("network"), task.description), encoder
 
 
-def _encode(path: Path, seed: int | None, device: str) -> Encode:
-    return _encoder(path, seed, device).encode
+def _encode(load: Load, seed: int | None) -> Encode:
+    return load(seed)[1].encode
 
 
-def _bag(path: Path, seed: int | None) -> Encode:
+def _bag(load: Load, seed: int | None) -> Encode:
     """The mean of the embeddings of a sentence's words, each as often as it is there."""
-    encoder = _encoder(path, seed, "cpu")
-    embeddings = encoder.network.embedding.weight.detach().numpy()
+    encoder = load(seed)[1]
+    embeddings = encoder.network.embedding.weight.detach().cpu().numpy()
     unknown = encoder.vocabulary.unknown
     numbers = {word: number for number, word in enumerate(encoder.vocabulary.words)}
 

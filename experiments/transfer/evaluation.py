@@ -69,8 +69,8 @@ class Vectors:
         return vectors
 
     def _checked(self, vectors: Array, count: int) -> Array:
-        expected = (count, self.dimensions or max(1, *vectors.shape[1:2]))
-        if vectors.shape != expected or vectors.dtype.kind not in "fiu":
+        expected = (count, self.dimensions or vectors.size // count)  # D is free the first time
+        if vectors.shape != expected or not vectors.size or vectors.dtype.kind not in "fiu":
             raise ExperimentError(
                 f"{self._name}: got {vectors.dtype} of shape {vectors.shape} for {count} sentences, expected as many "
                 "vectors of numbers: (N, D)."

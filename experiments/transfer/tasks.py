@@ -157,6 +157,8 @@ def _trec(root: Path) -> Transfer:
 def _rows(lines: Sequence[str], source: str, columns: int, what: str) -> list[list[str]]:
     """The cells of each line but the first."""
     rows = [line.split("\t") for line in lines[1:]]
+    if not rows:
+        raise ExperimentError(f"{source}: no examples, expected some below its first line.")
     for i, cells in enumerate(rows):
         if len(cells) != columns:
             raise ExperimentError(
@@ -195,7 +197,7 @@ def read_task(name: str, root: Path, text: Path) -> Transfer:
     """
     if name == "bshift":
         sentences, labels = bigram_shift(text)
-        task: Transfer = Classification(all=Examples((sentences,), np.array(labels)))
+        task: Transfer = Classification(all=Examples((sentences,), np.array(labels, dtype=int)))
     else:
         task = READERS[name].read(root)
     if not isinstance(task, Relatedness):
