@@ -11,17 +11,18 @@ import torch
 
 from experiments.core.errors import ExperimentError
 from experiments.core.loading import checkpoint_in, load_task
+from experiments.core.task import Task
 from experiments.core.trust import trusting
 from experiments.data.sentences import words_of
+from experiments.data.text import WordVocabulary
 from experiments.sentence_encoder import SentenceEncoder
 from experiments.transfer.evaluation import Array
 
 Encode = Callable[[Sequence[str]], Array]  # (N, D)
-Load = Callable[[int | None], tuple[Any, SentenceEncoder]]
 
 
 class Arm(NamedTuple):
-    """An encoder, or several that differ by their seed alone. Each is made when it is needed, and not kept."""
+    """An encoder, or several that differ by their seed alone; these are made when they are needed, and not kept."""
 
     name: str
     encoders: dict[int | None, Callable[[], Encode]]  # by seed; None: it is not drawn
@@ -46,35 +47,26 @@ def arms(
             yield Arm(name, {None: lambda function=function: function})
             continue
         path = checkpoint_in(Path(name))
-        load = partial(_load, path, device, trust)
-        kind = load(None)[0]
-        yield Arm(name, {None: partial(_encode, load, None)})
-        yield Arm(f"{name} (bag)", {None: partial(_bag, load, None)})
+        encoder = SentenceEncoder.load(path, device, trust)
+        yield Arm(name, {None: lambda encoder=encoder: encoder.encode})
+        yield Arm(f"{name} (bag)", {None: partial(_bag, encoder)})
+        with trusting(trust):
+            task = load_task(path)
+        kind = task.settings.get("network"), task.description
         if untrained and kind not in seen:
             seen.append(kind)
-            seeds = range(untrained)
-            yield Arm(f"{name} (untrained)", {seed: partial(_encode, load, seed) for seed in seeds})
-            yield Arm(f"{name} (untrained bag)", {seed: partial(_bag, load, seed) for seed in seeds})
+            made = {seed: partial(_untrained, task, encoder.vocabulary, device, seed) for seed in range(untrained)}
+            yield Arm(f"{name} (untrained)", {seed: lambda make=make: make().encode for seed, make in made.items()})
+            yield Arm(f"{name} (untrained bag)", {seed: lambda make=make: _bag(make()) for seed, make in made.items()})
 
 
-def _load(path: Path, device: str, trust: Sequence[str], seed: int | None) -> tuple[Any, SentenceEncoder]:
-    """What decides a network before its training, and the trained encoder or, with a seed, one before any training."""
-    encoder = SentenceEncoder.load(path, device, trust)
-    with trusting(trust):
-        task = load_task(path)
-    if seed is not None:
-        torch.manual_seed(seed)
-        encoder = SentenceEncoder(task.build(task.description).to(device), encoder.vocabulary)
-    return (task.settings.get("network"), task.description), encoder
+def _untrained(task: Task, vocabulary: WordVocabulary, device: str, seed: int) -> SentenceEncoder:
+    torch.manual_seed(seed)
+    return SentenceEncoder(task.build(task.description).to(device), vocabulary)
 
 
-def _encode(load: Load, seed: int | None) -> Encode:
-    return load(seed)[1].encode
-
-
-def _bag(load: Load, seed: int | None) -> Encode:
+def _bag(encoder: SentenceEncoder) -> Encode:
     """The mean of the embeddings of a sentence's words, each as often as it is there."""
-    encoder = load(seed)[1]
     embeddings = encoder.network.embedding.weight.detach().cpu().numpy()
     unknown = encoder.vocabulary.unknown
     numbers = {word: number for number, word in enumerate(encoder.vocabulary.words)}
