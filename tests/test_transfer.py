@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -329,34 +330,32 @@ def run(tmp_path_factory):
 
 
 def data_of(folder):
-    return written(folder, SICK | {"rt-polarity.pos": many("yes {}"), "rt-polarity.neg": many("no {}")})
+    return written(folder, SICK | {"rt-polarity.pos": many("Bob left {}"), "rt-polarity.neg": many("the cat {}")})
 
 
 def test_transfer_tells_and_writes_what_each_encoder_reaches(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "FOLDS", 3)
     monkeypatch.setattr(evaluation, "_RESAMPLES", 20)
     root, output = data_of(tmp_path / "data"), tmp_path / "out" / "transfer.csv"
-    arguments = [str(run), "tests.test_transfer:by_letters", "--data.root", str(root), "--untrained=2"]
+    arguments = [f"net={run}", "tests.test_transfer:by_letters", "--data.root", str(root), "--untrained=2"]
     assert main(["transfer", *arguments, "--tasks=sick,mr", f"--output={output}"]) == 0
     shown = capsys.readouterr()
     assert "sick: 12 + 12 + 12 examples, but 4,500 + 500 + 4,927 are published" in shown.out
     assert "mr, tests.test_transfer:by_letters: encoded in" in shown.err
     with open(output, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    seeds = {f"{run}": [""], f"{run} (bag)": [""], "tests.test_transfer:by_letters": [""]}
-    seeds |= {f"{run} ({what})": ["0", "1"] for what in ("untrained", "untrained bag")}
+    encoders = {"net": [str(run)], "net (bag)": [str(run)], "tests.test_transfer:by_letters": [""]}
+    encoders |= {f"net ({what})": ["0", "1"] for what in ("untrained", "untrained bag")}
     for metric in ("r", "ρ", "MSE", "accuracy"):
-        of_metric = [(row["encoder"], row["seed"]) for row in rows if row["metric"] == metric]
-        assert sorted(of_metric) == sorted((name, seed) for name, of in seeds.items() for seed in of)
+        of_metric = [(row["encoder"], row["run_or_seed"]) for row in rows if row["metric"] == metric]
+        assert sorted(of_metric) == sorted((name, one) for name, of in encoders.items() for one in of)
     [by_function] = [row for row in rows if row["encoder"].endswith("by_letters") and row["task"] == "mr"]
     assert (by_function["value"], by_function["dimensions"]) == ("100.0", "7")
     assert re.search(r"^mr +accuracy +100\.0  100\.0 to 100\.0 +7  tests", shown.out, re.MULTILINE)
-    both = [float(row["value"]) for row in rows if row["encoder"] == f"{run} (untrained)" and row["task"] == "mr"]
+    both = [float(row["value"]) for row in rows if row["encoder"] == "net (untrained)" and row["task"] == "mr"]
     low, high = stats.t.interval(0.95, 1, np.mean(both), stats.sem(both)) if both[0] != both[1] else both
-    line = (
-        f"mr     accuracy  {np.mean(both):>8.1f}  {f'{low:.1f} to {high:.1f}':<22} {6:>5}  {run} (untrained), 2 seeds"
-    )
-    assert line in shown.out.splitlines()
+    line = f"mr accuracy {np.mean(both):.1f} {low:.1f} to {high:.1f} 6 net (untrained), 2"
+    assert line in [" ".join(line.split()) for line in shown.out.splitlines()]
 
 
 def test_untrained_encoders_differ_by_their_seed_alone(run):
@@ -364,15 +363,31 @@ def test_untrained_encoders_differ_by_their_seed_alone(run):
     made = {arm.name: arm.encoders for arm in arms([str(run), str(run)], 2, "cpu")}
     assert list(made) == [str(run), f"{run} (bag)", f"{run} (untrained)", f"{run} (untrained bag)"]
     trained = SentenceEncoder.load(run)
-    assert_close(made[str(run)][None]()(sentences), trained.encode(sentences))
+    assert_close(made[str(run)][str(run)]()(sentences), trained.encode(sentences))
     for name, size in (("untrained", 6), ("untrained bag", 3)):
-        first, again, second = (made[f"{run} ({name})"][seed]()(sentences) for seed in (0, 0, 1))
+        first, again, second = (made[f"{run} ({name})"][seed]()(sentences) for seed in "001")
         assert first.shape == (3, size)
         assert_close(first, again, rtol=0, atol=0)
         assert np.abs(first[:2] - second[:2]).min() > 0
     words = [trained.vocabulary.words.index(word) for word in ("bob", "left", ".")]
     mean = trained.network.embedding.weight[words].mean(0)
-    assert_close(made[f"{run} (bag)"][None]()(sentences)[1:], torch.stack([mean, 0 * mean]).detach().numpy())
+    assert_close(made[f"{run} (bag)"][str(run)]()(sentences)[1:], torch.stack([mean, 0 * mean]).detach().numpy())
+
+
+BESIDE = (" (bag)", " (untrained)", " (untrained bag)")
+
+
+def test_runs_of_one_network_are_one_encoder(run, tmp_path):
+    shutil.copytree(run, again := tmp_path / "again")
+    made = [*arms([f"both={run},{again}", str(again)], 1, "cpu")]
+    assert [arm.name for arm in made] == [*(f"both{of}" for of in ("", *BESIDE)), str(again), f"{again} (bag)"]
+    assert list(made[0].encoders) == list(made[1].encoders) == [str(run), str(again)]
+    checkpoint = torch.load(path := again / "checkpoints/best.ckpt", weights_only=True)
+    vocabulary = checkpoint["task"]["description"]["vocabulary"]
+    vocabulary["symbols"] = vocabulary["symbols"].replace("bob", "rob")
+    torch.save(checkpoint, path)
+    with pytest.raises(ExperimentError, match="differ in more than weights"):
+        list(arms([f"{run},{again}"], 1, "cpu"))
 
 
 def test_mistakes_are_one_message(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from experiments.transfer.encoders import Arm, arms
 from experiments.transfer.evaluation import Vectors, require_scikit_learn
 from experiments.transfer.tasks import TASKS, Transfer, published_sizes, read_task
 
-_COLUMNS = ("encoder", "seed", "task", "metric", "value", "low", "high", "dimensions", "encode_s", "evaluate_s")
+_COLUMNS = ("encoder", "run_or_seed", "task", "metric", "value", "low", "high", "dimensions", "encode_s", "evaluate_s")
 _LINE = "{:<6} {:<9} {:>8}  {:<22} {:>5}  {}"
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def main(invocation: Invocation) -> None:
             _write(rows, output)
             print("\n".join(_lines(of_arm)), flush=True)
     print(
-        "\nIntervals are over the ten folds, or by bootstrap over a test; of several seeds, over the seeds.\n"
+        "\nIntervals: over the ten folds, or by bootstrap over a test; of N runs or seeds, over these.\n"
         f"written: {output}"
     )
 
@@ -57,7 +57,10 @@ def _parser() -> OptionParser:
         prog="python -m experiments transfer", description="How good sentence vectors are for other tasks."
     )
     parser.add_argument(
-        "encoders", nargs="+", metavar="ENCODER", help="a run's folder, a checkpoint, or module:function, imported"
+        "encoders",
+        nargs="+",
+        metavar="ENCODER",
+        help="[NAME=]RUN[,RUN...], the runs of one encoder, or [NAME=]module:function, which is imported",
     )
     parser.add_argument("--tasks", default="sick,mr,subj,bshift", help=f"of {','.join(TASKS)} (%(default)s)")
     parser.add_argument(
@@ -100,36 +103,36 @@ def _joined(sizes: Iterable[int]) -> str:
 
 
 def _evaluated(name: str, task: Transfer, arm: Arm) -> list[Row]:
-    """A row for each seed and metric."""
+    """A row for each metric of each of its encoders."""
     rows = []
-    for seed, made in arm.encoders.items():
-        vectors = Vectors(made(), arm.name)
+    for one, make in arm.encoders.items():
+        vectors = Vectors(make(), arm.name)
         begin = perf_counter()
         scores = task.scores(vectors)
         seconds = perf_counter() - begin - vectors.seconds
-        of = arm.name if seed is None else f"{arm.name}, seed {seed}"
+        of = f"{arm.name}, {one}" if len(arm.encoders) > 1 else arm.name
         print(f"{name}, {of}: encoded in {vectors.seconds:.1f} s, evaluated in {seconds:.1f} s", file=sys.stderr)
-        shared = {"encoder": arm.name, "seed": seed, "task": name, "dimensions": vectors.dimensions}
+        shared = {"encoder": arm.name, "run_or_seed": one, "task": name, "dimensions": vectors.dimensions}
         shared |= {"encode_s": round(vectors.seconds, 2), "evaluate_s": round(seconds, 2)}
         rows += [shared | score._asdict() for score in scores]
     return rows
 
 
 def _lines(rows: list[Row]) -> list[str]:
-    """A line for each metric of one task and encoder: of several seeds their mean."""
+    """A line for each metric of one task and encoder: of several runs or seeds their mean."""
     lines = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        of_seeds = [row for row in rows if row["metric"] == metric]
-        value, low, high = (of_seeds[0][name] for name in ("value", "low", "high"))
-        encoder = of_seeds[0]["encoder"]
-        if len(of_seeds) > 1:
-            values = [row["value"] for row in of_seeds]
+        each = [row for row in rows if row["metric"] == metric]
+        value, low, high = (each[0][name] for name in ("value", "low", "high"))
+        encoder = each[0]["encoder"]
+        if len(each) > 1:
+            values = [row["value"] for row in each]
             estimate = estimated(mean(values), stdev(values) / len(values) ** 0.5, len(values))
             value, low, high = estimate.mean, estimate.low, estimate.high
-            encoder = f"{encoder}, {len(values)} seeds"
+            encoder = f"{encoder}, {len(values)}"
         digits = 1 if metric in ("accuracy", "F1") else 3
         shown, interval = f"{value:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"
-        lines.append(_LINE.format(of_seeds[0]["task"], metric, shown, interval, of_seeds[0]["dimensions"], encoder))
+        lines.append(_LINE.format(each[0]["task"], metric, shown, interval, each[0]["dimensions"], encoder))
     return lines
 
 

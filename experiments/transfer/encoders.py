@@ -11,10 +11,8 @@ import torch
 
 from experiments.core.errors import ExperimentError
 from experiments.core.loading import checkpoint_in, load_task
-from experiments.core.task import Task
 from experiments.core.trust import trusting
 from experiments.data.sentences import words_of
-from experiments.data.text import WordVocabulary
 from experiments.sentence_encoder import SentenceEncoder
 from experiments.transfer.evaluation import Array
 
@@ -22,47 +20,71 @@ Encode = Callable[[Sequence[str]], Array]  # (N, D)
 
 
 class Arm(NamedTuple):
-    """An encoder, or several that differ by their seed alone; these are made when they are needed, and not kept."""
+    """An encoder, or several that are the same but for their seed: runs, or networks that are drawn when needed."""
 
     name: str
-    encoders: dict[int | None, Callable[[], Encode]]  # by seed; None: it is not drawn
+    encoders: dict[str, Callable[[], Encode]]  # by run or seed
 
 
 def arms(
-    given: Sequence[str],  # runs, checkpoints and functions
-    untrained: int,  # how many untrained networks, and bags, stand beside a checkpoint
+    given: Sequence[str],  # functions and runs, see below
+    untrained: int,  # how many untrained networks, and bags, stand beside a run
     device: str,
     trust: Sequence[str] = (),  # modules whose classes the checkpoints may name
 ) -> Iterator[Arm]:
-    """The encoders given, each checkpoint with a bag of its word embeddings; and untrained ones.
+    """The encoders given, each run with a bag of its word embeddings; and untrained ones.
 
-    These are the same network with the same vocabulary before any training, and a bag of the embeddings of each, by
-    the seeds 0, 1, …. Checkpoints that differ in their weights alone share them.
-    Raises ExperimentError for what is neither a checkpoint of `SentenceVectors` nor a function.
+    An encoder is given as `module:function`, or as a run's folder or a checkpoint, several of which are separated by
+    commas; before it there may be its name and =. Untrained ones are the same network with the same vocabulary before
+    any training, and a bag of the embeddings of each, by the seeds 0, 1, …. Runs that differ in their weights alone
+    share them.
+    Raises ExperimentError for what is neither a checkpoint of `SentenceVectors` nor a function, and for runs of
+    different networks that are given as one.
     """
     seen: list[Any] = []
-    for name in given:
-        if ":" in name and not Path(name).exists():
-            function = _function(name)
-            yield Arm(name, {None: lambda function=function: function})
+    for text in given:
+        name, _, encoder = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        name = name or encoder
+        members = [encoder] if Path(encoder).exists() else encoder.split(",")
+        if ":" in encoder and not Path(members[0]).exists():
+            yield Arm(name, {"": _given(_function(encoder))})
             continue
-        path = checkpoint_in(Path(name))
-        encoder = SentenceEncoder.load(path, device, trust)
-        yield Arm(name, {None: lambda encoder=encoder: encoder.encode})
-        yield Arm(f"{name} (bag)", {None: partial(_bag, encoder)})
-        with trusting(trust):
-            task = load_task(path)
-        kind = task.settings.get("network"), task.description
-        if untrained and kind not in seen:
-            seen.append(kind)
-            made = {seed: partial(_untrained, task, encoder.vocabulary, device, seed) for seed in range(untrained)}
+        runs = {member: _Run(Path(member), device, trust) for member in members}
+        first, *others = runs.values()
+        for other in others:
+            if other.kind != first.kind:
+                raise ExperimentError(
+                    f"{text}: {first.path} and {other.path} differ in more than weights, in their network or their "
+                    "vocabulary. Give them as two encoders, with a space between them."
+                )
+        yield Arm(name, {member: _given(run.encoder.encode) for member, run in runs.items()})
+        yield Arm(f"{name} (bag)", {member: partial(_bag, run.encoder) for member, run in runs.items()})
+        if untrained and first.kind not in seen:
+            seen.append(first.kind)
+            made = {str(seed): partial(first.untrained, seed) for seed in range(untrained)}
             yield Arm(f"{name} (untrained)", {seed: lambda make=make: make().encode for seed, make in made.items()})
             yield Arm(f"{name} (untrained bag)", {seed: lambda make=make: _bag(make()) for seed, make in made.items()})
 
 
-def _untrained(task: Task, vocabulary: WordVocabulary, device: str, seed: int) -> SentenceEncoder:
-    torch.manual_seed(seed)
-    return SentenceEncoder(task.build(task.description).to(device), vocabulary)
+class _Run:
+    """A checkpoint: its encoder, and others of its kind."""
+
+    def __init__(self, path: Path, device: str, trust: Sequence[str]) -> None:
+        self.path, self._device = path, device
+        self.encoder = SentenceEncoder.load(path, device, trust)
+        with trusting(trust):
+            self._task = load_task(checkpoint_in(path))
+        # What decides a network before its training.
+        self.kind = self._task.settings.get("network"), self._task.description
+
+    def untrained(self, seed: int) -> SentenceEncoder:
+        torch.manual_seed(seed)
+        network = self._task.build(self._task.description).to(self._device)
+        return SentenceEncoder(network, self.encoder.vocabulary)
+
+
+def _given(encode: Encode) -> Callable[[], Encode]:
+    return lambda: encode
 
 
 def _bag(encoder: SentenceEncoder) -> Encode:
