@@ -79,6 +79,16 @@ def test_cross_validation_is_nested(monkeypatch):
     interval = stats.t.interval(0.95, 3, np.mean(reached), stats.sem(reached))
     assert_close(tuple(score[1:]), (np.mean(reached), *interval))
 
+    # And with a test of its own.
+    train, train_labels, folds = features[:60], labels[:60], evaluation._folds(labels[:60])
+    inner = [list(accuracies(train, train_labels, folds != one, folds == one, strengths)) for one in range(4)]
+    best = strengths[int(np.mean(inner, 0).argmax())]
+    [expected] = accuracies(features, labels, slice(60), slice(60, None), [best])
+    given = (train, train_labels), (features[60:], labels[60:])
+    [score] = evaluation.tested(*given, 12, {"accuracy": evaluation.accuracy})
+    assert_close(score.value, expected)
+    assert score.low < expected < score.high
+
 
 def test_ratings_become_distributions_and_their_model_is_softmax_regression(monkeypatch):
     ratings = np.array([1, 1.5, 3.6, 4, 5])
@@ -180,7 +190,7 @@ MSRP = {
 }
 TREC = {
     "train_5500.label": many("DESC:manner How {0} ?") + many("NUM:date When {0} ?"),
-    "TREC_10.label": "NUM:x Who ?\n",
+    "TREC_10.label": "NUM:x When ?\n",
 }
 
 
@@ -204,8 +214,17 @@ def test_published_formats_are_read(tmp_path):
     assert msrp.parts["test"].answers.tolist() == [1] * 12 + [0] * 12
     trec = read_task("trec", root, root)
     assert trec.sizes == (24, 1)
-    assert trec.parts["test"].sentences == (["Who ?"],)
+    assert trec.parts["test"].sentences == (["When ?"],)
     assert trec.parts["test"].answers.tolist() == [1]
+
+
+def test_tasks_with_a_test_of_their_own_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "FOLDS", 3)
+    root = written(tmp_path, MSRP | TREC)
+    scores = read_task("msrp", root, root).scores(Vectors(by_letters, "x"))
+    assert [score.metric for score in scores] == ["accuracy", "F1"]
+    scores += read_task("trec", root, root).scores(Vectors(by_letters, "x"))
+    assert_close(np.array([score[1:] for score in scores]), np.full((3, 3), 100.0))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "latin-1"])

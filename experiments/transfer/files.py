@@ -42,16 +42,16 @@ def read_lines(
         raise ExperimentError(
             f"{root}: {found[0]} and {found[1]} are both there, expected one. Give a --data.root with one of them."
         )
-    try:
-        if found:
-            return _lines(found[0].read_bytes(), str(found[0]))
-        for path in sorted(root.rglob(archive)) if archive else ():
+    for path in found or (sorted(root.rglob(archive)) if archive else ()):
+        try:
+            if found:
+                return _lines(path.read_bytes(), str(path))
             with zipfile.ZipFile(path) as opened:
                 for member in opened.namelist():
                     if member.rpartition("/")[2] in names:
                         return _lines(opened.read(member), f"{path}/{member}")
-    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: it is encrypted
-        raise ExperimentError(f"{found[0] if found else path}: cannot be read: {error}.") from error
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: it is encrypted
+            raise ExperimentError(f"{path}: cannot be read: {error}.") from error
     raise ExperimentError(
         f"{root}: there is no {' or '.join(names)}{f', nor {archive} with it' if archive else ''}, here or below. Give "
         "the folder of the published files by --data.root."
