@@ -227,7 +227,7 @@ def _models(
 ) -> "Iterator[LogisticRegression]":
     """The model for each C in turn, to be used before the next, which starts from its weights.
 
-    L-BFGS, since at D = 2400 a step needs two products with the features, and Newton's a product of D × D. On vectors
+    By L-BFGS, whose step costs two products of the features with a vector: Newton's has a matrix of D × D. On vectors
     of length 1, C would be D times as large; on these the tolerance means the same at any D.
     """
     from sklearn.linear_model import LogisticRegression
