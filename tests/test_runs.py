@@ -53,7 +53,8 @@ def command(text, tmp_path):
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.core.training", "experiments.tasks", "experiments.data", "matplotlib.pyplot"])
+PRELOADED = ["experiments.core.training", "experiments.tasks", "experiments.data", "matplotlib.pyplot"]
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 class Command:
