@@ -17,8 +17,8 @@ from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
 from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
-from multint.integrators.named import ScaledOf, SumOf, SwappedOf, ThroughOf
 from multint.integrators.normalised import Normalised
+from multint.integrators.of_factories import ScaledOf, SumOf, SwappedOf, ThroughOf
 from multint.integrators.pairwise import Pairwise, PairwiseTerms
 from multint.integrators.terms import Terms
 
