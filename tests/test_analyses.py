@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.testing import assert_close
 
-from experiments.analyses import GradientNorms, HiddenActivations, StreamNorms
+from experiments.analyses import GradientNorms, HiddenActivations, Interactions, StreamNorms
 from experiments.analyses.recording import recorded
 from experiments.core.callbacks import MetricsFile, RandomState
 from experiments.core.errors import ExperimentError
@@ -20,6 +20,7 @@ from experiments.data.text import Batch
 from experiments.tasks import LanguageModelling, Memory, StateTracking
 from models import LanguageModel, SequenceLabeller, SequenceReader
 from multint import Additive, Concat, GRUCell, LowRank, LSTMCell, MultiplicativeIntegration, Recurrent, RNNCell
+from multint.integrators import interaction
 
 pytestmark = pytest.mark.runs
 
@@ -120,6 +121,23 @@ def test_all_products_of_a_stream_are_one_vector():
     after = network(partial(GRUCell, reset_after=True)).double()
     of_states = StreamNorms(T).values(recorded(task_of(after), batch_of(), T))["norm_uh"]
     assert (of_states > 0).all(), "the products of its zeros are not counted"
+
+
+def test_interactions_are_those_of_what_each_integrator_meets():
+    net = network(partial(GRUCell, reset_after=True), num_layers=2).double()
+    got = Interactions(T).values(recorded(task_of(net), batch_of(), T))
+    names = [f"interaction_layer_{i}_{name}" for i in range(2) for name in ("gates", "candidate")]
+    assert got.keys() == {*names}
+    cell, x = net.recurrent.directions[0].cell, torch.nn.functional.one_hot(batch_of().inputs, V).double()
+    state, before = cell.initial_state(B), []
+    for of_step in x:
+        before.append(state.h)
+        state = cell.step(of_step, state)
+    expected = interaction(cell.gates, x, torch.stack(before))
+    assert 0 < expected < 1
+    assert_close(got[names[0]].item(), expected)
+    additive = Interactions(T).values(recorded(task_of(network(partial(RNNCell, integrator=Additive))), batch_of(), T))
+    assert additive["interaction"].item() < 1e-12
 
 
 def test_windows_are_cut_into_sequences_from_the_initial_state():
@@ -243,7 +261,7 @@ def run(folder, text, *callbacks, until, resume=False):
 
 
 def analyses():
-    return GradientNorms([0, 20], 20), HiddenActivations(bins=8), StreamNorms(20)
+    return GradientNorms([0, 20], 20), HiddenActivations(bins=8), StreamNorms(20), Interactions(20)
 
 
 def test_training_does_not_feel_the_analyses_and_resuming_keeps_their_records(text, tmp_path):
@@ -254,7 +272,7 @@ def test_training_does_not_feel_the_analyses_and_resuming_keeps_their_records(te
 
     rows = [row for row in read_metrics(whole.metrics) if "val/bpc" in row]
     assert [row["step"] for row in rows] == ["10", "20"]
-    names = {"log10_gradient_0", "log10_gradient_20", "saturated", "norm_wx", "norm_uh"}
+    names = {"log10_gradient_0", "log10_gradient_20", "saturated", "norm_wx", "norm_uh", "interaction"}
     assert {f"val/{name}" for name in names} < rows[0].keys()
     histograms = read_histograms(whole.path / "activations.csv")
     assert [histogram.step for histogram in histograms] == [10, 20]

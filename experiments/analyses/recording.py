@@ -22,6 +22,9 @@ class Layer:
     states: list[Tensor] = field(default_factory=list)  # h_0 … h_T, (N, H)
     # For each step, ‖·‖² of the product with each matrix that x alone enters by, and z alone, (N,).
     products: list[dict[str, dict[str, Tensor]]] = field(default_factory=list)
+    integrators: dict[str, Integrator] = field(default_factory=dict)
+    # The streams x (N, X) and z (N, Z) that each integrator met, step by step.
+    streams: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 class Recording(NamedTuple):
@@ -52,6 +55,8 @@ def recorded(
             _note_states(direction, layer)
             for of, integrator in outermost_integrators(direction.cell).items():
                 _note_products(of, integrator, layer)
+                layer.integrators[of], layer.streams[of] = integrator, []
+                integrator.register_forward_hook(_noting_streams(layer.streams[of]))
             layers.append(layer)
     return Recording(task.last_loss(network, batch, steps), layers)
 
@@ -102,6 +107,15 @@ def _noting(layer: Layer, stream: str, name: str) -> Callable[..., None]:
     def note(module: nn.Module, arguments: Any, product: Tensor) -> None:
         if product.ndim > 1:  # not of a constant, as the zeros of a GRU that resets after the product
             layer.products[-1][stream][name] = product.detach().square().sum(-1)
+
+    return note
+
+
+def _noting_streams(streams: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    def note(integrator: nn.Module, arguments: Any, result: Tensor) -> None:
+        x, z = (stream.detach() for stream in arguments)
+        if x.ndim == z.ndim == 2:  # not of a constant
+            streams.append((x, z))
 
     return note
 

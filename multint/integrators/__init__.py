@@ -12,11 +12,12 @@ from multint.integrators.base import BiAffine, Integrator, Scaled, Sum, Through,
 from multint.integrators.batch_norm import RecurrentBatchNorm, population_statistics
 from multint.integrators.bilinear import Bilinear
 from multint.integrators.compose import Krause, Projected, Swapped
+from multint.integrators.convert import Converted, convert
 from multint.integrators.diagonal import Diagonal, Gated, SigmoidScale
 from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.hadamard import Hadamard, MultiplicativeIntegration
 from multint.integrators.hypernetwork import Hypernetwork
-from multint.integrators.measures import MultilinearRank, flops, parameter_count, rank
+from multint.integrators.measures import MultilinearRank, flops, interaction, parameter_count, rank
 from multint.integrators.normalised import Normalised
 from multint.integrators.of_factories import ScaledOf, SumOf, SwappedOf, ThroughOf
 from multint.integrators.pairwise import Pairwise, PairwiseTerms
@@ -27,6 +28,7 @@ __all__ = [
     "BiAffine",
     "Bilinear",
     "Concat",
+    "Converted",
     "Diagonal",
     "Gated",
     "Hadamard",
@@ -53,7 +55,9 @@ __all__ = [
     "ThroughOf",
     "Tucker",
     "build",
+    "convert",
     "flops",
+    "interaction",
     "outermost_integrators",
     "parameter_count",
     "population_statistics",
