@@ -1,6 +1,6 @@
 """Vectors of sentences, from a checkpoint of a skip-thought model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -92,7 +92,7 @@ class SentenceEncoder:
         return sum(word in self._numbers or word in given for word in words) / max(1, len(words))
 
     @torch.no_grad()
-    def encode(self, sentences: Sequence[str], batch_size: int = 128, progress: bool = False) -> np.ndarray:
+    def encode(self, sentences: Iterable[str], batch_size: int = 128, progress: bool = False) -> np.ndarray:
         """The vectors of the sentences, (N, D) in float32, in their order.
 
         They are encoded in batches of like lengths. Other sentences beside one change its vector by rounding at most.
@@ -103,13 +103,14 @@ class SentenceEncoder:
 
         Raises: ExperimentError for a text instead of a list of texts.
         """
-        if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in sentences):
+        given = [] if isinstance(sentences, str) else [*sentences]
+        if isinstance(sentences, str) or not all(isinstance(sentence, str) for sentence in given):
             raise ExperimentError(
                 f"encode: got a {type(sentences).__name__}, expected a list of texts, a sentence each."
             )
         if batch_size < 1:
             raise ExperimentError(f"encode: batch_size is {batch_size}, expected at least 1.")
-        rows, embeddings = self._numbered([words_of(sentence) for sentence in sentences])
+        rows, embeddings = self._numbered([words_of(sentence) for sentence in given])
         vectors = np.empty((len(rows), self.network.vector_size), np.float32)
         batches = _batches([len(row) for row in rows], batch_size)
         console = Console(stderr=True)

@@ -494,6 +494,7 @@ def test_vectors_are_in_order_and_of_each_sentence(encoder):
     words = torch.tensor([[2, 1, 0]]).T  # he <unk> <eos>
     assert_close(encoder.encode(["he knew"])[0], encoder.network(words, torch.tensor([3]))[0].detach().numpy())
     assert_close(encoder.encode(SENTENCES, batch_size=2), vectors, rtol=0, atol=0)
+    assert_close(encoder.encode(sentence for sentence in SENTENCES), vectors)
     assert encoder.encode([]).shape == (0, 4)
     assert encoder.known(["He knew.", "Ran far"]) == 0.8
     with pytest.raises(ExperimentError, match="got a str, expected a list of texts"):
