@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from experiments.__main__ import main
 from experiments.core.errors import ExperimentError
+from experiments.data import Books
 from experiments.sentence_encoder import SentenceEncoder
 from experiments.transfer import evaluation
 from experiments.transfer.bigram_shift import bigram_shift
@@ -295,9 +296,9 @@ def test_places_that_are_not_there_are_told(tmp_path):
 WORDS = ("Ann", "saw", "the", "grey", "cat", "near", "a", "house", "with", "old", "Bob", "and", "left", "it", "there")
 
 
-def prose(count):
+def prose(count, between="\n\n"):
     drawn = np.random.default_rng(0).integers(len(WORDS), size=(count, 8))
-    return "\n\n".join(" ".join(WORDS[i] for i in row).capitalize() + ", £ again." for row in drawn)
+    return between.join(" ".join(WORDS[i] for i in row).capitalize() + ", £ again." for row in drawn)
 
 
 def test_half_of_the_sentences_have_two_neighbours_swapped(tmp_path):
@@ -314,6 +315,24 @@ def test_half_of_the_sentences_have_two_neighbours_swapped(tmp_path):
         assert label == 0 or any(one in held_out for one in swapped)
         assert words[-4:] == [",", "£", "again", "."]  # of which none has a word beside it
     assert bigram_shift(tmp_path) == (sentences, labels)
+
+
+def test_no_sentence_that_books_train_on_is_asked(tmp_path):
+    """Of a text in paragraphs, and of one that is all one paragraph."""
+    written(tmp_path, {"a.txt": prose(500), "b.txt": prose(500, "\n").replace("again", "then")})
+    data = Books(str(tmp_path), seed=0)
+    data.setup()
+    train = data.triples("train")
+    read = {
+        " ".join(data.vocabulary.words[i] for i in one.words[: one.lengths[b] - 1, b])
+        for one in train.batch(range(len(train)))
+        for b in range(len(train))
+    }
+    sentences, labels = bigram_shift(tmp_path)
+    asked = {sentence for sentence, label in zip(sentences, labels, strict=True) if not label}
+    assert len(read) > 850
+    assert not read & asked
+    assert min(sum(word in one for one in asked) for word in ("again", "then")) > 20
 
 
 @pytest.mark.parametrize("name", ["sick", "mr", "subj"])

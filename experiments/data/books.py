@@ -53,8 +53,18 @@ def check_encoding(encoding: str) -> str:
     return encoding
 
 
-def read_book(path: Path, encoding: str) -> str:
-    """The text of a file, or of the one file in an archive, lines ending in \\n.
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or else in Windows' Latin encoding, as the older corpora are."""
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return data.decode("latin-1")  # which has a character for each byte
+
+
+def read_book(path: Path, encoding: str | None) -> str:
+    """The text of a file, or of the one file in an archive, lines ending in \\n; of no encoding given as `decoded`.
 
     Raises ExperimentError where there is none.
     """
@@ -64,7 +74,7 @@ def read_book(path: Path, encoding: str) -> str:
             with zipfile.ZipFile(path) as archive:
                 [inside] = archive.namelist()
                 data = archive.read(inside)
-        text = data.decode(encoding)
+        text = decoded(data) if encoding is None else data.decode(encoding)
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read: {error.strerror}. Check its path.") from error
     except UnicodeDecodeError as error:

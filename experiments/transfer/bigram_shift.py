@@ -7,9 +7,10 @@ from pathlib import Path
 from experiments.core.errors import ExperimentError
 from experiments.data.books import book_files, read_book, works
 from experiments.data.sentences import sentences_of, words_of
+from experiments.data.sentences.tokens import Reading, cut
 from experiments.data.text.stream_data import HELD_OUT
-from experiments.transfer.files import decoded
 
+_READING = Reading("prose", encoding=None, valid=HELD_OUT, test=HELD_OUT)  # shares as of `Books`
 _SHORTEST, _LONGEST = 5, 28  # words, as of Conneau et al. 2018
 _MOST = 10_000  # sentences
 _SEED = 1234
@@ -27,9 +28,9 @@ def bigram_shift(path: Path) -> tuple[list[str], list[int]]:
         raise ExperimentError(f"bshift: there is no {path}. Give a text, or a folder of texts, by --data.text.")
     candidates = []
     for file in book_files(path, None):
-        text = decoded(read_book(file, "latin-1").encode("latin-1"))  # which loses no byte
-        for work in works(text):
-            candidates += [words_of(sentence) for sentence in sentences_of(_end(work))]
+        for work in works(read_book(file, _READING.encoding)):
+            held_out = [text for split, text in cut(work, _READING) if split != "train"]
+            candidates += [words_of(sentence) for text in held_out for sentence in sentences_of(text)]
     usable = [words for words in candidates if _SHORTEST <= len(words) <= _LONGEST and _places(words)]
     generator = random.Random(_SEED)
     generator.shuffle(usable)
@@ -38,12 +39,6 @@ def bigram_shift(path: Path) -> tuple[list[str], list[int]]:
     return [
         " ".join(_swapped(words, generator) if y else words) for words, y in zip(chosen, labels, strict=True)
     ], labels
-
-
-def _end(work: str) -> str:
-    """What `Books` holds out of a work by default: the last tenth, from the next paragraph on."""
-    begin = len(work) - round(2 * HELD_OUT * len(work))
-    return work[max(begin, work.find("\n\n", begin)) :]
 
 
 def _places(words: list[str]) -> list[int]:

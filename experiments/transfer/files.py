@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.core.errors import ExperimentError
+from experiments.data.books import decoded
 
 
 class Lines(NamedTuple):
@@ -13,16 +14,6 @@ class Lines(NamedTuple):
 
     lines: list[str]
     source: str
-
-
-def decoded(data: bytes) -> str:
-    """Text in UTF-8, or else in Windows' Latin encoding, as the older corpora are."""
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")  # which has a character for each byte
 
 
 def read_lines(

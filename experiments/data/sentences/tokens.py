@@ -23,7 +23,7 @@ from experiments.data.text.word_sources import SPLITS, Part
 
 Layout = Literal["prose", "lines"]
 
-_FORMAT = 1  # of the files and of the rules in `splitting`: change either, and count it up
+_FORMAT = 2  # of the files and of the rules in `splitting`: change either, and count it up
 _LARGE = 50_000_000  # bytes of text that take long enough for a word about it
 _CHECKSUMS = "checksums.json"
 
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     """How files are read as sentences."""
 
     layout: Layout
-    encoding: str
+    encoding: str | None  # see `read_book`
     valid: float  # the share of each document that is held out for validation, at the end but for that of the test
     test: float  # and for the test, at its end
 
@@ -99,7 +99,7 @@ def _write(files: Sequence[Path], reading: Reading, key: str, folder: Path) -> N
         try:
             for file in files:
                 for work in works(read_book(file, reading.encoding)):
-                    for split, text in _cut(work, reading):
+                    for split, text in cut(work, reading):
                         lines = (" ".join(words_of(sentence)) for sentence in read_sentences(text, reading.layout))
                         outputs[split].writelines(f"{line}\n" for line in lines)
                         outputs[split].write("\n")
@@ -117,11 +117,12 @@ def _write(files: Sequence[Path], reading: Reading, key: str, folder: Path) -> N
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _cut(document: str, reading: Reading) -> list[tuple[str, str]]:
-    """The parts of a document by split, cut at ends of paragraphs, or of lines where these are the sentences."""
-    end = "\n\n" if reading.layout == "prose" else "\n"
+def cut(document: str, reading: Reading) -> list[tuple[str, str]]:
+    """The parts of a document by split, cut where a paragraph ends, or else a line, as of lines always."""
+    ends = ("\n\n", "\n") if reading.layout == "prose" else ("\n",)
     cuts = [0]
     for held_out in (reading.valid + reading.test, reading.test):
-        place = document.find(end, len(document) - round(held_out * len(document)))
-        cuts.append(max(cuts[-1], len(document) if place < 0 else place))
+        least = len(document) - round(held_out * len(document))
+        places = (document.find(end, least) for end in ends)
+        cuts.append(max(cuts[-1], next((place for place in places if place >= 0), len(document))))
     return [(split, document[a:b]) for split, a, b in zip(SPLITS, cuts, [*cuts[1:], len(document)], strict=True)]
