@@ -50,18 +50,14 @@ class SentenceEncoder:
 
         Raises: ExperimentError for the checkpoint of another task, and for a device that is not there.
         """
-        checkpoint = checkpoint_in(Path(path))
-        with trusting(trust):
-            task = load_task(checkpoint)
-        if not isinstance(task, SentenceVectors):
-            raise ExperimentError(f"{checkpoint}: the checkpoint of a {type(task).__name__}, expected SentenceVectors.")
+        return cls.of(load_sentence_vectors(Path(path), device, trust))
+
+    @classmethod
+    def of(cls, task: SentenceVectors) -> Self:
+        """The encoder of a task whose network is built."""
         assert isinstance(task.network, SkipThought)
         assert task.vocabulary is not None
-        try:
-            network = task.network.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
-            raise ExperimentError(f"device: got {device}: {str(error).splitlines()[0]}") from error
-        return cls(network, task.vocabulary)
+        return cls(task.network, task.vocabulary)
 
     def expand(self, path: str | Path) -> int:
         """Give words that the model does not know an embedding from word vectors; return how many both know.
@@ -133,6 +129,21 @@ class SentenceEncoder:
             table = torch.cat([table, vectors @ map_to_embeddings])
         unknown, end = self.vocabulary.unknown, self.vocabulary.start
         return [torch.tensor([*(numbers.get(word, unknown) for word in words), end]) for words in sentences], table
+
+
+def load_sentence_vectors(path: Path, device: str, trust: Sequence[str]) -> SentenceVectors:
+    """The task of a checkpoint, or of a run's folder, its network on the device; see `SentenceEncoder.load`."""
+    checkpoint = checkpoint_in(path)
+    with trusting(trust):
+        task = load_task(checkpoint)
+    if not isinstance(task, SentenceVectors):
+        raise ExperimentError(f"{checkpoint}: the checkpoint of a {type(task).__name__}, expected SentenceVectors.")
+    assert task.network is not None
+    try:
+        task.network.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise ExperimentError(f"device: got {device}: {str(error).splitlines()[0]}") from error
+    return task
 
 
 def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:

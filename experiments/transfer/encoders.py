@@ -10,10 +10,8 @@ import numpy as np
 import torch
 
 from experiments.core.errors import ExperimentError
-from experiments.core.loading import checkpoint_in, load_task
-from experiments.core.trust import trusting
 from experiments.data.sentences import words_of
-from experiments.sentence_encoder import SentenceEncoder
+from experiments.sentence_encoder import SentenceEncoder, load_sentence_vectors
 from experiments.transfer.evaluation import Array
 
 Encode = Callable[[Sequence[str]], Array]  # (N, D)
@@ -71,9 +69,8 @@ class _Run:
 
     def __init__(self, path: Path, device: str, trust: Sequence[str]) -> None:
         self.path, self._device = path, device
-        self.encoder = SentenceEncoder.load(path, device, trust)
-        with trusting(trust):
-            self._task = load_task(checkpoint_in(path))
+        self._task = load_sentence_vectors(path, device, trust)
+        self.encoder = SentenceEncoder.of(self._task)
         # What decides a network before its training.
         self.kind = self._task.settings.get("network"), self._task.description
 
