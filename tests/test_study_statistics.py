@@ -11,6 +11,7 @@ import experiments.study.plots
 import experiments.study.recorded
 import experiments.study.report
 from experiments.core.errors import ExperimentError
+from experiments.core.intervals import estimate_of
 from experiments.core.run_folder import Histogram, write_histograms, write_result
 from experiments.core.task import Monitor
 from experiments.study.arms import Arm
@@ -20,7 +21,7 @@ from experiments.study.plots import draw_curves, draw_dots
 from experiments.study.recorded import draw_recorded
 from experiments.study.report import write_report
 from experiments.study.runs import Run
-from experiments.study.statistics import difference, estimate, smallest_p
+from experiments.study.statistics import difference, smallest_p
 from experiments.study.tables import notes
 
 close = torch.testing.assert_close
@@ -32,17 +33,17 @@ def t_975(degrees):
 
 
 def test_the_interval_is_students():
-    of_three = estimate([1.0, 2.0, 3.0])
+    of_three = estimate_of([1.0, 2.0, 3.0])
     close(of_three.mean, 2.0)
     close((of_three.low, of_three.high), (2 - t_975(2) / math.sqrt(3), 2 + t_975(2) / math.sqrt(3)))
-    of_two = estimate([1.0, 3.0])  # s = √2, s / √n = 1
+    of_two = estimate_of([1.0, 3.0])  # s = √2, s / √n = 1
     close((of_two.low, of_two.high), (2 - t_975(1), 2 + t_975(1)))
     assert of_two.count == 2
 
 
 def test_one_value_has_no_interval_and_none_has_no_mean():
-    assert estimate([5.0]) == (5.0, None, 1)
-    assert estimate([]) is None
+    assert estimate_of([5.0]) == (5.0, None, 1)
+    assert estimate_of([]) is None
     assert difference({0: 1.0}, {0: 3.0}) == ((2.0, None, 1), None)
     assert difference({0: 1.0}, {1: 3.0}) == (None, None)
 

@@ -1,6 +1,7 @@
 """Means with their 95 % t-intervals, and how they are shown."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -41,3 +42,13 @@ def estimated(
     from scipy import stats  # takes a second
 
     return Estimate(mean, error * float(stats.t.ppf(0.975, count - 1)), count)
+
+
+def estimate_of(values: Sequence[float]) -> Estimate | None:
+    """The mean of the values with its 95 % t-interval, mean ± t(n − 1) s / √n; None of no values."""
+    count = len(values)
+    if count == 0:
+        return None
+    mean = math.fsum(values) / count
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, count - 1) / count)
+    return estimated(mean, error, count)

@@ -7,12 +7,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from experiments.core.errors import ExperimentError, choices_message
-from experiments.core.intervals import Estimate
+from experiments.core.intervals import Estimate, estimate_of
 from experiments.study.arms import Arm
 from experiments.study.checks import is_digits
 from experiments.study.definition import PARAMETERS, Metric, Mode, Published, Study
 from experiments.study.runs import Run
-from experiments.study.statistics import Difference, difference, estimate
+from experiments.study.statistics import Difference, difference
 
 
 class State(Enum):
@@ -157,7 +157,7 @@ def compared(
                     x=x,
                     values=list(values.values()),
                     are_all=bool(finished) and len(finished) == len(of_row),
-                    mean=estimate(list(values.values())),
+                    mean=estimate_of(list(values.values())),
                     difference=None if is_first or first is None else difference(first, values),
                     seeds_of_first=len(first or {}),
                     parameters=parameters,

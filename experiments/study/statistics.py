@@ -1,10 +1,9 @@
 """Means and differences for few seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.core.intervals import Estimate, estimated
+from experiments.core.intervals import Estimate, estimate_of
 
 # Up to so many, all sign patterns are gone through: 2¹⁴, those of 14 pairs. Beyond, as many are drawn.
 _PATTERNS = 2**14
@@ -22,16 +21,6 @@ def smallest_p(pairs: int) -> float:
     return max(2.0 ** (1 - pairs), 2 / (_PATTERNS + 1))
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """The mean of the values with its 95 % t-interval, mean ± t(n − 1) s / √n; None of no values."""
-    count = len(values)
-    if count == 0:
-        return None
-    mean = math.fsum(values) / count
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, count - 1) / count)
-    return estimated(mean, error, count)
-
-
 def difference(
     first: Mapping[int, float],  # values by seed
     arm: Mapping[int, float],
@@ -45,8 +34,8 @@ def difference(
     a, b = [first[seed] for seed in seeds], [arm[seed] for seed in seeds]
     differences = [y - x for x, y in zip(a, b, strict=True)]
     if len(seeds) < 2:
-        return Difference(estimate(differences), None)
-    return Difference(estimate(differences), _permutation_p(a, b))
+        return Difference(estimate_of(differences), None)
+    return Difference(estimate_of(differences), _permutation_p(a, b))
 
 
 def _permutation_p(a: Sequence[float], b: Sequence[float]) -> float:

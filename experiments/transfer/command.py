@@ -5,13 +5,12 @@ import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
 from experiments.core.command_line import Invocation, OptionParser
 from experiments.core.errors import ExperimentError, choices_message, write_text, writing
-from experiments.core.intervals import estimated
+from experiments.core.intervals import estimate_of
 from experiments.core.run_folder import new_folder
 from experiments.transfer.encoders import Arm, arms
 from experiments.transfer.evaluation import Vectors, require_scikit_learn
@@ -126,10 +125,10 @@ def _lines(rows: list[Row]) -> list[str]:
         value, low, high = (each[0][name] for name in ("value", "low", "high"))
         encoder = each[0]["encoder"]
         if len(each) > 1:
-            values = [row["value"] for row in each]
-            estimate = estimated(mean(values), stdev(values) / len(values) ** 0.5, len(values))
+            estimate = estimate_of([row["value"] for row in each])
+            assert estimate is not None
             value, low, high = estimate.mean, estimate.low, estimate.high
-            encoder = f"{encoder}, {len(values)}"
+            encoder = f"{encoder}, {len(each)}"
         digits = 1 if metric in ("accuracy", "F1") else 3
         shown, interval = f"{value:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"
         lines.append(_LINE.format(each[0]["task"], metric, shown, interval, each[0]["dimensions"], encoder))
