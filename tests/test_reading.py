@@ -635,7 +635,7 @@ def test_markers_are_drawn_anew_in_training_alone(books):
         ({"path": "", "books": ["three.txt"]}, "there is no three.txt in .* Choices: bad.zip, empty.txt"),
         ({"path": "plain.txt", "books": ["three.txt"]}, "plain.txt is no folder of them"),
         ({"path": "folder"}, "the folder has no .txt and no .zip"),
-        ({"path": "", "encoding": "utf-9"}, "--data.encoding: got 'utf-9'"),
+        ({"path": "", "encoding": "utf-9"}, "encoding: got 'utf-9'"),
         ({"path": "", "entities": 1}, "--data.entities: got 1, expected at least 2"),
     ],
 )

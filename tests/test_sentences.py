@@ -396,7 +396,7 @@ def test_books_that_change_while_they_are_read_are_refused(shelf, monkeypatch):
         ({"path": "short.txt"}, "short.txt: the part for the split '.*' has no three sentences"),
         ({"path": "short.txt", "min_count": 9}, "no word occurs --data.min_count=9 times"),
         ({"books": ["three.txt"]}, "there is no three.txt in .* Choices: latin.txt, short.txt"),
-        ({"encoding": "utf-9"}, "--data.encoding: got 'utf-9'"),
+        ({"encoding": "utf-9"}, "^encoding: got 'utf-9'"),
         ({"layout": "verse"}, "--data.layout: got 'verse', expected prose or lines"),
         ({"max_vocabulary": 2}, "--data.max_vocabulary: got 2, expected at least 3"),
         ({"max_length": 0}, "--data.max_length: got 0"),
@@ -597,7 +597,7 @@ def test_a_run_is_trained_and_encodes(shelf, tmp_path, capsys):
         (["encode", str(config), files[1], "--output", "v.npy"], "tiny.yaml: damaged, or no checkpoint"),
         (["nearest", *files, "He ran.", "--count", "0"], "--count: got 0, expected at least 1"),
         (["nearest", *files, "He ran.", "--device", "nowhere"], "device: got nowhere"),
-        (["nearest", *files, "He ran.", "--encoding", "utf-9"], "encoding: got 'utf-9'"),
+        (["nearest", *files, "He ran.", "--encoding", "utf-9"], "error: encoding: got 'utf-9'"),
     ):
         assert main(command) == 2
         assert message in capsys.readouterr().err

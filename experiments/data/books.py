@@ -33,7 +33,7 @@ def book_files(path: Path, books: Sequence[str] | None) -> list[Path]:
             f"--data.books: there is no {missing[0]} in {path}. Choices: {', '.join(there) or 'none'}."
         )
     if not there:
-        raise ExperimentError(f"{path}: the folder has no .txt and no .zip. Give texts by --data.path.")
+        raise ExperimentError(f"{path}: the folder has no .txt and no .zip, expected a text.")
     return [there[book] for book in books or there]
 
 
@@ -49,7 +49,7 @@ def check_encoding(encoding: str) -> str:
     try:
         "".encode(encoding)
     except LookupError as error:
-        raise ExperimentError(f"--data.encoding: got {encoding!r}, expected one that Python knows.") from error
+        raise ExperimentError(f"encoding: got {encoding!r}, expected one that Python knows.") from error
     return encoding
 
 
