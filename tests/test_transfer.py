@@ -165,6 +165,8 @@ def test_an_encoder_is_asked_once_for_each_sentence():
         (np.zeros((3, 4)), r"of shape \(3, 4\) for 2 sentences"),
         (np.zeros((2, 0)), r"of shape \(2, 0\)"),
         (np.array([["a"], ["b"]]), "got <U1"),
+        ([[1.0], [2.0, 3.0]], "x: what it gave is no array: .*inhomogeneous"),
+        (torch.ones(2, 3, requires_grad=True), "x: what it gave is no array: .*requires grad"),
         (np.array([[1.0], [np.nan]]), "1 of 2 vectors have numbers that are not finite"),
     ],
 )
@@ -278,7 +280,7 @@ RATING = SICK["SICK_trial.txt"].replace("4.5", "5.5")
         ),
         ("trec", TREC | {"train_5500.label": "What ?\n"}, "line 1: got 'What ?'"),
         ("bshift", {"a.txt": "One two three four five six.\n"}, "bshift: 0 examples of a class"),
-        ("bshift", {"a.md": ""}, "the folder has no .txt and no .zip"),
+        ("bshift", {"a.md": ""}, "the folder has no .txt and no .zip, expected a text"),
     ],
 )
 def test_missing_and_wrong_files_are_told(tmp_path, name, files, message):

@@ -64,7 +64,12 @@ class Vectors:
     def __call__(self, sentences: Sequence[str]) -> Array:  # (N, D) float32
         begin = perf_counter()
         if new := [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._known]:
-            self._known.update(zip(new, self._checked(np.asarray(self._encode(new)), len(new)), strict=True))
+            given = self._encode(new)
+            try:
+                vectors = np.asarray(given)
+            except (TypeError, ValueError, RuntimeError) as error:  # numpy's words, and torch's
+                raise ExperimentError(f"{self._name}: what it gave is no array: {error}") from error
+            self._known.update(zip(new, self._checked(vectors, len(new)), strict=True))
         vectors = np.stack([self._known[sentence] for sentence in sentences])
         self.seconds += perf_counter() - begin
         return vectors
