@@ -91,7 +91,7 @@ class SentenceEncoder:
     def encode(self, sentences: Iterable[str], batch_size: int = 128, progress: bool = False) -> np.ndarray:
         """The vectors of the sentences, (N, D) in float32, in their order.
 
-        They are encoded in batches of like lengths. Other sentences beside one change its vector by rounding at most.
+        They are encoded in batches of like lengths. Which others are in its batch changes a vector by rounding at most.
 
         Args:
             batch_size: sentences in a batch at most; of long ones it has fewer.

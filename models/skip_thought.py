@@ -14,7 +14,7 @@ from multint.errors import OptionError, ShapeError
 from multint.integrators import build
 from multint.integrators.checks import positive
 
-# The words of B sentences, (T, B) int64, of each the last one the sentence's end, and how many there are of each, (B,).
+# B sentences: their words, (T, B) int64, of which each sentence's last one is its end; and how many each has, (B,).
 Sentences = tuple[Tensor, Tensor]
 
 

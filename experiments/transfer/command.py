@@ -36,7 +36,7 @@ def main(invocation: Invocation) -> None:
     output = options.output or new_folder(Path("runs/transfer")) / "transfer.csv"
     _check_output(output)
     for name, task in tasks.items():
-        print(_told(name, task))
+        print(_sizes_line(name, task))
     print("\n" + _LINE.format("task", "metric", "value", "95 % interval", "D", "encoder"))
     rows: list[Row] = []
     for name, task in tasks.items():
@@ -46,7 +46,7 @@ def main(invocation: Invocation) -> None:
             _write(rows, output)
             print("\n".join(_lines(of_arm)), flush=True)
     print(
-        "\nIntervals: over the ten folds, or by bootstrap over a test; of N runs or seeds, over these.\n"
+        "\nIntervals: over the ten folds, or by bootstrap over a test; of several runs or seeds, over these.\n"
         f"written: {output}"
     )
 
@@ -91,7 +91,7 @@ def _check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _told(name: str, task: Transfer) -> str:
+def _sizes_line(name: str, task: Transfer) -> str:
     sizes, published = task.sizes, published_sizes(name)
     note = f", but {_joined(published)} are published" if published and sizes != published else ""
     return f"{name}: {_joined(sizes)} examples{note}"

@@ -119,7 +119,7 @@ class Books(BucketedData):
                     f"most {self.max_length} words. Give more text, a larger share, or raise --data.max_length."
                 )
             self._triples[split] = triples
-            # Those of as many words are of all books, and not of one after the other.
+            # Triples of the same lengths stay in this order, and so mix all books.
             self._orders[split] = torch.randperm(len(triples), generator=generator_of(0, "books", split))
 
     def _buckets(self, split: str) -> Buckets:

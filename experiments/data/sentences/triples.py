@@ -49,7 +49,7 @@ class Triples:
         return len(self._middles)
 
     def order(self) -> np.ndarray:  # (N,)
-        """Numbers by which triples stand beside those of like lengths: of the longest, and then of the middle one."""
+        """Keys that sort the triples by the length of their longest sentence, and then by that of the middle one."""
         lengths = np.stack([self._ends[self._middles + k + 1] - self._ends[self._middles + k] for k in (-1, 0, 1)])
         return lengths.max(0) * (lengths.max() + 1) + lengths[1]
 
