@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+PARAGRAPH_END = re.compile(r"\n\s*\n")
 # After these a full stop ends no sentence; nor does it after a single letter, but for the words I and a.
 _ABBREVIATIONS = {
     *("mr", "mrs", "ms", "messrs", "dr", "prof", "st", "capt", "col", "gen", "lieut", "lt", "sgt", "rev", "hon"),
@@ -37,7 +38,7 @@ def sentences_of(text: str) -> Iterator[str]:
     Blank lines end one. So do . ! ? with the quotes and brackets behind them, if white space or a dash follows and then
     no small letter, but not the full stop of an abbreviation or of an initial. What has no letter and no digit is none.
     """
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in PARAGRAPH_END.split(text):
         line = " ".join(paragraph.split())
         begin = 0
         for mark in _MARK.finditer(line):

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from experiments.core.errors import ExperimentError
 from experiments.data.books import read_book, works
-from experiments.data.sentences.splitting import sentences_of, words_of
+from experiments.data.sentences.splitting import PARAGRAPH_END, sentences_of, words_of
 from experiments.data.text.word_encoding import checksum
 from experiments.data.text.word_sources import SPLITS, Part
 
@@ -26,6 +26,7 @@ Layout = Literal["prose", "lines"]
 _FORMAT = 2  # of the files and of the rules in `splitting`: change either, and count it up
 _LARGE = 50_000_000  # bytes of text that take long enough for a word about it
 _CHECKSUMS = "checksums.json"
+_LINE_END = re.compile("\n")
 
 
 class Reading(NamedTuple):
@@ -119,10 +120,10 @@ def _write(files: Sequence[Path], reading: Reading, key: str, folder: Path) -> N
 
 def cut(document: str, reading: Reading) -> list[tuple[str, str]]:
     """The parts of a document by split, cut where a paragraph ends, or else a line, as of lines always."""
-    ends = ("\n\n", "\n") if reading.layout == "prose" else ("\n",)
+    ends = (PARAGRAPH_END, _LINE_END) if reading.layout == "prose" else (_LINE_END,)
     cuts = [0]
     for held_out in (reading.valid + reading.test, reading.test):
         least = len(document) - round(held_out * len(document))
-        places = (document.find(end, least) for end in ends)
-        cuts.append(max(cuts[-1], next((place for place in places if place >= 0), len(document))))
+        places = (found.start() for end in ends if (found := end.search(document, least)))
+        cuts.append(max(cuts[-1], next(places, len(document))))
     return [(split, document[a:b]) for split, a, b in zip(SPLITS, cuts, [*cuts[1:], len(document)], strict=True)]
