@@ -18,6 +18,7 @@ from models.neural_process import (
     log_likelihood,
     padded,
 )
+from models.policy import Action, Actor, ActorCritic, Critic
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
 from models.sequence_reader import SequenceReader
@@ -26,9 +27,13 @@ from models.softmax_loss import softmax_cross_entropy, symbol_losses
 
 __all__ = [
     "AcousticModel",
+    "Action",
+    "Actor",
+    "ActorCritic",
     "AttentiveEncoder",
     "AttentiveReader",
     "ConcatMLP",
+    "Critic",
     "Features",
     "Filtered",
     "ForwardCell",

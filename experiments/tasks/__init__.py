@@ -6,6 +6,7 @@ from experiments.tasks.neural_processes import NeuralProcesses
 from experiments.tasks.reading import Reading
 from experiments.tasks.regression import Regression
 from experiments.tasks.sentence_vectors import SentenceVectors
+from experiments.tasks.soft_actor_critic import SoftActorCritic
 from experiments.tasks.speech import Speech
 from experiments.tasks.state_tracking import StateTracking
 
@@ -16,6 +17,7 @@ __all__ = [
     "Reading",
     "Regression",
     "SentenceVectors",
+    "SoftActorCritic",
     "Speech",
     "StateTracking",
 ]

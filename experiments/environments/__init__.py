@@ -1,0 +1,22 @@
+"""What policies act in: environments whose episodes have a context each, which the agent sees."""
+
+from experiments.environments.complex_ode import ComplexODE
+from experiments.environments.double_integrator import DoubleIntegrator
+from experiments.environments.dynamics import Dynamics
+from experiments.environments.environment import Environment, Spaces, Streams
+from experiments.environments.experience import Experience, Transitions
+from experiments.environments.gymnasium_environment import Gymnasium
+from experiments.environments.pendulum import Pendulum
+
+__all__ = [
+    "ComplexODE",
+    "DoubleIntegrator",
+    "Dynamics",
+    "Environment",
+    "Experience",
+    "Gymnasium",
+    "Pendulum",
+    "Spaces",
+    "Streams",
+    "Transitions",
+]

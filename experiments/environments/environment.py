@@ -1,0 +1,123 @@
+"""What an environment is: copies of it that are stepped together, to learn from and to be evaluated in."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+
+from experiments.core.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+INSTALL = "install the extra: pip install -c constraints.txt -e '.[policy]'"
+
+
+class Environment(ABC):
+    """Episodes in which an agent sees an observation and the context of the episode.
+
+    Both methods give a `gymnasium.vector.VectorEnv` whose copies have observations of the space `Dict`, with `context`
+    and others, actions of a bounded `Box`, and the autoreset mode `NEXT_STEP`. One that has `state_dict` and
+    `load_state_dict` goes on within its episodes when a run is resumed; others begin new ones.
+    """
+
+    @abstractmethod
+    def training(self, copies: int) -> "VectorEnv":
+        """So many copies; each episode of each draws its context from those of the training."""
+
+    @abstractmethod
+    def evaluation(self, stage: Literal["val", "test"]) -> "VectorEnv":
+        """A copy for each episode of an evaluation; its first episode is the one that counts."""
+
+
+class Streams(NamedTuple):
+    """What an agent sees, by copies."""
+
+    observation: np.ndarray  # (N, X) float32
+    context: np.ndarray  # (N, C) float32
+
+
+class Spaces(NamedTuple):
+    """The spaces of an environment, read once and checked."""
+
+    observation_names: tuple[str, ...]  # the keys but `context`, in the order in which they are joined
+    shapes: dict[str, tuple[int, ...]]
+    low: np.ndarray  # (A,)
+    high: np.ndarray  # (A,)
+
+    @classmethod
+    def of(cls, env: "VectorEnv") -> Self:
+        """Raises ExperimentError for an environment without a context, or with spaces that are no boxes."""
+        from gymnasium import spaces
+
+        space, actions = env.single_observation_space, env.single_action_space
+        if not isinstance(space, spaces.Dict) or "context" not in space.spaces or len(space.spaces) < 2:
+            raise ExperimentError(
+                f"environment: its observation space is {_shown(space)}, expected a Dict with `context` and at least one "
+                "other entry. Wrap the environment so that it tells its context."
+            )
+        for name, part in space.spaces.items():
+            if not isinstance(part, spaces.Box):
+                raise ExperimentError(
+                    f"environment: its observation has {name!r} in {_shown(part)}, expected a Box. Wrap the environment."
+                )
+        if not isinstance(actions, spaces.Box) or not actions.is_bounded():
+            raise ExperimentError(
+                f"environment: its action space is {_shown(actions)}, expected a bounded Box: continuous actions."
+            )
+        shapes = {name: tuple(part.shape) for name, part in space.spaces.items()}
+        others = tuple(sorted(set(shapes) - {"context"}))
+        low, high = (np.asarray(bound, np.float32).reshape(-1) for bound in (actions.low, actions.high))
+        return cls(others, shapes, low, high)
+
+    @property
+    def features(self) -> tuple[int, int, int]:
+        """X, C and A."""
+        sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+        return sum(sizes[name] for name in self.observation_names), sizes["context"], len(self.low)
+
+    def streams(self, observation: dict[str, np.ndarray]) -> Streams:
+        """Raises ExperimentError for an observation of other sizes than the space says, or of no finite numbers."""
+        rows = {}
+        for name, shape in self.shapes.items():
+            part = np.asarray(observation[name], np.float32)
+            if part.shape[1:] != shape:
+                raise ExperimentError(
+                    f"environment: it gave {name!r} of the shape {part.shape[1:]}, expected {shape}, as its space says."
+                )
+            rows[name] = part.reshape(len(part), -1)
+            if not np.isfinite(rows[name]).all():
+                raise ExperimentError(f"environment: its {name!r} is {part.tolist()}, expected finite numbers.")
+        return Streams(np.concatenate([rows[name] for name in self.observation_names], 1), rows["context"])
+
+    def scaled(self, actions: np.ndarray, env: "VectorEnv") -> np.ndarray:
+        """Actions (N, A) within ± 1 as the environment takes them."""
+        within = self.low + (actions + 1) / 2 * (self.high - self.low)
+        space = env.single_action_space
+        return within.astype(space.dtype).reshape(len(actions), *space.shape)  # type: ignore[arg-type]
+
+
+def checked_rewards(rewards: Any) -> np.ndarray:
+    """The rewards (N,). Raises ExperimentError where one is no finite number."""
+    rewards = np.asarray(rewards, np.float32)
+    if not np.isfinite(rewards).all():
+        raise ExperimentError(f"environment: it gave the reward {rewards.tolist()}, expected finite numbers.")
+    return rewards
+
+
+@contextmanager
+def needing_gymnasium() -> Iterator[None]:
+    """Makes an ExperimentError of gymnasium's lack within."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "gymnasium":
+            raise
+        raise ExperimentError(f"environments are gymnasium's: {INSTALL}") from error
+
+
+def _shown(space: Any) -> str:
+    text = str(space)
+    return text if len(text) < 100 else type(space).__name__
