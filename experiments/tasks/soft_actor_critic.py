@@ -147,9 +147,6 @@ class SoftActorCritic(Task):
             "return_sampled": Mean(torch.from_numpy(drawn).mean(), len(drawn)),
         }
 
-    def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Tensor]:
-        return means
-
     def returns(self, stage: Literal["val", "test"], is_drawn: bool = False) -> np.ndarray:  # (N,)
         """The sum of the rewards of each episode of an evaluation, by drawn actions or by the policy's middle."""
         env = self.environment.evaluation(stage)
@@ -171,7 +168,7 @@ class SoftActorCritic(Task):
         return self.network
 
     def _losses(self, batch: Transitions) -> dict[str, Mean]:
-        network, count = self._network, len(batch.reward)
+        network = self._network
         network.follow(self.follow_rate)  # the critics that the step before made
         alpha = network.log_temperature.detach().exp()
         with torch.no_grad():
@@ -189,17 +186,19 @@ class SoftActorCritic(Task):
         # Each has a gradient for weights of its own, so that one step of their sum is a step of each.
         loss = of_critics + of_actor - network.log_temperature.exp() * excess
         told = {"loss": loss, "critic_loss": of_critics, "actor_loss": of_actor, "temperature": alpha}
-        return {name: Mean(value, count) for name, value in told.items()}
+        return {name: Mean(value, 1) for name, value in told.items()}  # of one step
 
     @torch.no_grad()
     def _drawn(self, seen: Streams, generator: torch.Generator) -> Tensor:
-        observation, context = (torch.from_numpy(part).to(self.device) for part in seen)
-        noise = torch.randn(len(observation), self._network.actor.action_features, generator=generator)
-        return _finite(self._network.actor.sample(observation, context, noise.to(self.device)).value)
+        actor, device = self._network.actor, self._network.log_temperature.device
+        observation, context = (torch.from_numpy(part).to(device) for part in seen)
+        noise = torch.randn(len(observation), actor.action_features, generator=generator)
+        return _finite(actor.sample(observation, context, noise.to(device)).value)
 
     @torch.no_grad()
     def _middle(self, seen: Streams) -> Tensor:
-        observation, context = (torch.from_numpy(part).to(self.device) for part in seen)
+        device = self._network.log_temperature.device
+        observation, context = (torch.from_numpy(part).to(device) for part in seen)
         return _finite(self._network(observation, context))
 
 
