@@ -18,7 +18,7 @@ from models.neural_process import (
     log_likelihood,
     padded,
 )
-from models.policy import Action, Actor, ActorCritic, Critic
+from models.policy import Action, Actor, ActorCritic, Critic, MeetingMLP
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
 from models.sequence_reader import SequenceReader
@@ -41,6 +41,7 @@ __all__ = [
     "HiddenMarkovModel",
     "LanguageModel",
     "LatentEncoder",
+    "MeetingMLP",
     "MultiHead",
     "NeuralProcess",
     "Points",

@@ -9,11 +9,58 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multint import Integrator
+from multint import Concat, Integrator
 from multint.integrators.base import build
 from multint.integrators.checks import positive
 
 _LOG_STD = (-5.0, 2.0)
+
+
+class MeetingMLP(Integrator):
+    """An MLP of x that the context meets in its middle: y = P φ(f(φ(Vx + b), c)) + d, with φ a ReLU.
+
+    `Concat` for f gives the middle layer [φ(Vx + b); c], `Hadamard` the gain-only gate, `Projected` FiLM. In a
+    `Conditional` every layer reads the context instead, so that with products y is a polynomial of it.
+
+    Args:
+        hidden: H, width of both hidden layers.
+        integrator: factory `(H, C, H) -> Integrator` of f.
+
+    Raises: OptionError for a number of features below 1; ShapeError for streams that do not fit.
+    """
+
+    z_name = "context"
+
+    def __init__(
+        self,
+        x_features: int,
+        context_features: int,
+        out_features: int,
+        hidden: int = 256,
+        integrator: Callable[[int, int, int], Integrator] = Concat,
+    ) -> None:
+        super().__init__(x_features, context_features, out_features)
+        positive(self, "hidden", hidden)
+        self.first = nn.Linear(x_features, hidden)
+        self.meeting = build(self, "integrator", integrator, hidden, context_features, hidden)
+        self.last = nn.Linear(hidden, out_features)
+
+    @property
+    def x_weights(self) -> tuple[str, ...]:
+        """x goes through the first layer alone."""
+        return ("first.weight",)
+
+    @property
+    def z_weights(self) -> tuple[str, ...]:
+        """Those of f."""
+        return tuple(f"meeting.{name}" for name in self.meeting.z_weights)
+
+    def integrate(
+        self,
+        x: Tensor,  # (..., X)
+        z: Tensor,  # (..., C)
+    ) -> Tensor:  # (..., O)
+        return self.last(torch.relu(self.meeting(torch.relu(self.first(x)), z)))
 
 
 class Action(NamedTuple):
