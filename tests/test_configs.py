@@ -25,6 +25,7 @@ from experiments.tasks import (
     Reading,
     Regression,
     SentenceVectors,
+    SoftActorCritic,
     Speech,
     StateTracking,
 )
@@ -128,7 +129,15 @@ def skip_thought(words, embedding, hidden, mi=0):
     return words * embedding + 3 * gru + 3 * mi * hidden + mlp([hidden, words])
 
 
+def soft_actor_critic(X, C, A):
+    """An actor and two critics of two hidden layers of 256, and the temperature."""
+    return mlp([X + C, 256, 256, 2 * A]) + 2 * mlp([X + C + A, 256, 256, 1]) + 1
+
+
 MADE = {
+    "policy_ode": soft_actor_critic(1, 2, 2),
+    "policy_sign_flips": soft_actor_critic(4, 2, 2),
+    "policy_pendulum": soft_actor_critic(3, 3, 1),
     "books": skip_thought(8000, 128, 256),
     "skip_thought": skip_thought(20_000, 620, 2400),  # 125,673,600
     "skip_thought_mi": skip_thought(20_000, 620, 2400, mi=3),  # 21,600 more: α, β₁ and β₂
@@ -233,6 +242,18 @@ def sentence_vectors(task, data):
     return network
 
 
+def policy(task, data):
+    """The task's network, without the slow copies, after one call."""
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed (extra policy)")
+    assert data is None
+    description = task.describe(None)
+    X, C, A = description["features"]
+    network = task.build(description)
+    assert network(torch.zeros(2, X), torch.zeros(2, C)).shape == (2, A)
+    del network.targets
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
     Memory: memory,
@@ -240,6 +261,7 @@ NETWORKS = {
     Reading: reading,
     Regression: regression,
     SentenceVectors: sentence_vectors,
+    SoftActorCritic: policy,
     Speech: speech,
     StateTracking: state_tracking,
 }

@@ -36,6 +36,7 @@ ALLOWED = {
     "experiments/core": {"multint", "experiments.core"},
     "experiments/study": {"experiments.core", "experiments.study"},  # nor does a study
     "experiments/data": {"multint", "experiments.core", "experiments.data"},
+    "experiments/environments": {"experiments.core", "experiments.environments"},
     "experiments": {"multint", "models", "experiments"},
 }
 LIBRARIES = {"torch", "einops", "opt_einsum"}
@@ -68,7 +69,7 @@ def test_imports_follow_the_arrows(path):
 FOLDERS = [
     f"multint/{name}" for name in ("integrators", "conditional", "cells", "engines", "engines/native", "recurrent")
 ]
-FOLDERS += ["experiments/core", "experiments/data", "experiments/tasks", "experiments/study"]
+FOLDERS += ["experiments/core", "experiments/data", "experiments/environments", "experiments/tasks", "experiments/study"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

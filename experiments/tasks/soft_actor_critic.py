@@ -14,6 +14,7 @@ from experiments.core.task import Data, Mean, Monitor, Stage, Task
 from experiments.data.batch_streams import generator_of
 from experiments.environments import Environment, Experience, Spaces, Streams, Transitions
 from experiments.environments.environment import checked_rewards
+from experiments.tasks.policy_pictures import Played, draw_episode, draw_returns
 from models import ActorCritic
 from multint import Integrator
 
@@ -149,18 +150,27 @@ class SoftActorCritic(Task):
 
     def returns(self, stage: Literal["val", "test"], is_drawn: bool = False) -> np.ndarray:  # (N,)
         """The sum of the rewards of each episode of an evaluation, by drawn actions or by the policy's middle."""
+        return self._play(stage, is_drawn).rewards.sum(0)
+
+    def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
+        """The returns over the test's contexts, and the validation's first episode."""
+        return {"returns": draw_returns(self._play("test")), "episode": draw_episode(self._play("val"))}
+
+    def _play(self, stage: Literal["val", "test"], is_drawn: bool = False) -> Played:
         env = self.environment.evaluation(stage)
         spaces = Spaces.of(env)
         generator = torch.Generator().manual_seed(_EVALUATION)
         observation, _ = env.reset(seed=_EVALUATION)
-        total, is_playing = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+        is_playing = np.ones(env.num_envs, bool)
+        steps, contexts = [], spaces.streams(observation).context
         while is_playing.any():
             seen = spaces.streams(observation)
-            actions = self._drawn(seen, generator) if is_drawn else self._middle(seen)
-            observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions.numpy(), env))
-            total += np.where(is_playing, checked_rewards(rewards), 0.0)
-            is_playing &= ~(ended | is_cut)
-        return total
+            actions = (self._drawn(seen, generator) if is_drawn else self._middle(seen)).numpy()
+            observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions, env))
+            steps.append((seen.observation, actions, np.where(is_playing, checked_rewards(rewards), 0.0), is_playing))
+            is_playing = is_playing & ~(ended | is_cut)
+        env.close()
+        return Played(contexts, *map(np.stack, zip(*steps, strict=True)))
 
     @property
     def _network(self) -> ActorCritic:
