@@ -135,9 +135,9 @@ def soft_actor_critic(X, C, A):
 
 
 MADE = {
-    "policy_ode": soft_actor_critic(1, 2, 2),
-    "policy_sign_flips": soft_actor_critic(4, 2, 2),
-    "policy_pendulum": soft_actor_critic(3, 3, 1),
+    "ode": soft_actor_critic(1, 2, 2),
+    "sign_flips": soft_actor_critic(4, 2, 2),
+    "pendulum": soft_actor_critic(3, 3, 1),
     "books": skip_thought(8000, 128, 256),
     "skip_thought": skip_thought(20_000, 620, 2400),  # 125,673,600
     "skip_thought_mi": skip_thought(20_000, 620, 2400, mi=3),  # 21,600 more: α, β₁ and β₂

@@ -289,9 +289,13 @@ NAMED = {"context": gymnasium.spaces.Discrete(3), "observation": BOX}
 )
 def test_an_environment_that_does_not_fit_is_told(settings, message):
     task = learner(Given(partial(Wrong, **settings)))
-    with pytest.raises(ExperimentError, match=message):
+
+    def train():
         task.use(task.describe(None), "the data")
         next(iter(task.train_dataloader()))
+
+    with pytest.raises(ExperimentError, match=message):
+        train()
 
 
 def test_data_are_refused():

@@ -69,7 +69,13 @@ def test_imports_follow_the_arrows(path):
 FOLDERS = [
     f"multint/{name}" for name in ("integrators", "conditional", "cells", "engines", "engines/native", "recurrent")
 ]
-FOLDERS += ["experiments/core", "experiments/data", "experiments/environments", "experiments/tasks", "experiments/study"]
+FOLDERS += [
+    "experiments/core",
+    "experiments/data",
+    "experiments/environments",
+    "experiments/tasks",
+    "experiments/study",
+]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -7,6 +7,7 @@ from experiments.environments.environment import Environment, Spaces, Streams
 from experiments.environments.experience import Experience, Transitions
 from experiments.environments.gymnasium_environment import Gymnasium
 from experiments.environments.pendulum import Pendulum
+from experiments.environments.simulation import Simulation
 
 __all__ = [
     "ComplexODE",
@@ -16,6 +17,7 @@ __all__ = [
     "Experience",
     "Gymnasium",
     "Pendulum",
+    "Simulation",
     "Spaces",
     "Streams",
     "Transitions",

@@ -5,13 +5,13 @@ from itertools import product
 import numpy as np
 
 from experiments.core.task import Stage
-from experiments.environments.dynamics import Dynamics
+from experiments.environments.simulation import Simulation
 
 _WITHIN = (0.05, 0.1, 0.2, 0.5, 2.0)
 _REWARDS = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 20)
 
 
-class ComplexODE(Dynamics):
+class ComplexODE(Simulation):
     """x ← x + 0.01 · Re(c₀ a + c₁ a²) for the complex action a = 10 (a₀ + i a₁), within ± 20, for 200 steps.
 
     The reward grows towards 0: 1 where |x| < .05, ½ below .1, ⅓ below .2, ¼ below .5 and .05 below 2. The agent sees x
@@ -30,9 +30,7 @@ class ComplexODE(Dynamics):
     action_features = 2
 
     def __init__(self, training_contexts: list[tuple[float, float]] | None = None) -> None:
-        pairs = [
-            pair for size in (1.0, 5.0) for pair in product((-size, 0.0, size), repeat=2) if pair != (0.0, 0.0)
-        ]
+        pairs = [pair for size in (1.0, 5.0) for pair in product((-size, 0.0, size), repeat=2) if pair != (0.0, 0.0)]
         self._training = np.array(training_contexts or pairs, np.float64)
         self.context_bounds = np.maximum(2.0, np.abs(self._training).max(0) / 5)
 

@@ -3,12 +3,12 @@
 import numpy as np
 
 from experiments.core.task import Stage
-from experiments.environments.dynamics import Dynamics
+from experiments.environments.simulation import Simulation
 
 _PLACES = 5  # where an evaluation's episodes start, of each context
 
 
-class DoubleIntegrator(Dynamics):
+class DoubleIntegrator(Simulation):
     """A mass m in the plane: v ← v + 0.1 · f a / m within ± 1, then p ← p + 0.1 · v, for 100 steps.
 
     The force a has two components within ± 1, and f, which is 1 or −1, flips it. The reward is 1 where |p| ≤ .1. The

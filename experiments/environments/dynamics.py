@@ -1,18 +1,13 @@
-"""Environments that are a few lines of NumPy, for many copies at once."""
+"""Equations by which actions move a state, for many copies at once."""
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, Literal
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 from experiments.core.task import Stage
-from experiments.environments.environment import Environment, needing_gymnasium
-
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
 
 
-class Dynamics(Environment):
+class Dynamics(ABC):
     """A state (N, S) that an action and the context move, by the equations alone, for N copies at once.
 
     The agent sees the whole state. A subclass has the sizes below, and gives `contexts`, `start` and `move`.
@@ -43,15 +38,3 @@ class Dynamics(Environment):
     def shown(self, context: np.ndarray) -> np.ndarray:
         """The contexts as the agent sees them."""
         return context
-
-    def training(self, copies: int) -> "VectorEnv":
-        with needing_gymnasium():
-            from experiments.environments.episodes import Episodes
-
-            return Episodes(self, copies, "train")
-
-    def evaluation(self, stage: Literal["val", "test"]) -> "VectorEnv":
-        with needing_gymnasium():
-            from experiments.environments.episodes import Episodes
-
-            return Episodes(self, len(self.contexts(stage)), stage)

@@ -55,13 +55,14 @@ class Spaces(NamedTuple):
         space, actions = env.single_observation_space, env.single_action_space
         if not isinstance(space, spaces.Dict) or "context" not in space.spaces or len(space.spaces) < 2:
             raise ExperimentError(
-                f"environment: its observation space is {_shown(space)}, expected a Dict with `context` and at least one "
-                "other entry. Wrap the environment so that it tells its context."
+                f"environment: its observation space is {_shown(space)}, expected a Dict with `context` and at least "
+                "one other entry. Wrap the environment so that it tells its context."
             )
         for name, part in space.spaces.items():
             if not isinstance(part, spaces.Box):
                 raise ExperimentError(
-                    f"environment: its observation has {name!r} in {_shown(part)}, expected a Box. Wrap the environment."
+                    f"environment: its observation has {name!r} in {_shown(part)}, expected a Box. Wrap the "
+                    "environment."
                 )
         if not isinstance(actions, spaces.Box) or not actions.is_bounded():
             raise ExperimentError(

@@ -1,6 +1,6 @@
 """Dynamics in gymnasium's API: many copies at once, or one alone."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -22,7 +22,7 @@ class Episodes(VectorEnv):
     many copies as contexts, and each has its own for good.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, dynamics: Dynamics, copies: int, stage: Stage = "train") -> None:
         self.dynamics, self.num_envs, self.stage = dynamics, copies, stage
@@ -43,9 +43,7 @@ class Episodes(VectorEnv):
         self._begin(np.ones(self.num_envs, bool))
         return self._observation(), {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         begins = self._is_over
         within = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
         self._state, rewards = self.dynamics.move(self._state, within, self._context)
@@ -90,7 +88,7 @@ class Episodes(VectorEnv):
 class Episode(gymnasium.Env):
     """One copy of dynamics, as a `gymnasium.Env`."""
 
-    metadata = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, dynamics: Dynamics) -> None:
         self._episodes = Episodes(dynamics, 1)

@@ -10,7 +10,7 @@ from experiments.core.errors import ExperimentError
 from experiments.environments.environment import Environment, Spaces, Streams, checked_rewards
 
 if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
+    pass
 
 Act = Callable[[Streams, torch.Generator], Tensor]  # actions (N, A) within ± 1
 

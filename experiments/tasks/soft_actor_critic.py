@@ -1,7 +1,6 @@
 """Policies of continuous actions: soft actor-critic, in environments whose episodes have a context each."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -51,7 +50,7 @@ class SoftActorCritic(Task):
 
     Raises: ExperimentError for a setting out of range, an environment without a context or with other spaces than
     boxes, for rewards that are no finite numbers, and for several processes.
-    Source: Haarnoja et al. 2018; the settings are CleanRL's.
+    Source: Haarnoja et al. 2018; the settings of the ready configs are CleanRL's.
     """
 
     monitor = Monitor("return", "max")
@@ -61,7 +60,7 @@ class SoftActorCritic(Task):
         self,
         environment: Environment,
         network: Callable[[int, int, int], Integrator],
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = partial(Adam, lr=3e-4),
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = Adam,
         critic_rate: float = 1e-3,
         discount: float = 0.99,
         follow_rate: float = 0.005,
