@@ -81,8 +81,9 @@ def test_one_copy_passes_gymnasiums_checker(dynamics):
     env_checker.check_env(Episode(dynamics), skip_render_check=True)
 
 
-# It would rather not see the wrapper, which is what is checked.
+# It would rather not see the wrapper, which is what is checked; and torques are within ± 2.
 @pytest.mark.filterwarnings("ignore:.*is different from the unwrapped version")
+@pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric and normalized space")
 def test_the_pendulum_passes_gymnasiums_checker_and_has_the_physics_that_it_tells():
     from experiments.environments.pendulum_context import PendulumContext
 
@@ -307,6 +308,12 @@ def test_a_checkpoint_of_another_capacity_is_refused():
     state = learner().train_dataloader().state_dict()
     with pytest.raises(ExperimentError, match="capacity 500, got 400"):
         learner(capacity=400).train_dataloader().load_state_dict(state)
+
+
+def test_copies_that_begin_anew_in_the_same_step_are_refused():
+    made = partial(gymnasium.vector.SyncVectorEnv, [Wrong])
+    with pytest.raises(ExperimentError, match="autoreset mode is .*SAME_STEP, expected NEXT_STEP"):
+        Spaces.of(made(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP))
 
 
 def test_a_context_of_another_width_is_told():

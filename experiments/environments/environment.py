@@ -49,9 +49,15 @@ class Spaces(NamedTuple):
 
     @classmethod
     def of(cls, env: "VectorEnv") -> Self:
-        """Raises ExperimentError for an environment without a context, or with spaces that are no boxes."""
+        """Raises ExperimentError for an environment without a context, with spaces that are no boxes, or which begins
+        new episodes in another way.
+        """
         from gymnasium import spaces
+        from gymnasium.vector import AutoresetMode
 
+        mode = env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.NEXT_STEP:  # the last observation of an episode would be taken from the next one
+            raise ExperimentError(f"environment: its autoreset mode is {mode}, expected NEXT_STEP.")
         space, actions = env.single_observation_space, env.single_action_space
         if not isinstance(space, spaces.Dict) or "context" not in space.spaces or len(space.spaces) < 2:
             raise ExperimentError(

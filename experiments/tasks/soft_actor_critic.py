@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from experiments.core.errors import ExperimentError, building
-from experiments.core.task import Data, Mean, Monitor, Stage, Task
+from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
 from experiments.data.batch_streams import generator_of
 from experiments.environments import Environment, Experience, Spaces, Streams, Transitions
 from experiments.environments.environment import checked_rewards
@@ -96,7 +96,9 @@ class SoftActorCritic(Task):
             raise ExperimentError(
                 f"SoftActorCritic: the data are {type(data).__name__}, expected none: it plays its environment."
             )
-        spaces = Spaces.of(self.environment.training(1))
+        env = self.environment.training(1)
+        spaces = Spaces.of(env)
+        env.close()
         return {"features": list(spaces.features)}
 
     def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class SoftActorCritic(Task):
             return self._build_optimizer(groups)
 
     def train_dataloader(self) -> Experience:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if len(gathered(None)) > 1:
             raise ExperimentError("SoftActorCritic: several processes train, expected one. Give --trainer.devices=1")
         return Experience(
             self.environment,
@@ -146,6 +148,10 @@ class SoftActorCritic(Task):
             "return": Mean(torch.from_numpy(middle).mean(), len(middle)),
             "return_sampled": Mean(torch.from_numpy(drawn).mean(), len(drawn)),
         }
+
+    def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Tensor]:
+        # The sum of losses that are minimised by different weights says nothing.
+        return {name: mean for name, mean in means.items() if name != "loss"}
 
     def returns(self, stage: Literal["val", "test"], is_drawn: bool = False) -> np.ndarray:  # (N,)
         """The sum of the rewards of each episode of an evaluation, by drawn actions or by the policy's middle."""
