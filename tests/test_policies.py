@@ -87,11 +87,28 @@ def test_one_copy_passes_gymnasiums_checker(dynamics):
 def test_the_pendulum_passes_gymnasiums_checker_and_has_the_physics_that_it_tells():
     from experiments.environments.pendulum_context import PendulumContext
 
-    env = PendulumContext(gymnasium.make("Pendulum-v1").unwrapped, np.array([[0.5, 2.0, 1.5]]))
+    contexts = np.array([[0.5, 2.0, 1.5], [1.5, 1.0, 0.5]])
+    env = PendulumContext(gymnasium.make("Pendulum-v1").unwrapped, contexts)
     env_checker.check_env(env, skip_render_check=True)
-    observation, _ = env.reset(seed=0)
-    assert_close(observation["context"], np.array([0.5, 2.0, 1.5], np.float32))
-    assert (env.unwrapped.g, env.unwrapped.m, env.unwrapped.l) == (5.0, 2.0, 1.5)
+    seen = set()
+    for seed in range(10):
+        observation, _ = env.reset(seed=seed)
+        physics = env.unwrapped
+        assert_close(
+            observation["context"] * [10, 1, 1], np.array([physics.g, physics.m, physics.l]), rtol=1e-6, atol=0
+        )
+        seen.add(physics.m)
+    assert seen == {1.0, 2.0}
+
+
+def test_each_episode_of_an_evaluation_has_a_context_of_its_own():
+    contexts = Pendulum().evaluation("test").reset(seed=0)[0]["context"]
+    assert len(np.unique(contexts, axis=0)) == len(contexts) == 125
+    task = learner(Pendulum())
+    task.use(task.describe(None), "the data")
+    returns = task.returns("val")
+    assert returns.shape == (27,)
+    assert (returns < 0).all()
 
 
 @pytest.mark.parametrize("environment", [ComplexODE(), DoubleIntegrator(), Pendulum()], ids=lambda e: type(e).__name__)
@@ -312,7 +329,7 @@ def test_a_checkpoint_of_another_capacity_is_refused():
 
 def test_copies_that_begin_anew_in_the_same_step_are_refused():
     made = partial(gymnasium.vector.SyncVectorEnv, [Wrong])
-    with pytest.raises(ExperimentError, match="autoreset mode is .*SAME_STEP, expected NEXT_STEP"):
+    with pytest.raises(ExperimentError, match=r"autoreset mode is .*SAME_STEP, expected NEXT_STEP"):
         Spaces.of(made(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP))
 
 

@@ -6,13 +6,16 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+_MOST = 10.0
+
 
 class PendulumContext(gymnasium.Wrapper):
     """Draws gravity, mass and length of gymnasium's pendulum when an episode begins, and tells them as `context`.
 
     Args:
         env: `Pendulum-v1`.
-        contexts: those that are drawn from, as shares (K, 3) of the values that the pendulum has when it is wrapped.
+        contexts: those that are drawn from, as shares (K, 3) of the values that the pendulum has when it is wrapped,
+            each below 10.
     """
 
     def __init__(self, env: gymnasium.Env, contexts: np.ndarray) -> None:
@@ -20,8 +23,8 @@ class PendulumContext(gymnasium.Wrapper):
         self._contexts, self._context = np.asarray(contexts, np.float32), np.zeros(3, np.float32)
         physics: Any = env.unwrapped
         self._usual = physics.g, physics.m, physics.l
-        low, high = self._contexts.min(0), self._contexts.max(0)
-        self.observation_space = spaces.Dict({"context": spaces.Box(low, high), "observation": env.observation_space})
+        box = spaces.Box(0.0, _MOST, (3,), np.float32)  # the same for all contexts, so that copies fit together
+        self.observation_space = spaces.Dict({"context": box, "observation": env.observation_space})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
