@@ -5,11 +5,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 _MOST = 10.0
 
 
-class PendulumContext(gymnasium.Wrapper):
+class PendulumContext(gymnasium.Wrapper, RecordConstructorArgs):
     """Draws gravity, mass and length of gymnasium's pendulum when an episode begins, and tells them as `context`.
 
     Args:
@@ -19,7 +20,8 @@ class PendulumContext(gymnasium.Wrapper):
     """
 
     def __init__(self, env: gymnasium.Env, contexts: np.ndarray) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, contexts=contexts)  # gymnasium builds it again from these
+        gymnasium.Wrapper.__init__(self, env)
         self._contexts, self._context = np.asarray(contexts, np.float32), np.zeros(3, np.float32)
         physics: Any = env.unwrapped
         self._usual = physics.g, physics.m, physics.l
