@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import shutil
@@ -109,26 +110,29 @@ CATALOGUED = {torch.float64: CELLS, torch.float32: TYPICAL}
 
 
 @pytest.fixture(scope="module")
-def catalogued(request):
-    dtype = request.param
-    cells = {name: built(name, dtype) for name in CATALOGUED[dtype]}
-    with together(cells.values(), dtype):
+def catalogued():
+    """The catalogued cells of a dtype, which are built and compiled at its first test."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def cells(dtype):
+            made = {name: built(name, dtype) for name in CATALOGUED[dtype]}
+            stack.enter_context(together(made.values(), dtype))
+            return made
+
         yield cells
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("catalogued", "name", "dtype"),
-    [(dtype, name, dtype) for dtype, names in CATALOGUED.items() for name in names],
-    indirect=["catalogued"],
-    ids=str,
+    ("name", "dtype"), [(name, dtype) for dtype, names in CATALOGUED.items() for name in names], ids=str
 )
 def test_every_catalogued_cell_gives_what_the_loop_gives(name, dtype, catalogued):
     """All outputs and gradients, by one thread and by two. The state before the first step stays as it was.
 
     Whatever the schedule is that was run, it is whole.
     """
-    cell, one_row = catalogued[name], name in TYPICAL and dtype == torch.float64  # which is traced apart
+    cell, one_row = catalogued(dtype)[name], name in TYPICAL and dtype == torch.float64  # which is traced apart
     for steps, rows, threads in ((4, 3, 1), (3, 17, 2), *([(1, 1, 1)] * one_row)):
         xs, state = inputs(cell, steps, rows, dtype)
         before = [field.clone() for field in state]
