@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from multint.errors import FormError
+from multint.errors import FormError, OptionTypeError
 from multint.integrators import (
     Additive,
     Bilinear,
@@ -115,6 +115,27 @@ def test_the_error_is_that_of_the_outputs():
     x, z = normal(200_000, SIZES[0]), normal(200_000, SIZES[1], seed=1)
     y = f(x, z)
     assert error == pytest.approx(((g(x, z) - y).square().sum() / y.square().sum()).sqrt().item(), rel=0.02)
+
+
+def test_a_product_that_is_not_used_can_still_be_learnt():
+    g, error = convert(random(Additive), LowRank, rank=2)
+    assert error < 1e-10
+    g(normal(5, SIZES[0]), normal(5, SIZES[1], seed=1)).square().sum().backward()
+    assert g.out_factor.weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("form", [Additive, Bilinear, LowRank, Tucker])
+def test_numbers_that_are_not_finite_are_refused(form):
+    f = random(Bilinear)
+    f.interaction.weight.data[0, 0, 0] = torch.nan
+    with pytest.raises(FormError, match="convert: the dense form of Bilinear holds numbers that are not finite"):
+        convert(f, form)
+
+
+@pytest.mark.parametrize("form", ["LowRank", Bilinear(3, 4, 5)], ids=["a name", "a module"])
+def test_what_is_no_form_is_refused(form):
+    with pytest.raises(OptionTypeError, match=r"form is a .*, expected a factory"):
+        convert(Additive(3, 4, 5), form)
 
 
 def test_it_keeps_the_dtype_and_is_the_same_again():

@@ -14,6 +14,7 @@ from multint.errors import FormError
 from multint.integrators.additive import Additive, Concat
 from multint.integrators.base import Integrator, build, terms_of
 from multint.integrators.bilinear import Bilinear, LowerOrder
+from multint.integrators.checks import check_factory
 from multint.integrators.factored import LowRank, Tucker
 from multint.integrators.terms import Terms
 
@@ -44,9 +45,13 @@ def convert(f: Integrator, form: Callable[..., Integrator], **settings: Any) -> 
         form: `Additive`, `Concat`, `Bilinear`, `LowRank`, `Tucker`, or what else builds one of them.
         settings: of the form, as `rank=16`.
 
-    Raises: FormError where f is not bi-affine, or for another form; what the form raises for its settings.
+    Raises: FormError where f is not bi-affine or its numbers are not finite, or for another form; what the form raises
+    for its settings.
     """
+    check_factory(f, "form", form, "(X, Z, O) -> Integrator")
     wanted = Terms(*(term.detach() for term in terms_of(copy.deepcopy(f).double())))
+    if not all(term.isfinite().all() for term in wanted):
+        raise FormError(f"convert: the dense form of {type(f).__name__} holds numbers that are not finite")
     sizes = f.x_features, f.z_features, f.out_features
     found = build(f, "form", lambda *sizes: form(*sizes, **settings), *sizes).to(wanted.W.device)
     like = next((parameter for parameter in f.parameters()), wanted.W)
@@ -151,7 +156,7 @@ def _leading(
 
 
 def cp(
-    W: Tensor,  # (O, Z, X)
+    W: Tensor,  # (O, Z, X), finite
     rank: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (O, R), (R, Z), (R, X)
     """Three factors of one scale, W[o,i,j] ≈ Σ_r P[o,r] R[r,i] Q[r,j], by alternating least squares from some starts.
@@ -179,11 +184,17 @@ def cp(
             best, least = factors, error
         if least <= 1e-12 * W.norm():
             break
-    assert best is not None, "W holds a number that is not finite"
+    assert best is not None
     norms = [factor.norm(dim=0) for factor in best]
     scale = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
     tiny = torch.finfo(W.dtype).tiny
     P, R, Q = (factor * (scale / norm.clamp(min=tiny)) for factor, norm in zip(best, norms, strict=True))
+    # Where a product adds nothing, P alone is 0: were all three, none would have a gradient to be trained by.
+    unused = scale <= 1e-6 * scale.max()
+    P[:, unused] = 0
+    for factor in (R, Q):
+        drawn = torch.randn(factor.shape, generator=generator, dtype=W.dtype).to(W.device)
+        factor[:, unused] = drawn[:, unused] / len(factor) ** 0.5
     return P, R.T, Q.T
 
 
