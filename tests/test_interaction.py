@@ -14,6 +14,7 @@ from multint.integrators import (
     Hadamard,
     Integrator,
     MultiplicativeIntegration,
+    Normalised,
     SumOf,
     ThroughOf,
     interaction,
@@ -87,6 +88,12 @@ def test_leading_shapes_are_rows_and_nothing_is_changed():
     torch.testing.assert_close([*f.parameters()], before, rtol=0, atol=0)
     assert {parameter.dtype for parameter in f.parameters()} == {torch.float32}
     assert f.training
+
+
+def test_it_is_that_of_evaluation():
+    """By dropout, y would be no function of its streams."""
+    f = random(Normalised.of(Additive, norm=lambda features: torch.nn.Dropout(0.5))).train()
+    assert interaction(f, X, Z) == pytest.approx(0, abs=1e-12)
 
 
 def test_what_never_changes_has_no_share():

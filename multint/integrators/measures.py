@@ -67,7 +67,7 @@ def interaction(
     changes. What a product brings with a stream whose mean is not 0 is the other one's own.
 
     The two samples stand for independent streams: every x meets every z. For a bi-affine f that follows from its
-    `terms()` and the samples' moments, elsewhere from f of all pairs. In float64, on a copy.
+    `terms()` and the samples' moments, elsewhere from f of all pairs. In float64 and in evaluation, on a copy.
 
     Raises: ShapeError for streams of other features, or of fewer than two rows.
     Source: Sobol' 1993.
@@ -79,8 +79,9 @@ def interaction(
                 "more"
             )
     x, z = (stream.detach().double().flatten(0, -2) for stream in (x, z))
+    f = copy.deepcopy(f).double().eval()
     with torch.no_grad():
-        whole, alone = _by_terms(f, x, z) or _by_pairs(copy.deepcopy(f).double(), x, z)
+        whole, alone = _by_terms(f, x, z) or _by_pairs(f, x, z)
     return (1 - alone / whole).clamp(min=0).item()
 
 
@@ -89,7 +90,7 @@ def _by_terms(f: Integrator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor] | No
     if not isinstance(f, BiAffine) or f.out_features * f.x_features * f.z_features > _DENSE:
         return None
     try:
-        W, U, V, _ = copy.deepcopy(f).double().terms()
+        W, U, V, _ = f.terms()
     except FormError:  # of a part
         return None
     (x_mean, x_covariance), (z_mean, z_covariance) = (
