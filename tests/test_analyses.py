@@ -20,7 +20,7 @@ from experiments.data.text import Batch
 from experiments.tasks import LanguageModelling, Memory, StateTracking
 from models import LanguageModel, SequenceLabeller, SequenceReader
 from multint import Additive, Concat, GRUCell, LowRank, LSTMCell, MultiplicativeIntegration, Recurrent, RNNCell
-from multint.integrators import interaction
+from multint.integrators import Normalised, RecurrentBatchNorm, interaction
 
 pytestmark = pytest.mark.runs
 
@@ -138,6 +138,12 @@ def test_interactions_are_those_of_what_each_integrator_meets():
     assert_close(got[names[0]].item(), expected)
     additive = Interactions(T).values(recorded(task_of(network(partial(RNNCell, integrator=Additive))), batch_of(), T))
     assert additive["interaction"].item() < 1e-12
+
+
+def test_batch_norms_have_no_interaction_of_two_streams():
+    net = network(partial(LSTMCell, integrator=Normalised.of(Additive, norm=RecurrentBatchNorm)))
+    with pytest.raises(ExperimentError, match=r"Interactions: .*RecurrentBatchNorm.*Leave the analysis out"):
+        Interactions(T).values(recorded(task_of(net), batch_of(), T))
 
 
 def test_windows_are_cut_into_sequences_from_the_initial_state():

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from experiments.analyses.norms import BatchAnalysis
 from experiments.analyses.recording import Recording, named
-from multint.integrators import interaction
+from experiments.core.errors import ExperimentError
+from multint.integrators import RecurrentBatchNorm, interaction
 
 _ROWS = 256  # of each stream, every one of which meets every other
 
@@ -20,13 +21,19 @@ class Interactions(BatchAnalysis):
     Args:
         length: T, the steps of a sequence.
 
-    Raises: ExperimentError for a length below 1, and where the network or its task cannot be looked at.
+    Raises: ExperimentError for a length below 1, where the network or its task cannot be looked at, and for a
+    `RecurrentBatchNorm`, by which an integrator is another one at every step.
     """
 
     def values(self, recording: Recording) -> dict[str, Tensor]:
         values = {}
         for layer in recording.layers:
             for name, f in layer.integrators.items():
+                if any(isinstance(part, RecurrentBatchNorm) for part in f.modules()):
+                    raise ExperimentError(
+                        f"Interactions: {name} has a RecurrentBatchNorm, by which it is another map at every step. "
+                        "Leave the analysis out, or choose another norm."
+                    )
                 x, z = (_some(torch.cat(stream)) for stream in zip(*layer.streams[name], strict=True))
                 parts = [layer.name, name.replace(".", "_") if len(layer.integrators) > 1 else ""]
                 values[named("interaction", "_".join(filter(None, parts)))] = torch.tensor([interaction(f, x, z)])
