@@ -1,6 +1,7 @@
 """Policies: the environments are what their equations say, and soft actor-critic learns in them and goes on."""
 
 import copy
+import math
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,16 @@ from torch.testing import assert_close
 from experiments.core.errors import ExperimentError
 from experiments.core.module import TaskModule
 from experiments.data import AffineTasks
-from experiments.environments import ComplexODE, DoubleIntegrator, Environment, Experience, Gymnasium, Pendulum, Spaces
+from experiments.environments import (
+    ComplexODE,
+    DoubleIntegrator,
+    Environment,
+    Experience,
+    Gymnasium,
+    Pendulum,
+    Spaces,
+    Transitions,
+)
 from experiments.tasks import SoftActorCritic
 from models import Actor, ActorCritic, MeetingMLP
 from multint import (
@@ -167,6 +177,37 @@ def test_the_log_density_is_that_of_the_transformed_normal():
     assert_close(actor(observation, context), mean.tanh())
 
 
+def test_the_losses_are_those_of_soft_actor_critic():
+    """Of a batch with ends and without; and each moves its own weights alone."""
+    torch.manual_seed(0)
+    task = learner(discount=0.9, follow_rate=0.25)
+    task.use(task.describe(None), "the data")
+    network, alpha = task.network.double(), math.exp(-1)
+    network.log_temperature.data.fill_(-1)
+    for parameter in network.targets.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    o, c, a, r, next_o, next_c = (torch.randn(6, n, dtype=torch.float64) for n in (1, 2, 2, 1, 1, 2))
+    r, ended = r.squeeze(1), torch.tensor([0.0, 1, 0, 0, 1, 0]).double()
+    torch.manual_seed(1)
+    told = task.measure(Transitions(o, c, a, r, next_o, next_c, ended), "train")
+    told["loss"].value.backward()
+
+    torch.manual_seed(1)
+    following, drawn = network.actor.sample(next_o, next_c), network.actor.sample(o, c)
+    later = torch.minimum(*(q(next_o, next_c, following.value) for q in network.targets))
+    target = torch.where(ended == 1, r, r + 0.9 * (later - alpha * following.log_density)).detach()
+    of_critics = sum((q(o, c, a) - target).square().mean() for q in network.critics)
+    of_actor = (alpha * drawn.log_density - torch.minimum(*(q(o, c, drawn.value) for q in network.critics))).mean()
+    assert_close(told["critic_loss"].value, of_critics)
+    assert_close(told["actor_loss"].value, of_actor)
+    for part, loss in ((network.critics, of_critics), (network.actor, of_actor)):
+        weights = list(part.parameters())
+        assert_close([w.grad for w in weights], list(torch.autograd.grad(loss, weights, retain_graph=True)))
+    entropy = -drawn.log_density.mean().detach()
+    assert_close(network.log_temperature.grad, alpha * (entropy + 2))  # it falls where the entropy is above −2
+    assert all(w.grad is None for w in network.targets.parameters())
+
+
 MEETINGS = [Concat, Diagonal, Projected, Hadamard, MultiplicativeIntegration, Bilinear, LowRank, Hypernetwork]
 
 
@@ -274,21 +315,35 @@ class Given(Environment):
 class Wrong(gymnasium.Env):
     """Gives what it should not."""
 
-    def __init__(self, reward=0.0, x=0.0, width=1, space=None):
+    def __init__(self, reward=0.0, x=0.0, width=1, space=None, actions=None, length=None):
         box = gymnasium.spaces.Box(-9, 9, (1,), np.float32)
         self.observation_space = space or gymnasium.spaces.Dict({"context": box, "observation": box})
-        self.action_space = gymnasium.spaces.Box(-2, 4, (1,), np.float32)
-        self._reward, self._x, self._width = reward, x, width
+        self.action_space = actions or gymnasium.spaces.Box(-2, 4, (1,), np.float32)
+        self._reward, self._x, self._width, self._length = reward, x, width, length
 
     def _observation(self, x=0.0):
         return {"context": np.zeros(self._width, np.float32), "observation": np.full(1, x, np.float32)}
 
     def reset(self, *, seed=None, options=None):
+        self._steps = 0
         return self._observation(), {}
 
     def step(self, action):
-        self.action = action
-        return self._observation(self._x), self._reward, False, False, {}
+        self._steps += 1
+        x = self._steps if self._length else self._x
+        return self._observation(x), self._reward, self._steps == self._length, False, {}
+
+
+def test_only_an_end_of_the_episode_itself_is_remembered_as_one():
+    env = Given(partial(Wrong, reward=1.0, length=3))
+    experience = Experience(env, lambda *_: torch.zeros(2, 1), 10, 4, 12, 100, 2, seed=0)
+    next(iter(experience))
+    x, _, _, reward, following, _, ended = experience._rows[:12].split([1] * 7, 1)
+    steps = torch.tensor([0.0, 0, 1, 1, 2, 2] * 2)[:, None]
+    assert_close(x, steps)
+    assert_close(following, steps + 1)
+    assert_close(ended, (steps == 2).float())
+    assert_close(reward, torch.ones(12, 1))
 
 
 BOX = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -303,6 +358,8 @@ NAMED = {"context": gymnasium.spaces.Discrete(3), "observation": BOX}
         ({"space": BOX}, "observation space is Box.*, expected a Dict with `context`"),
         ({"space": gymnasium.spaces.Dict({"observation": BOX})}, "expected a Dict with `context`"),
         ({"space": gymnasium.spaces.Dict(NAMED)}, "'context' in Discrete.*, expected a Box"),
+        ({"width": 2}, "what it gave does not fit its observation space: .*wrong shape"),
+        ({"actions": gymnasium.spaces.Box(0, 3, (1,), np.int64)}, "action space is .*int64.*, expected a bounded Box"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_told(settings, message):
@@ -314,6 +371,12 @@ def test_an_environment_that_does_not_fit_is_told(settings, message):
 
     with pytest.raises(ExperimentError, match=message):
         train()
+
+
+@pytest.mark.parametrize("contexts", [[], [(1.0,)], [(1.0, 2.0, 3.0)], [(1.0, float("nan"))]], ids=str)
+def test_contexts_that_are_no_pairs_are_refused(contexts):
+    with pytest.raises(ExperimentError, match=r"training_contexts are .*, expected pairs of finite numbers"):
+        ComplexODE(contexts)
 
 
 def test_data_are_refused():

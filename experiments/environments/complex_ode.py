@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 
+from experiments.core.errors import ExperimentError
 from experiments.core.task import Stage
 from experiments.environments.simulation import Simulation
 
@@ -22,6 +23,7 @@ class ComplexODE(Simulation):
     Args:
         training_contexts: others to train on and to validate with, as pairs (c₀, c₁).
 
+    Raises: ExperimentError for contexts that are no pairs of finite numbers.
     Source: Beukman et al. 2023.
     """
 
@@ -31,7 +33,10 @@ class ComplexODE(Simulation):
 
     def __init__(self, training_contexts: list[tuple[float, float]] | None = None) -> None:
         pairs = [pair for size in (1.0, 5.0) for pair in product((-size, 0.0, size), repeat=2) if pair != (0.0, 0.0)]
-        self._training = np.array(training_contexts or pairs, np.float64)
+        given = pairs if training_contexts is None else training_contexts
+        self._training = np.array(given, np.float64)
+        if self._training.shape != (len(given), 2) or not np.isfinite(self._training).all():
+            raise ExperimentError(f"ComplexODE: training_contexts are {given}, expected pairs of finite numbers.")
         self.context_bounds = np.maximum(2.0, np.abs(self._training).max(0) / 5)
 
     def contexts(self, stage: Stage) -> np.ndarray:

@@ -70,9 +70,10 @@ class Spaces(NamedTuple):
                     f"environment: its observation has {name!r} in {_shown(part)}, expected a Box. Wrap the "
                     "environment."
                 )
-        if not isinstance(actions, spaces.Box) or not actions.is_bounded():
+        is_continuous = np.issubdtype(actions.dtype, np.floating)  # whole numbers would be cut off, unseen
+        if not isinstance(actions, spaces.Box) or not is_continuous or not actions.is_bounded():
             raise ExperimentError(
-                f"environment: its action space is {_shown(actions)}, expected a bounded Box: continuous actions."
+                f"environment: its action space is {_shown(actions)}, expected a bounded Box of continuous actions."
             )
         shapes = {name: tuple(part.shape) for name, part in space.spaces.items()}
         others = tuple(sorted(set(shapes) - {"context"}))
@@ -112,6 +113,17 @@ def checked_rewards(rewards: Any) -> np.ndarray:
     if not np.isfinite(rewards).all():
         raise ExperimentError(f"environment: it gave the reward {rewards.tolist()}, expected finite numbers.")
     return rewards
+
+
+@contextmanager
+def playing() -> Iterator[None]:
+    """Makes an ExperimentError of what gymnasium says within of an observation that does not fit its space."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise ExperimentError(
+            f"environment: what it gave does not fit its observation space: {type(error).__name__}: {error}."
+        ) from error
 
 
 @contextmanager

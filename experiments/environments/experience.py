@@ -1,16 +1,13 @@
 """What a policy learns from: it plays, remembers all that happened, and draws batches from that."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from experiments.core.errors import ExperimentError
-from experiments.environments.environment import Environment, Spaces, Streams, checked_rewards
-
-if TYPE_CHECKING:
-    pass
+from experiments.environments.environment import Environment, Spaces, Streams, checked_rewards, playing
 
 Act = Callable[[Streams, torch.Generator], Tensor]  # actions (N, A) within ± 1
 
@@ -124,14 +121,16 @@ class Experience:
         """Let every copy take a step, and remember those that are no beginnings of new episodes."""
         if self._seen is None:
             # Episodes that a resumed run begins are not those that the run began with.
-            observation, _ = self._env.reset(seed=(self._seed + self._played) % 2**32)
+            with playing():
+                observation, _ = self._env.reset(seed=(self._seed + self._played) % 2**32)
             self._seen = self._spaces.streams(observation)
         A = self._spaces.features[2]
         if self._played < self._random_steps:
             actions = 2 * torch.rand(self._copies, A, generator=self._generator) - 1
         else:
             actions = self._act(self._seen, self._generator)
-        observation, rewards, ended, is_cut, _ = self._env.step(self._spaces.scaled(actions.numpy(), self._env))
+        with playing():
+            observation, rewards, ended, is_cut, _ = self._env.step(self._spaces.scaled(actions.numpy(), self._env))
         seen = self._spaces.streams(observation)
         columns = [
             *map(torch.from_numpy, self._seen),

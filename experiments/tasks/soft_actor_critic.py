@@ -12,7 +12,7 @@ from experiments.core.errors import ExperimentError, building
 from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
 from experiments.data.batch_streams import generator_of
 from experiments.environments import Environment, Experience, Spaces, Streams, Transitions
-from experiments.environments.environment import checked_rewards
+from experiments.environments.environment import checked_rewards, playing
 from experiments.tasks.policy_pictures import Played, draw_episode, draw_returns
 from models import ActorCritic
 from multint import Integrator
@@ -165,13 +165,15 @@ class SoftActorCritic(Task):
         env = self.environment.evaluation(stage)
         spaces = Spaces.of(env)
         generator = torch.Generator().manual_seed(_EVALUATION)
-        observation, _ = env.reset(seed=_EVALUATION)
+        with playing():
+            observation, _ = env.reset(seed=_EVALUATION)
         is_playing = np.ones(env.num_envs, bool)
         steps, contexts = [], spaces.streams(observation).context
         while is_playing.any():
             seen = spaces.streams(observation)
             actions = (self._drawn(seen, generator) if is_drawn else self._middle(seen)).numpy()
-            observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions, env))
+            with playing():
+                observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions, env))
             steps.append((seen.observation, actions, np.where(is_playing, checked_rewards(rewards), 0.0), is_playing))
             is_playing = is_playing & ~(ended | is_cut)
         env.close()
