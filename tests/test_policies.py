@@ -334,6 +334,23 @@ class Wrong(gymnasium.Env):
         return self._observation(x), self._reward, self._steps == self._length, False, {}
 
 
+class Drawing(Wrong):
+    """Rewards that each episode draws."""
+
+    def reset(self, *, seed=None, options=None):
+        gymnasium.Env.reset(self, seed=seed)
+        self._reward = self.np_random.random()
+        return super().reset()
+
+
+def test_the_episodes_of_the_test_are_not_those_that_the_validation_chose_by():
+    task = learner(Given(partial(Drawing, length=3)))
+    task.use(task.describe(None), "the data")
+    val, again, test = (task.returns(stage) for stage in ("val", "val", "test"))
+    assert_close(val, again)
+    assert not np.allclose(val, test)
+
+
 def test_only_an_end_of_the_episode_itself_is_remembered_as_one():
     env = Given(partial(Wrong, reward=1.0, length=3))
     experience = Experience(env, lambda *_: torch.zeros(2, 1), 10, 4, 12, 100, 2, seed=0)

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 class Gymnasium(Environment):
     """An environment by its id, whose observation space is a `Dict` with `context`.
 
-    It draws its contexts itself, when an episode begins. An evaluation has so many episodes, the same ones every time,
-    as far as the environment heeds seeds. Its state is in no checkpoint: a run that goes on begins new episodes.
+    It draws its contexts itself, when an episode begins. The validation has so many episodes, the same ones every time,
+    as far as the environment heeds seeds, and the test as many others. Its state is in no checkpoint: a run that goes
+    on begins new episodes.
 
     Args:
         id: as registered, or `module:id` for one that importing a module registers, which must be trusted (`--trust`).
         settings: keyword arguments of `gymnasium.make`.
-        episodes: of an evaluation.
+        episodes: of the validation, and of the test.
 
     Raises: ExperimentError for an unknown id or settings that do not fit, and without gymnasium.
     """
