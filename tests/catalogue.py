@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 class Case(NamedTuple):
     build: Factory
     square: bool = False  # O must equal X
-    in_cells: bool = True  # whether the laws of cells hold for cells with it too: each takes the tests seconds
+    in_cells: bool = True  # whether cells are tested with it, which takes seconds: not where another has its operations
 
     def __call__(self, sizes: Sizes) -> Integrator:
         return self.build(sizes.x, sizes.z, sizes.x if self.square else sizes.out)
@@ -92,7 +92,7 @@ INTEGRATORS: dict[str, Case] = {
     "hadamard": Case(Hadamard),
     "hadamard-biased": Case(partial(Hadamard, x_bias=1.0, z_bias=0.5, bias=0.1)),
     "mi": Case(MultiplicativeIntegration),
-    "mi-text8": Case(partial(MultiplicativeIntegration, alpha=2.0, beta1=0.5, beta2=0.5)),
+    "mi-text8": Case(partial(MultiplicativeIntegration, alpha=2.0, beta1=0.5, beta2=0.5), in_cells=False),
     "bilinear": Case(Bilinear),
     "bilinear-alone": Case(partial(Bilinear, z_term=False, x_term=False, bias=None)),
     "low-rank": Case(low_rank),
@@ -100,13 +100,13 @@ INTEGRATORS: dict[str, Case] = {
     "tucker": Case(tucker),
     "diagonal": Case(Diagonal, square=True),
     "gated": Case(Gated),
-    "gated-open": Case(partial(Gated, bias=1.5)),
+    "gated-open": Case(partial(Gated, bias=1.5), in_cells=False),
     "sigmoid-scale": Case(SigmoidScale, square=True),
     "sigmoid-scale-low-rank": Case(partial(SigmoidScale, rank=2), square=True),
     "hypernetwork": Case(partial(Hypernetwork, features=6)),
     "hypernetwork-low-rank": Case(partial(Hypernetwork, features=6, head=low_rank)),
     "hypernetwork-diagonal": Case(partial(Hypernetwork, features=6, head=Diagonal), square=True),
-    "hypernetwork-linear": Case(partial(Hypernetwork, features=6, network=nn.Linear)),
+    "hypernetwork-linear": Case(partial(Hypernetwork, features=6, network=nn.Linear), in_cells=False),
     "normalised": Case(Normalised),
     "normalised-bilinear": Case(Normalised.of(Bilinear, norm=partial(nn.LayerNorm, elementwise_affine=False))),
     "sum": Case(mixed_sum),
@@ -114,8 +114,8 @@ INTEGRATORS: dict[str, Case] = {
     "through-krause": Case(Krause),
     "through-x-free": Case(through_x_free),
     "swapped": Case(lambda x, z, o: Swapped(low_rank(z, x, o))),
-    "named-sum": Case(named_sum),
-    "named-through": Case(partial(ThroughOf, outer=Additive, inner=Hadamard, inner_features=6)),
+    "named-sum": Case(named_sum, in_cells=False),
+    "named-through": Case(partial(ThroughOf, outer=Additive, inner=Hadamard, inner_features=6), in_cells=False),
     "film": Case(film),
     "projected": Case(Projected, in_cells=False),
     "conditional": Case(partial(conditional, integrator=LowRank, residual=True, norm=nn.LayerNorm), in_cells=False),

@@ -336,7 +336,6 @@ CIRCUMSTANCES = {
     "all": (True, True),
     "input-without-gradient": (False, True),
     "frozen-weights": (True, False),
-    "nothing": (False, False),
 }
 
 
