@@ -30,7 +30,7 @@ from multint import (
     Swapped,
     Tucker,
 )
-from multint.cells import HiddenState
+from multint.cells import HiddenState, SLSTMCell
 from multint.integrators import Krause, Normalised, Projected, ScaledOf, SigmoidScale, SumOf, SwappedOf, ThroughOf
 
 Factory = Callable[[int, int, int], Integrator]
@@ -184,6 +184,7 @@ CELLS: dict[str, Callable[[int, int], Cell]] = {
     "gru-norm": partial(GRUCell, integrator=Normalised, reset_after=True),
     "mogrifier": partial(Mogrifier, rounds=3),
     "mogrifier-gru-low-rank": partial(Mogrifier, cell=GRUCell, rounds=2, rank=3),
+    "slstm": SLSTMCell,
     "own-leaky": LeakyCell,
     "own-decay": DecayCell,
 }
