@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import functools
+import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from experiments.bench import command, measure
 from experiments.bench.case import Case
 from experiments.bench.cases import BilinearCase, SoftmaxCase, StepCase, cases
 from experiments.bench.conditioning import FORMS, ConditionalCase, bilinear_einsum, conditional_cases
+from experiments.bench.gradbench import DiagonalLSTM, GradBenchCase
 from experiments.core.errors import ExperimentError
 from multint import LSTM, Additive, Bilinear, LSTMCell, from_torch
 from multint.engines.kernel import eager_pieces
@@ -110,6 +113,59 @@ def test_contenders_do_the_same(changes):
         torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)
     else:
         torch.testing.assert_close(results["ours"][0], results["vendor"][0], rtol=tolerance, atol=tolerance)
+
+
+def by_hand(case):
+    """GradBench's loss and its gradient in NumPy, backwards step by step."""
+    text, state, output = (tensor.detach().numpy() for tensor in case.arguments())
+    weights, biases, scale = (p.detach().numpy() for p in DiagonalLSTM(case.size[2]).double().parameters())
+    h, c = [state[1], state[0]], [state[3], state[2]]  # of the lower layer and the upper one
+    kept, loss = [], 0.0
+    for x, expected in itertools.pairwise(text):
+        layers, incoming = [], x * scale
+        for k in range(2):
+            f, i, o, g = ((h[k] if n in (1, 3) else incoming) * weights[k, n] + biases[k, n] for n in range(4))
+            f, i, o, g = 1 / (1 + np.exp(-f)), 1 / (1 + np.exp(-i)), 1 / (1 + np.exp(-o)), np.tanh(g)
+            new = f * c[k] + i * g
+            layers.append((incoming, h[k], c[k], f, i, o, g, np.tanh(new)))
+            c[k], h[k] = new, o * np.tanh(new)
+            incoming = h[k]
+        y = incoming * output[0] + output[1]
+        total = 2 + np.exp(y).sum(-1, keepdims=True)
+        loss -= (expected * (y - np.log(total))).sum()
+        kept.append((layers, incoming, -expected + expected.sum(-1, keepdims=True) * np.exp(y) / total))
+    d_weights, d_biases, d_scale, d_output = (np.zeros_like(a) for a in (weights, biases, scale, output))
+    d_h, d_c = [np.zeros_like(a) for a in h], [np.zeros_like(a) for a in c]
+    for x, (layers, top, d_y) in zip(text[-2::-1], reversed(kept), strict=True):
+        d_output += np.stack([(d_y * top).sum(0), d_y.sum(0)])
+        d_h[1] = d_h[1] + d_y * output[0]
+        for k in (1, 0):
+            incoming, before, memory, f, i, o, g, tanh = layers[k]
+            d_new = d_c[k] + d_h[k] * o * (1 - tanh**2)
+            d_gates = [
+                d_new * memory * f * (1 - f),
+                d_new * g * i * (1 - i),
+                d_h[k] * tanh * o * (1 - o),
+                d_new * i * (1 - g**2),
+            ]
+            for n, d_gate in enumerate(d_gates):
+                d_weights[k, n] += (d_gate * (before if n in (1, 3) else incoming)).sum(0)
+                d_biases[k, n] += d_gate.sum(0)
+            d_incoming = d_gates[0] * weights[k, 0] + d_gates[2] * weights[k, 2]
+            d_h[k], d_c[k] = d_gates[1] * weights[k, 1] + d_gates[3] * weights[k, 3], d_new * f
+            if k:
+                d_h[0] = d_h[0] + d_incoming
+        d_scale += (d_incoming * x).sum(0)
+    return [loss / text[1:].size, *(d / text[1:].size for d in (d_weights, d_biases, d_scale, d_output))]
+
+
+@pytest.mark.parametrize("contender", ["ours", "loop", "jax"])
+def test_gradbenchs_loss_and_gradient_are_numpys(contender):
+    case = GradBenchCase("small", (9, 2, 5, 5), torch.nn.Identity)
+    if contender == "jax":
+        pytest.importorskip("jax")
+    for actual, expected in zip(case.build(contender)(), by_hand(case), strict=True):
+        torch.testing.assert_close(actual.detach(), torch.as_tensor(expected), rtol=1e-12, atol=1e-12)
 
 
 class Unable(torch.nn.LSTM):

@@ -47,6 +47,44 @@ def contender(kind: str, module: nn.Module, x: Tensor, cotangent: Tensor, backwa
     return lambda: [torch.from_dlpack(value) for value in jax.block_until_ready(compiled(given, weights, d_output))]
 
 
+def gradbench(cell: nn.Module, text: Tensor, state: Tensor, output: Tensor, backward: bool) -> Callable[[], list[Any]]:
+    """GradBench's loss, and its gradient by the cell's weights and the output's: see `gradbench.py`."""
+    import jax
+    from jax.nn import sigmoid
+    from jax.numpy import exp, log, tanh
+
+    with jax.enable_x64(True):
+        learnt = [jax.numpy.asarray(np.asarray(weights.detach())) for weights in (*cell.parameters(), output)]
+        bits, first = (jax.numpy.asarray(np.asarray(tensor)) for tensor in (text, state))
+
+    def layer(x: Any, h: Any, c: Any, weights: Any, biases: Any) -> Any:
+        c = sigmoid(x * weights[0] + biases[0]) * c + sigmoid(h * weights[1] + biases[1]) * tanh(
+            h * weights[3] + biases[3]
+        )
+        return sigmoid(x * weights[2] + biases[2]) * tanh(c), c
+
+    def loss(learnt: Any, bits: Any, first: Any) -> Any:
+        weights, biases, scale, (gain, offset) = learnt
+
+        def step(state: Any, x: Any) -> Any:
+            h, lower, c, lower_c = state
+            lower, lower_c = layer(x, lower, lower_c, weights[0], biases[0])
+            h, c = layer(lower, h, c, weights[1], biases[1])
+            return (h, lower, c, lower_c), h
+
+        y = jax.lax.scan(step, tuple(first), bits[:-1] * scale)[1] * gain + offset
+        return -(bits[1:] * (y - log(2 + exp(y).sum(-1, keepdims=True)))).mean()
+
+    compiled = jax.jit(jax.value_and_grad(loss) if backward else loss)
+
+    def run() -> list[Any]:
+        with jax.enable_x64(True):
+            values = jax.tree.leaves(jax.block_until_ready(compiled(learnt, bits, first)))
+        return [torch.from_dlpack(value) for value in values]
+
+    return run
+
+
 def _lstm(x: Any, *weights: Any) -> Any:
     import jax
     from jax.nn import sigmoid

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from experiments.bench.case import Case
 from experiments.bench.conditioning import conditional_cases
+from experiments.bench.gradbench import gradbench_cases
 from models import softmax_cross_entropy
 from multint import GRU, LSTM, RNN, Additive, Bilinear, LSTMCell, MultiplicativeIntegration
 
@@ -145,4 +146,5 @@ def cases() -> list[Case]:
         SoftmaxCase("softmax-10000", (64, 64, 256, 10_000), nn.Identity, at_least=0.77),
         SoftmaxCase("softmax-267735", (64, 64, 256, 267_735), nn.Identity, alone=True),
         *conditional_cases(),
+        *gradbench_cases(),
     ]

@@ -23,7 +23,7 @@ from multint.errors import in_a_line
 # Seconds that one measurement takes at least: short runs are repeated within it.
 SHORTEST = 0.02
 LONGEST = 60.0  # that a contender without a rival is measured for
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check(case: Case) -> None:
     ours = case.build("ours")() if case.references else []
     for reference in case.references:
         for i, (actual, expected) in enumerate(zip(ours, case.build(reference)(), strict=True)):
-            error = float((actual - expected).detach().float().norm() / expected.detach().float().norm())
+            error = float((actual - expected).detach().double().norm() / expected.detach().double().norm())
             if not error <= TOLERANCE[case.dtype]:
                 what = "output" if i == 0 else f"gradient {i}"
                 raise ExperimentError(f"{case.name}: our {what} is off by {error:.1e} from the {reference}'s")
