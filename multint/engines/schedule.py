@@ -50,10 +50,14 @@ class Buffer:
 
     def sizes(self, rows: int, steps: int, block: int | None = None) -> tuple[int, ...]:
         """The shape of all its values; `block` is the most steps of a block, where these are not all."""
-        counts = {Extent.EACH: steps, Extent.STATES: steps + 1, Extent.TURNS: 2}
-        counts[Extent.BLOCK] = steps if block is None else block
-        shape = (rows, *self.shape) if self.has_rows else self.shape
-        return (counts[self.extent], *shape) if self.extent in counts else shape
+        shape, extent = (rows, *self.shape) if self.has_rows else self.shape, self.extent
+        if extent is Extent.ONE or extent is Extent.NOW:
+            return shape
+        if extent is Extent.TURNS:
+            return 2, *shape
+        if extent is Extent.BLOCK:
+            return steps if block is None else block, *shape
+        return steps + (extent is Extent.STATES), *shape
 
     def allocate(self, shape: tuple[int, ...], zero: bool) -> Tensor:
         """Memory for its values in that shape."""
@@ -197,6 +201,16 @@ class Schedule:
     output_gradient: str = ""
     cleared: list[str] = field(default_factory=list)
     gradients: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def made(self) -> tuple[list[str], list[str]]:
+        """The buffers that the forward pass fills, and those of the backward pass."""
+        products = [instruction for instruction in self.exit if isinstance(instruction, Product)]
+        forward, reverse = (
+            [write.buffer for instruction in some for write in instruction.writes]
+            for some in ([*self.entry, *self.forward], [*self.reverse, *products])
+        )
+        return list(dict.fromkeys(forward)), list(dict.fromkeys([*reverse, *self.cleared]))
 
     @cached_property
     def kept(self) -> list[str]:

@@ -97,8 +97,7 @@ Executor: TypeAlias = Loop | Pieces
 
 def run_forward(schedule: Schedule, executor: Executor, arguments: dict[str, Tensor], steps: int, rows: int) -> Memory:
     """The entry and the forward section: the arguments, all states, and what the backward pass reads."""
-    names = [write.buffer for instruction in [*schedule.entry, *schedule.forward] for write in instruction.writes]
-    memory: Memory = arguments | executor.allocate(dict.fromkeys(names), schedule.states[:1], (), steps, rows)
+    memory: Memory = arguments | executor.allocate(schedule.made[0], schedule.states[:1], (), steps, rows)
     for name in schedule.states:
         memory[name][0] = arguments[name]
     run = executor.over(memory, rows)
@@ -129,10 +128,7 @@ def run_backward(
         cotangents: of the output and of each state after the last step.
     """
     buffers = schedule.buffers
-    names = [write.buffer for instruction in schedule.reverse for write in instruction.writes]
-    names += [instruction.result.buffer for instruction in schedule.exit if isinstance(instruction, Product)]
-    names = list(dict.fromkeys([*names, *schedule.cleared]))
-    memory |= executor.allocate(names, schedule.summands, schedule.cleared, steps, rows)
+    memory |= executor.allocate(schedule.made[1], schedule.summands, schedule.cleared, steps, rows)
     d_output, *d_final = cotangents
     if d_output is None:
         buffer = buffers[schedule.output_gradient]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +39,18 @@ _CACHED = 2**20
 _LEAST_ROWS = 512
 
 
-class _Slot(ctypes.Structure):
-    """The `Slot` of native.h: a value's address, and the distances in bytes between steps, rows and parts."""
+class _Layout(NamedTuple):
+    """What `allocate` gives for a number of steps, rows and threads."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("base", "step", "row", "part", "turns", "later")]
+    key: tuple[int, int, int]
+    apart: list[tuple[Buffer, tuple[int, ...], bool]]  # with their shapes, and whether they are 0
+    together: list[tuple[str, tuple[int, ...]]]
+    sizes: list[int]  # of the latter, and what each leaves up to a line of the cache
+
+
+_OF_A_SLOT = (
+    6  # numbers of native.h's `Slot`: a value's address, the distances to others, whose turn, and how much later
+)
 
 
 class Loop:
@@ -65,6 +74,7 @@ class Loop:
         self.own = frozenset(name for name in adds if name in schedule.by_row or not buffers[name].has_rows)
         self._text = self._source(section)
         self._released: list[Tensor] = []
+        self._layout: _Layout | None = None
         self._places = [self._place(at) for at in self._slots]
         self._of_blocks = [i for i, at in enumerate(self._slots) if buffers[at.buffer].extent is Extent.BLOCK]
         self._bytes_of_a_row = sum(self._places[i][2] for i in self._of_blocks)
@@ -106,14 +116,17 @@ class Loop:
         kind = "bool" if self._buffers[at.buffer].dtype == torch.bool else "real"
         return f"at<{kind}>(slots[{self._slots.index(at)}], part, t, {row})"
 
-    def _place(self, at: At) -> tuple[str, int, int, int, int]:
-        """A value's buffer, and in bytes the row of a step, of a batch and of a part; how many steps later it is."""
+    def _place(self, at: At) -> tuple[str, int, int, int, bool, int]:
+        """A value's buffer, and in bytes the row of a step, of a batch and of a part; whether steps take turns, and how
+        many steps later it is.
+        """
         buffer = self._buffers[at.buffer]
         row = buffer.numel(1) * buffer.dtype.itemsize
         if at.buffer in self.own:
-            return at.buffer, 0, 0, 2 * row, 0
+            return at.buffer, 0, 0, 2 * row, False, 0
         by_row = row if buffer.has_rows else 0
-        return at.buffer, 0 if buffer.extent in (Extent.ONE, Extent.NOW) else by_row, by_row, 0, at.later or 0
+        by_step = 0 if buffer.extent in (Extent.ONE, Extent.NOW) else by_row
+        return at.buffer, by_step, by_row, 0, buffer.extent is Extent.TURNS, at.later or 0
 
     def blocks(self, steps: int, rows: int) -> list[range]:
         """The steps in blocks, which differ by one step at most."""
@@ -136,14 +149,14 @@ class Loop:
             numbers = (*matrix.stride(), inner, columns, place.data_ptr(), threads)
             self._pack(*map(ctypes.c_int64, (matrix.data_ptr(), *numbers)))
             packed.append(place)
-        slots = (_Slot * len(self._slots))()
-        for i, (name, by_step, by_row, part, later) in enumerate(self._places):
-            turns = self._buffers[name].extent is Extent.TURNS
-            slots[i] = _Slot(memory[name].data_ptr(), rows * by_step, by_row, part, turns, later)
+        some: list[int] = []
+        for name, by_step, by_row, part, turns, later in self._places:
+            some += (memory[name].data_ptr(), rows * by_step, by_row, part, turns, later)
+        slots = (ctypes.c_int64 * len(some))(*some)
 
         def run(order: range) -> None:
             for i in self._of_blocks:  # whose first value is that of the block's first step
-                slots[i].later = -min(order)
+                slots[_OF_A_SLOT * i + 5] = -min(order)
             matrices = (ctypes.c_int64 * max(1, len(packed)))(*(place.data_ptr() for place in packed))
             numbers = (order.start, len(order), order.step, rows, threads, by_columns)
             self._run(slots, matrices, *map(ctypes.c_int64, numbers))
@@ -164,25 +177,37 @@ class Loop:
         is written to them, and of one piece the allocator gives fewer back than of many. A piece that was released is
         taken again.
         """
+        key = steps, rows, torch.get_num_threads()
+        layout = self._layout  # another thread may put another one in its place
+        if layout is None or layout.key != key:
+            layout = self._layout = self._laid_out(names, results, cleared, key)
+        found: Memory = {buffer.name: buffer.allocate(shape, zero) for buffer, shape, zero in layout.apart}
+        size = sum(layout.sizes)
+        piece = self._piece(size)
+        for (name, shape), part in zip(layout.together, piece[:size].split(layout.sizes)[::2], strict=True):
+            found[name] = part.view(shape)
+        found[_PIECE] = piece
+        return found
+
+    def _laid_out(
+        self, names: Iterable[str], results: Collection[str], cleared: Collection[str], key: tuple[int, int, int]
+    ) -> _Layout:
+        """Which buffers have memory of their own, and which share one piece; kept, since most calls are of one size."""
+        steps, rows, threads = key
         block = max(map(len, self.blocks(steps, rows)))
-        found: Memory = {}
-        together, sizes = [], []
+        layout = _Layout(key, [], [], [])
         for name in names:
             buffer = self._buffers[name]
             shape = buffer.sizes(rows, steps, block)
             if name in self.own:
-                found[name] = buffer.allocate((torch.get_num_threads(), 2, *buffer.shape), zero=True)
+                layout.apart.append((buffer, (threads, 2, *buffer.shape), True))
             elif name in cleared or name in results or buffer.dtype != self._dtype:
-                found[name] = buffer.allocate(shape, name in cleared)
+                layout.apart.append((buffer, shape, name in cleared))
             else:
                 size = math.prod(shape)
-                together.append((name, shape))
-                sizes += [size, -size % (_ALIGNED // self._dtype.itemsize)]
-        piece = self._piece(sum(sizes))
-        parts = piece[: sum(sizes)].split(sizes)[::2]
-        found |= {name: part.view(shape) for (name, shape), part in zip(together, parts, strict=True)}
-        found[_PIECE] = piece
-        return found
+                layout.together.append((name, shape))
+                layout.sizes.extend((size, -size % (_ALIGNED // self._dtype.itemsize)))
+        return layout
 
     def _piece(self, size: int) -> Tensor:
         """Memory for that many numbers, which no one else uses."""
