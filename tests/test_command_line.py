@@ -129,7 +129,8 @@ def test_a_runs_folder_means_its_best_checkpoint(run_folder, capsys, tmp_path):
         assert "parameters" in capsys.readouterr().out
         assert main(["show", str(place)]) == 0
         capsys.readouterr()
-    assert outputs[0] == outputs[1]
+    assert main(["sample", str(run_folder.parent), "--seed=1"]) == 0  # it holds this run alone
+    assert outputs[0] == outputs[1] == capsys.readouterr().out
 
 
 OWN_CELL = """

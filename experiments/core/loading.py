@@ -138,7 +138,12 @@ def load_weights(task: Task, checkpoint: dict[str, Any]) -> None:
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The checkpoint that is meant: of a run's folder its best one, or without a validation its last one."""
+    """The checkpoint that is meant: of a run's folder its best one, or without a validation its last one.
+
+    A folder that holds one run means that run, such as a study's folder of an arm and a seed.
+    """
+    versions = list(path.glob("version_*"))
+    path = versions[0] if len(versions) == 1 else path
     for name in ("best.ckpt", "last.ckpt"):
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
