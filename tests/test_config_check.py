@@ -91,7 +91,7 @@ def one_message(capsys, *options):
         ([f"{CELL}=bytes.bin"], ["'bytes.bin' is not text in UTF-8"]),
         ([f"{CELL}={{integrator: &a [*a]}}"], ["the anchor 'a' holds itself"]),
         (["--config=."], ["config: '.' is no file"]),
-        (["--config=quickstart.yaml"], ["'quickstart.yaml' does not exist. Did you mean 'quickstart.yaml'"]),
+        (["--config=quickstart"], ["does not exist. Did you mean '", "configs/characters/quickstart.yaml'?"]),
         (["--config={data: {corpus: ptbb}}"], ["data.corpus: 'ptbb'", "'ptb'", "text8"]),
     ],
     ids=lambda value: value[-1] if value[0].startswith("--") else "",

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.core.errors import ExperimentError, nearest_message
+from experiments.core.errors import ExperimentError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -73,8 +74,9 @@ def read_config(config: str) -> dict[str, Any] | None:
         if ": " in config and isinstance(settings := load_yaml(config, "config"), dict):
             return settings
         ready = {path.name: os.path.relpath(path) for paths in ready_configs().values() for path in paths}
-        nearest = nearest_message(Path(config).name, ready) or "."
-        raise ExperimentError(f"config: '{config}' does not exist{nearest} Choices: {', '.join(ready.values())}")
+        if nearest := get_close_matches(f"{Path(config).stem}.yaml", ready, n=1, cutoff=0.5):
+            raise ExperimentError(f"config: '{config}' does not exist. Did you mean '{ready[nearest[0]]}'?")
+        raise ExperimentError(f"config: '{config}' does not exist. Ready are {', '.join(ready.values())}")
     settings = load_yaml(read_text(config), f"config: '{config}'")
     if not isinstance(settings, dict):
         raise ExperimentError(f"config: '{config}' holds no settings, expected lines of NAME: VALUE.")
