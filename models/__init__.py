@@ -19,6 +19,7 @@ from models.neural_process import (
     padded,
 )
 from models.policy import Action, Actor, ActorCritic, Critic, MeetingMLP
+from models.recurrent_policy import InstructedImage, Judged, RecurrentActorCritic
 from models.sampling import sample
 from models.sequence_labeller import SequenceLabeller
 from models.sequence_reader import SequenceReader
@@ -39,6 +40,8 @@ __all__ = [
     "ForwardCell",
     "Glorot",
     "HiddenMarkovModel",
+    "InstructedImage",
+    "Judged",
     "LanguageModel",
     "LatentEncoder",
     "MeetingMLP",
@@ -46,6 +49,7 @@ __all__ = [
     "NeuralProcess",
     "Points",
     "PooledEncoder",
+    "RecurrentActorCritic",
     "SequenceLabeller",
     "SequenceReader",
     "SkipThought",

@@ -17,6 +17,7 @@ class Dynamics(ABC):
     state_bounds: np.ndarray  # (S,): each state lies within ± this
     context_bounds: np.ndarray  # (C,): so does each context as the agent sees it
     action_features: int  # A; actions are within ± 1
+    reward_bound: float = 1.0  # each reward lies within ± this
 
     @abstractmethod
     def contexts(self, stage: Stage) -> np.ndarray:  # (K, C)

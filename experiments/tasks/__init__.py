@@ -3,6 +3,7 @@
 from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.memory import Memory
 from experiments.tasks.neural_processes import NeuralProcesses
+from experiments.tasks.proximal_policy_optimization import ProximalPolicyOptimization
 from experiments.tasks.reading import Reading
 from experiments.tasks.regression import Regression
 from experiments.tasks.sentence_vectors import SentenceVectors
@@ -14,6 +15,7 @@ __all__ = [
     "LanguageModelling",
     "Memory",
     "NeuralProcesses",
+    "ProximalPolicyOptimization",
     "Reading",
     "Regression",
     "SentenceVectors",

@@ -1,28 +1,23 @@
 """What a policy does, drawn."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from experiments.environments.environment import Film
+from experiments.environments.evaluation import Played
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-class Played(NamedTuple):
-    """The episodes of an evaluation, step by step."""
-
-    contexts: np.ndarray  # (N, C) as the agent saw them when the episodes began
-    observations: np.ndarray  # (T, N, X)
-    actions: np.ndarray  # (T, N, A) within ± 1
-    rewards: np.ndarray  # (T, N), 0 after an episode's end
-    are_part: np.ndarray  # (T, N): whether the episode had not ended before
+_FRAMES_IN_A_ROW = 8
 
 
 def draw_returns(played: Played) -> "Figure":
     """The return over the plane of the contexts, or over each of their numbers where these are not two."""
     from matplotlib.figure import Figure
 
-    returns, features = played.rewards.sum(0), played.contexts.shape[1]
+    returns, features = played.returns, played.contexts.shape[1]
     if features == 2:
         figure = Figure(figsize=(6, 5), layout="constrained")
         axes = figure.subplots()
@@ -56,4 +51,20 @@ def draw_episode(played: Played) -> "Figure":
     figure.axes[-1].set_xlabel("step")
     context = ", ".join(f"{number:.2f}" for number in played.contexts[0])
     figure.suptitle(f"context ({context}), return {played.rewards[:, 0].sum():.1f}")
+    return figure
+
+
+def draw_film(film: Film, result: float) -> "Figure":
+    """An episode's pictures, one after the other, row by row."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(film.frames) // _FRAMES_IN_A_ROW)
+    columns = min(len(film.frames), _FRAMES_IN_A_ROW)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.5), layout="constrained")
+    for step, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.set_axis_off()
+        if step < len(film.frames):
+            axes.imshow(film.frames[step])
+            axes.set_title(film.captions[step], fontsize=8)
+    figure.suptitle(f"{film.title}, return {result:.2f}")
     return figure

@@ -12,15 +12,13 @@ from experiments.core.errors import ExperimentError, building
 from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
 from experiments.data.batch_streams import generator_of
 from experiments.environments import Environment, Experience, Spaces, Streams, Transitions
-from experiments.environments.environment import checked_rewards, playing
-from experiments.tasks.policy_pictures import Played, draw_episode, draw_returns
+from experiments.environments.evaluation import SEEDS, Played, play
+from experiments.tasks.policy_pictures import draw_episode, draw_returns
 from models import ActorCritic
 from multint import Integrator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_SEEDS = {"val": 2718, "test": 314159}  # of an evaluation's episodes, every time
 
 
 class SoftActorCritic(Task):
@@ -155,29 +153,17 @@ class SoftActorCritic(Task):
 
     def returns(self, stage: Literal["val", "test"], is_drawn: bool = False) -> np.ndarray:  # (N,)
         """The sum of the rewards of each episode of an evaluation, by drawn actions or by the policy's middle."""
-        return self._play(stage, is_drawn).rewards.sum(0)
+        return self._play(stage, is_drawn).returns
 
     def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
         """The returns over the test's contexts, and the validation's first episode."""
         return {"returns": draw_returns(self._play("test")), "episode": draw_episode(self._play("val"))}
 
     def _play(self, stage: Literal["val", "test"], is_drawn: bool = False) -> Played:
-        env = self.environment.evaluation(stage)
-        spaces = Spaces.of(env)
-        generator = torch.Generator().manual_seed(_SEEDS[stage])
-        with playing():
-            observation, _ = env.reset(seed=_SEEDS[stage])
-        is_playing = np.ones(env.num_envs, bool)
-        steps, contexts = [], spaces.streams(observation).context
-        while is_playing.any():
-            seen = spaces.streams(observation)
-            actions = (self._drawn(seen, generator) if is_drawn else self._middle(seen)).numpy()
-            with playing():
-                observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions, env))
-            steps.append((seen.observation, actions, np.where(is_playing, checked_rewards(rewards), 0.0), is_playing))
-            is_playing = is_playing & ~(ended | is_cut)
-        env.close()
-        return Played(contexts, *map(np.stack, zip(*steps, strict=True)))
+        generator = torch.Generator().manual_seed(SEEDS[stage])
+        return play(
+            self.environment, stage, lambda seen: self._drawn(seen, generator) if is_drawn else self._middle(seen)
+        )
 
     @property
     def _network(self) -> ActorCritic:
