@@ -22,6 +22,7 @@ from experiments.tasks import (
     LanguageModelling,
     Memory,
     NeuralProcesses,
+    ProximalPolicyOptimization,
     Reading,
     Regression,
     SentenceVectors,
@@ -134,7 +135,18 @@ def soft_actor_critic(X, C, A):
     return mlp([X + C, 256, 256, 2 * A]) + 2 * mlp([X + C + A, 256, 256, 1]) + 1
 
 
+def recurrent_policy_heads(actions):
+    """What follows 128 features: an MI-LSTM, the layers of the actions and of the value."""
+    return lstm(128, 128) + 3 * 4 * 128 + mlp([128, actions + 1])
+
+
+# Symbols, words, two convolutions, FiLM after a linear map, and a linear layer of what is left, 3 × 3 places.
+INSTRUCTED = (20 + 33) * 32 + 2 * mlp([9 * 32, 32]) + 32 * 32 + 2 * mlp([32, 32]) + mlp([9 * 32, 128])
+
 MADE = {
+    "babyai_red_ball": INSTRUCTED + recurrent_policy_heads(7),
+    "babyai_mixture": INSTRUCTED + recurrent_policy_heads(7),
+    "hidden_ode": mlp([4, 128]) + mlp([128 + 2, 128]) + mlp([128, 128]) + recurrent_policy_heads(2) + 2,
     "ode": soft_actor_critic(1, 2, 2),
     "sign_flips": soft_actor_critic(4, 2, 2),
     "pendulum": soft_actor_critic(3, 3, 1),
@@ -254,10 +266,24 @@ def policy(task, data):
     return network
 
 
+def recurrent_policy(task, data):
+    """The task's network, after one call."""
+    pytest.importorskip("minigrid", reason="minigrid is not installed (extra policy)")
+    assert data is None
+    description = task.describe(None)
+    X, C, A = description["features"]
+    network = task.build(description)
+    judged = network(torch.zeros(2, 3, X), torch.zeros(2, 3, C), torch.zeros(2, 3, dtype=torch.bool))
+    assert (judged.value.shape, judged.policy.mean.shape[:2]) == ((2, 3), (2, 3))
+    assert (network.log_std is None) == description["is_discrete"] == (A == 7)
+    return network
+
+
 NETWORKS = {
     LanguageModelling: language_model,
     Memory: memory,
     NeuralProcesses: neural_process,
+    ProximalPolicyOptimization: recurrent_policy,
     Reading: reading,
     Regression: regression,
     SentenceVectors: sentence_vectors,

@@ -239,9 +239,9 @@ def advantages(
 
     Source: Schulman et al. 2016.
     """
-    errors = reward + discount * ~ended * value[1:] - value[:-1]
+    errors = reward + discount * value[1:].masked_fill(ended, 0) - value[:-1]
     result, following = torch.empty_like(errors), torch.zeros_like(errors[0])
     for t in reversed(range(len(errors))):
-        following = errors[t] + discount * decay * ~is_over[t] * following
+        following = errors[t] + discount * decay * following.masked_fill(is_over[t], 0)
         result[t] = following
     return result
