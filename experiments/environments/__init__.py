@@ -1,4 +1,4 @@
-"""What policies act in: environments whose episodes have a context each, which the agent sees."""
+"""What policies act in: environments whose episodes have a context each, which the agent is told or must find out."""
 
 from experiments.environments.babyai import BabyAI
 from experiments.environments.complex_ode import ComplexODE

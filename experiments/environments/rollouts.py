@@ -55,7 +55,7 @@ class Rollouts:
         environment: played in `copies` copies.
         act: the policy.
         epoch: batches in a pass.
-        steps: T.
+        steps: T, at least 2: one of two leads over to the next episode at most.
         batch_size: B, copies in a batch, which divides their number.
         passes: see above.
         discount, decay: γ and λ, see `advantages`.
@@ -179,7 +179,7 @@ class Rollouts:
             is_step,
             torch.stack([step.action for step in acted]),
             torch.stack([step.log_density for step in acted]),
-            (advantage - of_steps.mean()) / (of_steps.std() + 1e-8),
+            (advantage - of_steps.mean()) / (of_steps.std(correction=0) + 1e-8),
             advantage + value[:-1],
             start,
             self._told(),

@@ -47,7 +47,7 @@ class ProximalPolicyOptimization(Task):
         features, hidden: see `RecurrentActorCritic`.
         optimizer, halve_after: see `Task`.
         copies: of the environment, stepped together.
-        steps: that each copy plays before the training goes on.
+        steps: that each copy plays before the training goes on, at least 2.
         batch_size: copies whose sequences are a batch; it divides their number.
         passes: over what was played.
         epoch: steps of training between two validations.
@@ -76,7 +76,7 @@ class ProximalPolicyOptimization(Task):
         steps: int = 40,
         batch_size: int = 32,
         passes: int = 4,
-        epoch: int = 80,
+        epoch: int = 160,
         discount: float = 0.99,
         decay: float = 0.99,
         clip: float = 0.2,
@@ -88,8 +88,9 @@ class ProximalPolicyOptimization(Task):
         super().__init__(optimizer, halve_after)
         sizes = {"copies": copies, "steps": steps, "batch_size": batch_size, "passes": passes, "epoch": epoch}
         for name, size in sizes.items():
-            if size < 1:
-                raise ExperimentError(f"ProximalPolicyOptimization: {name} is {size}, expected at least 1.")
+            # Of one step alone a copy may spend all on going over to its next episode.
+            if size < (least := 2 if name == "steps" else 1):
+                raise ExperimentError(f"ProximalPolicyOptimization: {name} is {size}, expected at least {least}.")
         if copies % batch_size:
             raise ExperimentError(
                 f"ProximalPolicyOptimization: batch_size is {batch_size}, expected a divisor of the {copies} copies."
