@@ -30,7 +30,8 @@ class InstructedImage(Integrator):
         symbols: S counts, of the symbols that a place has of each kind; BabyAI's objects, colours and states.
         words: in the vocabulary, "no word" not counted.
 
-    Raises: OptionError for a number below 1; ShapeError for an image that is no square of places.
+    Raises: OptionError for a number below 1; ShapeError for an image that is no square of places; IndexError for
+    symbols and words beyond their counts.
     Source: Chevalier-Boisvert et al. 2019; Hui et al. 2020 for the embedding.
     """
 
@@ -50,18 +51,17 @@ class InstructedImage(Integrator):
         words: int = 32,
     ) -> None:
         super().__init__(x_features, context_features, out_features)
-        for name, size in {"channels": channels, "word_features": word_features, "words": words}.items():
+        sizes = {"channels": channels, "word_features": word_features, "words": words}
+        for name, size in [*sizes.items(), *(("symbols", count) for count in symbols)]:
             positive(self, name, size)
-        self.kinds = len(symbols)
-        self.side = round((x_features / max(self.kinds, 1)) ** 0.5)
-        if self.side < 3 or self.side**2 * self.kinds != x_features:
+        self.counts = symbols
+        self.side = round((x_features / len(symbols)) ** 0.5)
+        if self.side < 3 or self.side**2 * len(symbols) != x_features:
             raise ShapeError(
-                f"InstructedImage: x has {x_features} features, expected {self.kinds} symbols for each place of a "
+                f"InstructedImage: x has {x_features} features, expected {len(symbols)} symbols for each place of a "
                 "square, whose side is at least 3"
             )
-        self.symbols = nn.EmbeddingBag(sum(symbols), channels, mode="sum")
-        first = torch.tensor([sum(symbols[:kind]) for kind in range(self.kinds)])
-        self.register_buffer("first_symbol", first, persistent=False)
+        self.symbols = nn.Embedding(sum(symbols), channels)
         self.words = nn.EmbeddingBag(words + 1, word_features, mode="sum", padding_idx=0)
         self.before = nn.Conv2d(channels, channels, 3, padding=1)
         self.meeting = build(self, "integrator", integrator, channels, word_features, channels)
@@ -74,8 +74,10 @@ class InstructedImage(Integrator):
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
         leading, side = x.shape[:-1], self.side
-        places = x.long().reshape(-1, self.kinds) + self.first_symbol
-        image = self.symbols(places).reshape(-1, side, side, self.symbols.embedding_dim)
+        # A table for each kind, so that no symbol beyond its count is read as one of the next kind.
+        tables = self.symbols.weight.split(self.counts)
+        symbols = x.long().reshape(-1, side, side, len(tables)).unbind(-1)
+        image = sum(nn.functional.embedding(kind, table) for kind, table in zip(symbols, tables, strict=True))
         words = self.words(z.expand(*leading, -1).long().reshape(-1, z.shape[-1]))
         image = torch.relu(self.before(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         image = torch.relu(self.meeting(image, words[:, None, None]))
