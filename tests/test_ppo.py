@@ -118,9 +118,16 @@ def test_the_loss_is_the_clipped_objective(environment):
     assert told["kl"] > 1e-3
 
 
-def test_the_first_batch_is_of_the_policy_that_played():
-    told = ready(task := learner()).measure(next(iter(task.train_dataloader())), "train")
-    assert_close(told["kl"].value, torch.tensor(0.0), atol=1e-8, rtol=0)
+def test_without_training_every_batch_is_of_the_policy_that_played():
+    """Of a second rollout too, whose sequences begin within episodes."""
+    task = ready(learner())
+    for parameter in task.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    batches = list(task.train_dataloader())
+    assert batches[0].state is None
+    assert not batches[-1].begins[0].any()
+    for batch in batches:
+        assert_close(task.measure(batch, "train")["kl"].value, torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
 def test_steps_that_lead_over_to_the_next_episode_are_marked_and_only_an_end_is_one():
