@@ -59,11 +59,20 @@ def tucker(x: int, z: int, o: int) -> Integrator:
     return Tucker(x, z, o, x_rank=min(3, x), z_rank=min(2, z))
 
 
+def x_free(x: int, z: int, o: int) -> Integrator:
+    """Of z alone: the outer map of a composition may multiply it with x."""
+    f = Additive(x, z, o)
+    f.x_projection.weight.requires_grad_(False).zero_()
+    return 2**0.5 * f  # half of its variance was x's
+
+
 def through_x_free(x: int, z: int, o: int) -> Integrator:
-    """Bi-affine although the outer map multiplies: the inner one does not depend on x."""
-    inner = Additive(x, z, 6)
-    inner.x_projection.weight.requires_grad_(False).zero_()
-    return MultiplicativeIntegration(x, 6, o) @ (2**0.5 * inner)  # half of its variance was x's
+    return MultiplicativeIntegration(x, 6, o) @ x_free(x, z, 6)
+
+
+def bilinear_blocks(x: int, z: int, o: int) -> Integrator:
+    """Two blocks of 2 × 3 between others, since the sizes have no divisor in common."""
+    return Additive(x, 4, o) @ (Bilinear(x, 6, 4, blocks=2) @ x_free(x, z, 6))
 
 
 def mixed_sum(x: int, z: int, o: int) -> Integrator:
@@ -95,6 +104,7 @@ INTEGRATORS: dict[str, Case] = {
     "mi-text8": Case(partial(MultiplicativeIntegration, alpha=2.0, beta1=0.5, beta2=0.5), in_cells=False),
     "bilinear": Case(Bilinear),
     "bilinear-alone": Case(partial(Bilinear, z_term=False, x_term=False, bias=None)),
+    "bilinear-blocks": Case(bilinear_blocks),
     "low-rank": Case(low_rank),
     "low-rank-mrnn": Case(partial(LowRank, rank=5, z_term=False)),
     "tucker": Case(tucker),

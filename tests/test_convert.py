@@ -48,6 +48,8 @@ EXACT = {
     "low-rank-as-tucker": (partial(LowRank, rank=3), Tucker, {"x_rank": 3, "z_rank": 3}),
     "tucker-as-itself": (partial(Tucker, x_rank=3, z_rank=2), Tucker, {"x_rank": 3, "z_rank": 2}),
     "tucker-as-full": (partial(Tucker, x_rank=3, z_rank=2), Bilinear, {}),
+    "blocks-as-full": (partial(Bilinear, blocks=2), Bilinear, {}),
+    "blocks-as-themselves": (partial(Bilinear, blocks=2), Bilinear, {"blocks": 2}),
     "full-as-tucker": (Bilinear, Tucker, {"x_rank": 7, "z_rank": 6}),
 }
 
@@ -77,6 +79,15 @@ def test_the_interaction_is_what_an_additive_form_leaves_out():
     W, *others = f.terms()
     assert error == pytest.approx((W.square().sum() / sum(t.square().sum() for t in (W, *others))).sqrt().item())
     torch.testing.assert_close([*g.terms()][1:], others)
+
+
+def test_blocks_keep_what_is_within_them():
+    f = random(Bilinear, z_term=False, x_term=False, bias=None)
+    g, error = convert(f, Bilinear, blocks=2, z_term=False, x_term=False, bias=None)
+    W = f.terms().W.clone()
+    W[:4, 3:] = W[4:, :3] = 0
+    torch.testing.assert_close(g.terms().W, W)
+    assert error == pytest.approx(difference(f, g))
 
 
 def test_a_tucker_form_of_one_stream_is_the_singular_value_decompositions():

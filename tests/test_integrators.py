@@ -229,6 +229,9 @@ def test_state_dict_and_copies_keep_the_function(name):
         (lambda: MultiplicativeIntegration(7, 5, 3, alpha=None), "alpha is None"),
         (lambda: MultiplicativeIntegration(7, 5, 3, beta1=float("nan")), "beta1 is nan"),
         (lambda: LowRank(7, 5, 3, rank=0), "LowRank: rank is 0, expected a whole number of at least 1"),
+        (lambda: Bilinear(7, 6, 4, blocks=0), "Bilinear: blocks is 0, expected a whole number of at least 1"),
+        (lambda: Bilinear(7, 6, 4, blocks=4), "blocks is 4, expected a divisor of z_features, which is 6"),
+        (lambda: Bilinear(7, 6, 4, blocks=3), "blocks is 3, expected a divisor of out_features, which is 4"),
         (lambda: Tucker(7, 5, 3, 8, 2), "x_rank is 8, expected at most the stream's 7 features"),
         (lambda: Diagonal(7, 5, 3), r"out_features is 3, expected x_features \(7\)"),
         (lambda: SigmoidScale(7, 5, 3), r"SigmoidScale: out_features is 3, expected x_features \(7\)"),
@@ -363,6 +366,18 @@ def test_streams_that_broadcast_both_ways_take_the_small_intermediate():
     with FlopCounterMode(display=False) as counter:
         f(x, z)
     assert counter.get_total_flops() < 512 * 512 * 64 * 64 * 3
+
+
+@pytest.mark.parametrize("x_features", [2, 9])  # z's product with the weight is the smaller one, or x's
+def test_blocks_are_bilinear_forms_beside_each_other(x_features):
+    f = randomise(Bilinear(x_features, 12, 6, z_term=False, x_term=False, blocks=3).double())
+    parts = [Bilinear(x_features, 4, 2, z_term=False, x_term=False, bias=None).double() for _ in range(3)]
+    for part, weight in zip(parts, f.interaction.weight.chunk(3), strict=True):
+        part.interaction.weight.data.copy_(weight)
+    assert parameter_count(f) == 6 * 4 * x_features + 6
+    for x, z in ((normal(5, x_features), normal(5, 12, seed=2)), (normal(2, 1, x_features), normal(5, 12, seed=2))):
+        together = torch.cat([part(x, of_part) for part, of_part in zip(parts, z.chunk(3, -1), strict=True)], -1)
+        torch.testing.assert_close(f(x, z), together + f.lower.bias, rtol=1e-10, atol=1e-10)
 
 
 def test_ranks():

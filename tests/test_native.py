@@ -180,6 +180,10 @@ WITHIN_ROWS = {
         *(2, 4, 4),
     ),
     "heads-by-matmul": (lambda p, x, h: (padded(h, 8).view(-1, 2, 1, 4) @ p).sum((1, 2, 3)).unsqueeze(-1), 2, 4, 4),
+    "matrices-of-the-input": (
+        lambda p, x, h: ((x @ p).view(-1, 2, 3, 3) @ h[:, :6].reshape(-1, 2, 3, 1)).flatten(1).mean(1, True),
+        *(INPUT_SIZE, 18),
+    ),
     "bilinear": (lambda p, x, h: F.bilinear(x, h, p), 7, INPUT_SIZE, 7),
     "matrix-on-the-left": (lambda p, x, h: (p @ h.t()).t(), 7, 7),
     "vector": (lambda p, x, h: (h @ p).unsqueeze(-1), 7),

@@ -239,7 +239,10 @@ def _packed(graph: fx.Graph, products: list[fx.Node], invariant: set[fx.Node], w
         part = result
         if len(products) > 1:
             with graph.inserting_before(node):
-                part = graph.call_function(aten.slice.Tensor, (result, 1, start, start + width))
+                columns = graph.call_function(aten.slice.Tensor, (result, 1, start, start + width))
+                columns.meta = dict(node.meta)
+                # What was traced may take the product for contiguous, as a view does that folds rows with what follows.
+                part = graph.call_function(aten.clone.default, (columns,), {"memory_format": torch.contiguous_format})
             part.meta = dict(node.meta)
         start += width
         node.replace_all_uses_with(part)

@@ -36,9 +36,9 @@ def convert(f: Integrator, form: Callable[..., Integrator], **settings: Any) -> 
     I and are independent, that is the mean square of the outputs' difference, and the error, √(Σ (difference)² /
     Σ (f's)²), is its root relative to that of f's outputs.
 
-    `Bilinear` can hold every bi-affine form exactly; `Additive` and `Concat` all but the interaction. A `LowRank` or
-    `Tucker` that has f's ranks is found exactly, to rounding, but for a LowRank above the second largest of O, Z and X;
-    below f's ranks it is a minimum that need not be the smallest.
+    `Bilinear` in one block can hold every bi-affine form exactly; `Additive` and `Concat` all but the interaction. A
+    `LowRank` or `Tucker` that has f's ranks is found exactly, to rounding, but for a LowRank above the second largest
+    of O, Z and X; below f's ranks it is a minimum that need not be the smallest.
 
     Args:
         f: bi-affine. It stays as it is, and shares no weight with the result.
@@ -87,7 +87,7 @@ def _(g: Concat, wanted: Terms) -> None:
 
 @_take.register
 def _(g: Bilinear, wanted: Terms) -> None:
-    _set(g.interaction.weight, wanted.W)
+    _set(g.interaction.weight, g.interaction.within_blocks(wanted.W))
     _take_lower(g.lower, wanted)
 
 
