@@ -157,6 +157,7 @@ MADE = {
     "teacher_student": multiplicative(8, 8, 32) + multiplicative(32, 8, 1),
     "affine_tasks": multiplicative(8, 8, 64) + multiplicative(64, 8, 8),
     "state_machine": 64 * 2 * 64 + mlp([64, 2]),
+    "regular_language": 64 * 2 * 64 + mlp([64, 2]),
     "adding": lstm(2, 64) + mlp([64, 1]),
     "copy": lstm(10, 64) + mlp([64, 8]),
     "digits": lstm(1, 64) + mlp([64, 10]),

@@ -3,17 +3,28 @@
 import gzip
 import itertools
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from experiments.core.errors import ExperimentError
-from experiments.data import Adding, AffineTasks, CopyMemory, Recall, Sequences, SequentialDigits, StateMachine, Teacher
+from experiments.data import (
+    Adding,
+    AffineTasks,
+    CopyMemory,
+    Recall,
+    RegularLanguage,
+    Sequences,
+    SequentialDigits,
+    StateMachine,
+    Teacher,
+)
 from experiments.data.functions.image_files import read_labels
 from experiments.data.synthetic import digits
 from models import MultiHead, SequenceLabeller
-from multint import Additive, Bilinear, Recurrent, RNNCell
+from multint import Additive, Bilinear, Recurrent, RNNCell, scan
 from multint.errors import OptionError
 
 
@@ -82,6 +93,53 @@ def test_a_random_machine_reaches_all_its_states():
 def test_maps_of_too_few_symbols_are_refused():
     with pytest.raises(ExperimentError, match=r"--data.symbols: got 1, expected more.*reaches all 30 states"):
         ready(StateMachine("maps", 30, symbols=1, seed=0))
+
+
+def cycle_navigation(word):
+    place = 0
+    for symbol in word:
+        place += {0: 0, 1: 1, 2: -1}[symbol]
+    return place % 5
+
+
+def even_pairs(word):
+    text = "".join("ab"[symbol] for symbol in word)
+    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+    return int((pairs.count("ab") + pairs.count("ba")) % 2 == 0)
+
+
+def arithmetic(word):
+    return eval("".join("01234+-*"[symbol] for symbol in word)) % 5
+
+
+def parity(word):
+    return word.count(1) % 2
+
+
+@pytest.mark.parametrize("answer", [cycle_navigation, even_pairs, arithmetic, parity], ids=lambda f: f.__name__)
+def test_the_answers_of_regular_languages(answer):
+    data = ready(RegularLanguage(answer.__name__, batch_size=8, epoch=120, eval_examples=96, seed=1))
+    kinds = data.learnt()
+    for loader, longest, shortest in ((data.train_dataloader(), 40, 3), (data.test_dataloader(), 256, 40)):
+        lengths, answers = set(), set()
+        for xs, [found] in loader:
+            lengths.add(len(xs))
+            assert_close(xs.square().sum(-1), torch.full(xs.shape[:2], float(kinds["inputs"])))
+            words = xs.argmax(-1).T.tolist()
+            assert_close(found, torch.tensor([answer(word) for word in words]))
+            answers |= set(found.tolist())
+        assert lengths <= set(range(shortest, longest + 1))
+        assert answers == set(range(kinds["outputs"]))
+        if longest == 40:
+            assert len(lengths) > 0.9 * len(data.lengths["train"]), "all are as often"
+    assert answer is not arithmetic or all(length % 2 for length in lengths)
+
+
+def test_the_lengths_of_a_machines_training():
+    data = ready(StateMachine("addition", 3, shortest=2, length=5, test_length=9, epoch=60, eval_examples=64, seed=1))
+    train, valid, test = (getattr(data, f"{split}_dataloader")() for split in ("train", "val", "test"))
+    assert {len(batch.symbols) for batch in train} == {2, 3, 4, 5}
+    assert [len(batch.symbols) for batch in (*valid, *test)] == [5, 9]
 
 
 @pytest.mark.parametrize("length", [2, 9])
@@ -189,6 +247,7 @@ MADE = [
     lambda seed: Teacher(form, 3, 4, 1, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: AffineTasks(3, 2, 2, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: StateMachine("maps", 9, length=4, test_length=8, batch_size=6, epoch=3, eval_examples=15, seed=seed),
+    lambda seed: RegularLanguage("arithmetic", 3, 9, 15, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: Adding(9, batch_size=6, epoch=3, eval_examples=15, seed=seed),
     lambda seed: CopyMemory(6, 8, delay=3, batch_size=6, epoch=3, eval_examples=15, seed=seed),
 ]
@@ -229,6 +288,11 @@ def test_processes_share_a_batch(make):
         (lambda: Adding(length=1), "--data.length: got 1, expected at least 2"),
         (lambda: CopyMemory(delay=0), "--data.delay: got 0"),
         (lambda: StateMachine(length=8, test_length=4), "--data.test_length: got 4, expected at least"),
+        (lambda: StateMachine(shortest=9), "--data.shortest: got 9, expected at most --data.length, which is 8"),
+        (lambda: StateMachine(shortest=0), "--data.shortest: got 0"),
+        (lambda: RegularLanguage(shortest=9, length=8), "--data.length: got 8, expected at least 9"),
+        (lambda: RegularLanguage(length=8, test_length=7), "--data.test_length: got 7, expected at least 8"),
+        (lambda: RegularLanguage("arithmetic", 4, 4), "words of odd lengths, and 4 to 4 has none"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):
@@ -271,6 +335,32 @@ def test_a_bilinear_recurrence_is_any_finite_state_machine(machine):
     data = ready(StateMachine(machine, 5, length=4, test_length=300, eval_examples=8, seed=3))
     [batch] = data.test_dataloader()
     assert_close(bilinear_machine(data.transitions)(batch.symbols).argmax(-1), batch.states)
+
+
+def test_random_diagonal_recurrences_learn_parity_from_two_words():
+    """Theorem of Ebrahimi and Memisevic 2025: but for one of 2^H draws, frozen weights and a linear read-out do.
+
+    Where a unit's multipliers for the two symbols differ in sign, its own sign tells the parity of every word of one
+    length, or of even lengths. Where none does, all words look alike.
+    """
+    torch.manual_seed(0)
+    draws, H = 2000, 3
+    units = partial(Bilinear, z_term=False, x_term=False, bias=None, blocks=draws * H)
+    cell = RNNCell(2, draws * H, units, activation=torch.sign, start=1.0).double().requires_grad_(False)
+
+    def states(words):
+        xs = torch.nn.functional.one_hot(words, 2).double()
+        _, last = scan(cell, xs, cell.initial_state(xs.shape[1]), engine="loop")
+        return last.h.unflatten(1, (draws, H)).transpose(0, 1)  # (draws, B, H)
+
+    parities = 1.0 - 2 * torch.tensor([[0], [1]]).double()  # of the words 00 and 01, as 1 and −1
+    readout = torch.linalg.pinv(states(torch.tensor([[0, 0], [0, 1]]))) @ parities
+    words = torch.randint(2, (100, 32))
+    error = (states(words) @ readout).squeeze(-1) - (1 - 2 * (words.sum(0) % 2))
+    of_0, of_1 = cell.integrator.interaction.weight.squeeze(1).sign().unflatten(0, (draws, H)).unbind(-1)
+    learnt = error.abs().amax(1) < 1e-9
+    assert_close(learnt, (of_0 != of_1).any(1))
+    assert_close(learnt.double().mean(), torch.tensor(1 - 2.0**-H).double(), rtol=0, atol=0.03)
 
 
 def test_a_cell_starts_where_it_is_told():

@@ -17,7 +17,15 @@ from experiments.core.optimisation import InTurn, LearningRate
 from experiments.core.population_statistics import PopulationStatistics
 from experiments.core.run_folder import RunFolder
 from experiments.core.saving import Checkpoints
-from experiments.data import Adding, AffineTasks, CopyMemory, SequentialDigits, StateMachine, TextData
+from experiments.data import (
+    Adding,
+    AffineTasks,
+    CopyMemory,
+    RegularLanguage,
+    SequentialDigits,
+    StateMachine,
+    TextData,
+)
 from experiments.tasks import Memory, Regression, StateTracking
 from models import SequenceLabeller, SequenceReader
 from multint import Additive, Bilinear, Conditional, GRUCell, Integrator, LSTMCell, Recurrent, RNNCell
@@ -67,10 +75,11 @@ PROTOCOLS = [
     (tracking, partial(StateMachine, "addition", 2, length=4, test_length=10, **SMALL)),
     (memory, partial(Adding, 6, **SMALL)),
     (memory, partial(CopyMemory, 3, 2, delay=2, **SMALL)),
+    (memory, partial(RegularLanguage, "even_pairs", 3, 6, 9, **SMALL)),
     (memory, partial(digits, **SMALL)),
     (normalised, partial(Adding, 6, **SMALL)),
 ]
-NAMES = ["regression", "state_tracking", "adding", "copy", "digits", "batch normalisation"]
+NAMES = ["regression", "state_tracking", "adding", "copy", "regular_language", "digits", "batch normalisation"]
 every_task = pytest.mark.parametrize(("task", "data"), PROTOCOLS, ids=NAMES)
 
 
@@ -281,6 +290,7 @@ def test_accuracy_is_told_by_length():
     # Steps 1–4, 5–8, 9–16, and the 4 that are left.
     expected = {"accuracy_4": 1, "accuracy_8": 0.5, "accuracy_16": 0, "accuracy_20": 0, "accuracy": 6 / 20}
     assert by_length == {f"test/{name}": pytest.approx(value) for name, value in expected.items()}
+    assert scores["test/above_chance"] == pytest.approx(-1), "none of the last steps is right, and half of guesses were"
 
 
 @every_task

@@ -25,7 +25,7 @@ class Memory(SyntheticTask):
     monitor = Monitor("loss", "min")
     unit = "answers"
 
-    sizes_key, expected = "inputs", "Adding, CopyMemory or SequentialDigits"
+    sizes_key, expected = "inputs", "Adding, CopyMemory, SequentialDigits or RegularLanguage"
 
     def __init__(self, network: Callable[[int, int], SequenceReader], **settings: Any) -> None:
         super().__init__(network, **settings)

@@ -18,7 +18,8 @@ class StateTracking(SyntheticTask):
     Logged are the loss in nats per step and `accuracy`, the share of steps whose state is right. In the test it is told
     by length too, since the sequences go on beyond the training's length L: `accuracy_L` of the steps to L,
     `accuracy_2L` of those from L+1 to 2L, `accuracy_4L` of those from 2L+1 to 4L, and so on. The validation sees no
-    step beyond L, so that the best checkpoint is chosen without them.
+    step beyond L, so that the best checkpoint is chosen without them. The test's `above_chance` is of the last step
+    alone: with a its accuracy, (a − 1/Q) / (1 − 1/Q), which is 0 for who guesses.
 
     Args:
         network: factory `(S, Q) -> SequenceLabeller` for the numbers of symbols and of states.
@@ -57,4 +58,6 @@ class StateTracking(SyntheticTask):
                 steps = right[first:last]
                 means[f"accuracy_{min(last, len(right))}"] = Mean(steps.mean(), steps.numel())
                 first, last = last, 2 * last
+            chance = 1 / logits.shape[-1]
+            means["above_chance"] = Mean((right[-1].mean() - chance) / (1 - chance), right[-1].numel())
         return means

@@ -34,10 +34,11 @@ class StateMachine(SyntheticData):
         states: Q.
         symbols: S; None for as many as states.
         length: T in training and validation.
+        shortest: None, or the least T in training: each batch then has one from there to `length`, all as often.
         test_length: T in the test.
         batch_size, epoch, eval_examples, seed: see `SyntheticData`. The seed draws the machine, too.
 
-    Raises ExperimentError for additions with another number of symbols, and for a test shorter than the training.
+    Raises ExperimentError for additions with another number of symbols, and for lengths that fall from one to the next.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StateMachine(SyntheticData):
         states: int = 2,
         symbols: int | None = None,
         length: int = 8,
+        shortest: int | None = None,
         test_length: int = 128,
         batch_size: int = 64,
         epoch: int = 500,
@@ -54,17 +56,23 @@ class StateMachine(SyntheticData):
     ) -> None:
         super().__init__(batch_size, epoch, eval_examples, seed)
         symbols = states if symbols is None else symbols
-        self.check(states=states, symbols=symbols, length=length, test_length=test_length)
+        shortest = length if shortest is None else shortest
+        self.check(states=states, symbols=symbols, length=length, shortest=shortest, test_length=test_length)
         if machine == "addition" and symbols != states:
             raise ExperimentError(
                 f"--data.symbols: got {symbols}, expected null or {states}: numbers modulo {states} are added."
+            )
+        if length < shortest:
+            raise ExperimentError(
+                f"--data.shortest: got {shortest}, expected at most --data.length, which is {length}."
             )
         if test_length < length:
             raise ExperimentError(
                 f"--data.test_length: got {test_length}, expected at least --data.length, which is {length}."
             )
         self.machine: Machine = machine
-        self.states, self.symbols, self.length, self.test_length = states, symbols, length, test_length
+        self.states, self.symbols = states, symbols
+        self.shortest, self.length, self.test_length = shortest, length, test_length
 
     def learnt(self) -> dict[str, Any]:
         return {"symbols": self.symbols, "states": self.states, "length": self.length}
@@ -84,6 +92,8 @@ class StateMachine(SyntheticData):
 
     def draw(self, count: int, split: str, generator: torch.Generator) -> Sequences:
         length = self.test_length if split == "test" else self.length
+        if split == "train" and self.shortest < length:
+            length = int(torch.randint(self.shortest, length + 1, (), generator=generator))
         symbols = torch.randint(self.symbols, (length, count), generator=generator)
         states = torch.empty_like(symbols)
         state = torch.zeros(count, dtype=torch.long)
