@@ -160,7 +160,7 @@ def _overview(commands: Mapping[str, Command]) -> str:
     # Imported here because it needs a package, whose lack is told.
     from experiments.core.configs import first_line, ready_configs
 
-    shown = [f"  {name:<9} {command.what:<42} {name} {command.example}" for name, command in commands.items()]
+    shown = [f"  {name:<10} {command.what:<42} {name} {command.example}" for name, command in commands.items()]
     configs = []
     for task, paths in ready_configs().items():
         configs += [f"  {task}/", *(f"    {path.name:<20}  {first_line(path)}" for path in paths)]
