@@ -341,7 +341,7 @@ def test_it_learns_to_remember_a_cue():
     [
         (BabyAI([RED_BALL], episodes=2), small_image, {"episode"}),
         (HiddenContext(Brief([(1.0, 0.0)])), small, {"episode", "returns"}),
-        (Given(Cue), small, {"episode"}),
+        (Given(Cue), small, {"episode", "returns"}),
     ],
     ids=["BabyAI", "hidden context", "discrete"],
 )
@@ -356,6 +356,12 @@ def test_an_episode_is_drawn(environment, network, names):
         titles = [axes.get_title() for axes in figures["episode"].axes if axes.get_title()]
         assert len(titles) == length + 1
         assert figures["episode"].get_suptitle() == f"go to the red ball, return {played.returns[0]:.2f}"
+
+
+@pytest.mark.parametrize("learns", [learner, partial(SoftActorCritic, network=small)], ids=["PPO", "SAC"])
+def test_returns_are_drawn_over_contexts_that_the_agent_is_not_told(learns):
+    figure = ready(learns(HiddenContext(Brief([(1.0, 0.0)])))).pictures(None)["returns"]
+    assert figure.axes[0].collections[0].get_array().size == 21 * 21
 
 
 DISCRETE = gymnasium.spaces.Discrete(2)

@@ -1,8 +1,9 @@
 """Policies with a memory: proximal policy optimisation, in environments that do not tell all."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
@@ -10,21 +11,17 @@ from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
 from experiments.core.errors import ExperimentError
-from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
-from experiments.data.batch_streams import generator_of
-from experiments.environments import Environment, Simulation, Spaces, Streams
+from experiments.core.task import Mean
+from experiments.environments import Environment, Streams
 from experiments.environments.evaluation import SEEDS, Played, play
 from experiments.environments.rollouts import Acted, Rollouts, Sequences
-from experiments.tasks.policy_pictures import draw_episode, draw_film, draw_returns
+from experiments.tasks.policy import PolicyTask
 from models import RecurrentActorCritic
 from multint import LSTM, Integrator
 from multint.recurrent import Recurrent
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-class ProximalPolicyOptimization(Task):
+class ProximalPolicyOptimization(PolicyTask):
     """Proximal policy optimisation: all copies play `steps` steps, from which `passes` passes of training are made.
 
     Minimised is −E min(ρA, clip(ρ, 1 ± ε) A) + w_v E (V − V̂)² / 2 − w_h E H, where ρ is the ratio of the policy's
@@ -61,8 +58,7 @@ class ProximalPolicyOptimization(Task):
     Source: Schulman et al. 2017.
     """
 
-    monitor = Monitor("return", "max")
-    unit = "steps"
+    takes_discrete = True
 
     def __init__(
         self,
@@ -85,7 +81,7 @@ class ProximalPolicyOptimization(Task):
         reward_scale: float = 1.0,
         halve_after: int | None = None,
     ) -> None:
-        super().__init__(optimizer, halve_after)
+        super().__init__(environment, network, optimizer, halve_after)
         sizes = {"copies": copies, "steps": steps, "batch_size": batch_size, "passes": passes, "epoch": epoch}
         for name, size in sizes.items():
             # Of one step alone a copy may spend all on going over to its next episode.
@@ -104,26 +100,11 @@ class ProximalPolicyOptimization(Task):
         for name, weight in {"value_weight": value_weight, "entropy_weight": entropy_weight}.items():
             if not 0 <= weight < float("inf"):
                 raise ExperimentError(f"ProximalPolicyOptimization: {name} is {weight}, expected at least 0.")
-        self.environment = environment
         self.features, self.hidden = features, hidden
         self.copies, self.steps, self.batch_size, self.passes, self.epoch = (sizes[name] for name in sizes)
         self.discount, self.decay, self.clip, self.reward_scale = discount, decay, clip, reward_scale
         self.value_weight, self.entropy_weight = value_weight, entropy_weight
-        self._build_network, self._build_memory = network, memory
-
-    def describe(self, data: Data | None) -> dict[str, Any]:
-        if data is not None:
-            raise ExperimentError(
-                f"ProximalPolicyOptimization: the data are {type(data).__name__}, expected none: it plays its "
-                "environment."
-            )
-        env = self.environment.training(1)
-        spaces = Spaces.of(env, takes_discrete=True)
-        env.close()
-        return {"features": list(spaces.features), "is_discrete": spaces.is_discrete}
-
-    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
-        return self.describe(data)
+        self._build_memory = memory
 
     def build(self, description: dict[str, Any]) -> nn.Module:
         return RecurrentActorCritic(
@@ -136,10 +117,6 @@ class ProximalPolicyOptimization(Task):
         )
 
     def train_dataloader(self) -> Rollouts:
-        if len(gathered(None)) > 1:
-            raise ExperimentError(
-                "ProximalPolicyOptimization: several processes train, expected one. Give --trainer.devices=1"
-            )
         return Rollouts(
             self.environment,
             self._act,
@@ -151,29 +128,14 @@ class ProximalPolicyOptimization(Task):
             self.discount,
             self.decay,
             self.reward_scale,
-            generator_of(0, "rollouts", torch.initial_seed()).initial_seed(),
+            self.seed("rollouts"),
         )
 
-    def val_dataloader(self) -> list[Literal["val"]]:
-        return ["val"]
-
-    def test_dataloader(self) -> list[Literal["test"]]:
-        return ["test"]
-
-    def measure(self, batch: Any, stage: Stage) -> dict[str, Mean]:
-        if stage == "train":
-            return self._losses(batch)
-        means = {}
-        for suffix, is_drawn in {"": False, "_sampled": True}.items():
-            played = self.play(stage, is_drawn)
-            values = {"return": played.returns, "length": played.are_part.sum(0)}
-            if self.environment.rewards_success:
-                values["success"] = played.returns > 0
-            means |= {f"{name}{suffix}": Mean(torch.tensor(of.mean()), len(of)) for name, of in values.items()}
-        return means
+    def scores(self, played: Played) -> dict[str, np.ndarray]:
+        succeeded = {"success": played.returns > 0} if self.environment.rewards_success else {}
+        return {"return": played.returns, "length": played.are_part.sum(0), **succeeded}
 
     def play(self, stage: Literal["val", "test"], is_drawn: bool = False) -> Played:
-        """The episodes of an evaluation, by drawn actions or by the likeliest ones."""
         state, generator = None, torch.Generator().manual_seed(SEEDS[stage])
 
         def act(seen: Streams) -> Tensor:
@@ -182,24 +144,14 @@ class ProximalPolicyOptimization(Task):
             state = acted.state
             return acted.action
 
-        return play(self.environment, stage, act, takes_discrete=True)
-
-    def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
-        """The validation's first episode, and of a simulation the returns over the test's contexts."""
-        played = self.play("val")
-        if (film := self.environment.film("val", SEEDS["val"], played.actions[played.are_part[:, 0], 0])) is not None:
-            return {"episode": draw_film(film, played.returns[0])}
-        if not isinstance(self.environment, Simulation):
-            return {"episode": draw_episode(played)}
-        over = self.play("test")._replace(contexts=self.environment.contexts("test"))  # which the agent may not be told
-        return {"returns": draw_returns(over), "episode": draw_episode(played)}
+        return play(self.environment, stage, act, self.takes_discrete)
 
     @property
     def _network(self) -> RecurrentActorCritic:
         assert isinstance(self.network, RecurrentActorCritic)
         return self.network
 
-    def _losses(self, batch: Sequences) -> dict[str, Mean]:
+    def losses(self, batch: Sequences) -> dict[str, Mean]:
         policy, value, _ = self._network(batch.observation, batch.context, batch.begins, batch.state)
         counts = batch.is_step
         log_ratio = (policy.log_prob(batch.action) - batch.log_density)[counts]

@@ -1,7 +1,7 @@
 """Policies of continuous actions: soft actor-critic, in environments whose episodes have a context each."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,19 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from experiments.core.errors import ExperimentError, building
-from experiments.core.task import Data, Mean, Monitor, Stage, Task, gathered
-from experiments.data.batch_streams import generator_of
-from experiments.environments import Environment, Experience, Spaces, Streams, Transitions
+from experiments.core.task import Mean, Stage
+from experiments.environments import Environment, Experience, Streams, Transitions
 from experiments.environments.evaluation import SEEDS, Played, play
-from experiments.tasks.policy_pictures import draw_episode, draw_returns
+from experiments.tasks.policy import PolicyTask
 from models import ActorCritic
 from multint import Integrator
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-class SoftActorCritic(Task):
+class SoftActorCritic(PolicyTask):
     """Soft actor-critic: a step of training for each step that is played.
 
     Logged are the critics' and the actor's losses, the temperature α, and in evaluation `return`, the mean sum of an
@@ -51,8 +47,7 @@ class SoftActorCritic(Task):
     Source: Haarnoja et al. 2018; the settings of the ready configs are CleanRL's.
     """
 
-    monitor = Monitor("return", "max")
-    unit = "steps"
+    takes_discrete = False
 
     def __init__(
         self,
@@ -70,7 +65,7 @@ class SoftActorCritic(Task):
         temperature: float | None = None,
         halve_after: int | None = None,
     ) -> None:
-        super().__init__(optimizer, halve_after)
+        super().__init__(environment, network, optimizer, halve_after)
         sizes = {"batch_size": batch_size, "capacity": capacity, "copies": copies, "epoch": epoch}
         for name, size in sizes.items():
             if size < 1:
@@ -83,24 +78,9 @@ class SoftActorCritic(Task):
         for name, positive in {"critic_rate": critic_rate, "temperature": temperature}.items():
             if positive is not None and not 0 < positive < float("inf"):
                 raise ExperimentError(f"SoftActorCritic: {name} is {positive}, expected more than 0.")
-        self.environment = environment
         self.critic_rate, self.discount, self.follow_rate = critic_rate, discount, follow_rate
         self.batch_size, self.random_steps, self.capacity = batch_size, random_steps, capacity
         self.copies, self.epoch, self.temperature = copies, epoch, temperature
-        self._build_network = network
-
-    def describe(self, data: Data | None) -> dict[str, Any]:
-        if data is not None:
-            raise ExperimentError(
-                f"SoftActorCritic: the data are {type(data).__name__}, expected none: it plays its environment."
-            )
-        env = self.environment.training(1)
-        spaces = Spaces.of(env)
-        env.close()
-        return {"features": list(spaces.features)}
-
-    def imagined(self, data: Data | None, sizes: Mapping[str, int]) -> dict[str, Any]:
-        return self.describe(data)
 
     def build(self, description: dict[str, Any]) -> nn.Module:
         network = ActorCritic(*description["features"], self._build_network)
@@ -119,8 +99,6 @@ class SoftActorCritic(Task):
             return self._build_optimizer(groups)
 
     def train_dataloader(self) -> Experience:
-        if len(gathered(None)) > 1:
-            raise ExperimentError("SoftActorCritic: several processes train, expected one. Give --trainer.devices=1")
         return Experience(
             self.environment,
             self._drawn,
@@ -129,23 +107,11 @@ class SoftActorCritic(Task):
             self.random_steps,
             self.capacity,
             self.copies,
-            generator_of(0, "experience", torch.initial_seed()).initial_seed(),
+            self.seed("experience"),
         )
 
-    def val_dataloader(self) -> list[Literal["val"]]:
-        return ["val"]
-
-    def test_dataloader(self) -> list[Literal["test"]]:
-        return ["test"]
-
-    def measure(self, batch: Any, stage: Stage) -> dict[str, Mean]:
-        if stage == "train":
-            return self._losses(batch)
-        middle, drawn = (self.returns(stage, is_drawn) for is_drawn in (False, True))
-        return {
-            "return": Mean(torch.from_numpy(middle).mean(), len(middle)),
-            "return_sampled": Mean(torch.from_numpy(drawn).mean(), len(drawn)),
-        }
+    def scores(self, played: Played) -> dict[str, np.ndarray]:
+        return {"return": played.returns}
 
     def metrics(self, means: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Tensor]:
         # The sum of losses that are minimised by different weights says nothing.
@@ -153,13 +119,9 @@ class SoftActorCritic(Task):
 
     def returns(self, stage: Literal["val", "test"], is_drawn: bool = False) -> np.ndarray:  # (N,)
         """The sum of the rewards of each episode of an evaluation, by drawn actions or by the policy's middle."""
-        return self._play(stage, is_drawn).returns
+        return self.play(stage, is_drawn).returns
 
-    def pictures(self, data: Data | None) -> "Mapping[str, Figure]":
-        """The returns over the test's contexts, and the validation's first episode."""
-        return {"returns": draw_returns(self._play("test")), "episode": draw_episode(self._play("val"))}
-
-    def _play(self, stage: Literal["val", "test"], is_drawn: bool = False) -> Played:
+    def play(self, stage: Literal["val", "test"], is_drawn: bool = False) -> Played:
         generator = torch.Generator().manual_seed(SEEDS[stage])
         return play(
             self.environment, stage, lambda seen: self._drawn(seen, generator) if is_drawn else self._middle(seen)
@@ -170,7 +132,7 @@ class SoftActorCritic(Task):
         assert isinstance(self.network, ActorCritic)
         return self.network
 
-    def _losses(self, batch: Transitions) -> dict[str, Mean]:
+    def losses(self, batch: Transitions) -> dict[str, Mean]:
         network = self._network
         network.follow(self.follow_rate)  # the critics that the step before made
         alpha = network.log_temperature.detach().exp()
