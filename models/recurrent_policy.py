@@ -30,8 +30,8 @@ class InstructedImage(Integrator):
         symbols: S counts, of the symbols that a place has of each kind; BabyAI's objects, colours and states.
         words: in the vocabulary, "no word" not counted.
 
-    Raises: OptionError for a number below 1; ShapeError for an image that is no square of places; IndexError for
-    symbols and words beyond their counts.
+    Raises: OptionError for a number below 1, and for symbols and words beyond their counts; ShapeError for an image
+    that is no square of places.
     Source: Chevalier-Boisvert et al. 2019; Hui et al. 2020 for the embedding.
     """
 
@@ -74,21 +74,38 @@ class InstructedImage(Integrator):
         z: Tensor,  # (..., Z)
     ) -> Tensor:  # (..., O)
         leading, side = x.shape[:-1], self.side
+        symbols, words = x.long().reshape(-1, side, side, len(self.counts)), z.expand(*leading, -1).long()
+        if not x.is_meta:
+            self._refuse_unknown(symbols, words)
         # A table for each kind, so that no symbol beyond its count is read as one of the next kind.
         tables = self.symbols.weight.split(self.counts)
-        symbols = x.long().reshape(-1, side, side, len(tables)).unbind(-1)
-        image = sum(nn.functional.embedding(kind, table) for kind, table in zip(symbols, tables, strict=True))
-        words = self.words(z.expand(*leading, -1).long().reshape(-1, z.shape[-1]))
+        kinds = zip(symbols.unbind(-1), tables, strict=True)
+        image = sum(nn.functional.embedding(kind, table) for kind, table in kinds)
+        words = self.words(words.reshape(-1, z.shape[-1]))
         image = torch.relu(self.before(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         image = torch.relu(self.meeting(image, words[:, None, None]))
         image = torch.relu(self.after(image.permute(0, 3, 1, 2)))
         return torch.relu(self.last(image.flatten(1))).reshape(*leading, self.out_features)
 
+    def _refuse_unknown(self, symbols: Tensor, words: Tensor) -> None:
+        if (symbols < 0).any() or (symbols >= symbols.new_tensor(self.counts)).any():
+            highest = symbols.amax((0, 1, 2)).tolist()
+            raise OptionError(
+                f"InstructedImage: the image has symbols up to {highest}, expected those from 0 and below "
+                f"{list(self.counts)} (symbols)"
+            )
+        known = self.words.num_embeddings - 1
+        if (words < 0).any() or (words > known).any():
+            raise OptionError(
+                f"InstructedImage: the instruction has words from {words.min()} to {words.max()}, expected those "
+                f"from 0 to {known} (words)"
+            )
+
 
 class Judged(NamedTuple):
     """What an actor-critic says of steps."""
 
-    policy: Distribution  # of actions (T, B, A) within ± 1, or (T, B) if they are discrete
+    policy: Distribution  # of actions (T, B, A), or (T, B) if they are discrete
     value: Tensor  # (T, B)
     state: Any  # the memory's after the last step
 

@@ -202,8 +202,13 @@ def test_image_and_instruction_meet_by_any_integrator(integrator):
 def test_what_the_network_cannot_read_is_told():
     with pytest.raises(ValueError, match="x has 100 features, expected 3 symbols for each place of a square"):
         InstructedImage(100, 72, 8)
-    with pytest.raises(IndexError, match="index out of range"):  # it is no symbol of the next kind
-        InstructedImage(27, 2, 8)(torch.tensor([1.0, 6.0, 1.0]).repeat(9), torch.zeros(2))
+    network, image = InstructedImage(27, 2, 8, words=9), torch.tensor([1.0, 5.0, 1.0]).repeat(9)
+    with pytest.raises(OptionError, match=r"symbols up to \[1, 6, 1\], expected .* below \[11, 6, 3\]"):
+        network(torch.tensor([1.0, 6.0, 1.0]).repeat(9), torch.zeros(2))  # it is no symbol of the next kind
+    with pytest.raises(OptionError, match="expected those from 0 and below"):
+        network(-image, torch.zeros(2))
+    with pytest.raises(OptionError, match="words from 0 to 10, expected those from 0 to 9"):
+        network(image, torch.tensor([0.0, 10.0]))
     with pytest.raises(OptionError, match="the memory is bidirectional or batch_first, expected neither"):
         RecurrentActorCritic(3, 2, 4, small, partial(LSTM, bidirectional=True))
 
@@ -362,6 +367,14 @@ def test_an_episode_is_drawn(environment, network, names):
 def test_returns_are_drawn_over_contexts_that_the_agent_is_not_told(learns):
     figure = ready(learns(HiddenContext(Brief([(1.0, 0.0)])))).pictures(None)["returns"]
     assert figure.axes[0].collections[0].get_array().size == 21 * 21
+
+
+def test_an_evaluations_actions_are_those_that_the_environment_took():
+    task = ready(learner(HiddenContext(Brief([(1.0, 0.0)]))))
+    torch.nn.init.constant_(task.network.actor.bias, 3.0)
+    played = task.play("val", is_drawn=True)
+    assert np.abs(played.actions).max() == 1.0
+    assert_close(played.observations[1:, :, 1:3], played.actions[:-1])
 
 
 DISCRETE = gymnasium.spaces.Discrete(2)

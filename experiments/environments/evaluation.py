@@ -42,6 +42,8 @@ def play(
     while is_playing.any():
         seen = spaces.streams(observation)
         actions = act(seen).numpy()
+        if not spaces.is_discrete:
+            actions = np.clip(actions, -1, 1)  # of a normal policy, what the environment cuts off was not done
         with playing():
             observation, rewards, ended, is_cut, _ = env.step(spaces.scaled(actions, env))
         steps.append((seen.observation, actions, np.where(is_playing, checked_rewards(rewards), 0.0), is_playing))

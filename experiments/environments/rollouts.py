@@ -17,7 +17,7 @@ _RECENT = 100  # episodes that the training's returns are told of
 class Acted(NamedTuple):
     """What a policy does in a step, and what it thinks."""
 
-    action: Tensor  # (N, A) within ± 1, or (N,) from 0 if discrete
+    action: Tensor  # (N, A), of which the environment cuts off what is beyond ± 1, or (N,) from 0 if discrete
     log_density: Tensor  # (N,) log π of it
     value: Tensor  # (N,)
     state: Any  # the memory's after the step
