@@ -11,7 +11,7 @@ from multint import LSTM, Integrator
 from multint.errors import OptionError, ShapeError
 from multint.integrators import Projected
 from multint.integrators.base import build
-from multint.integrators.checks import positive
+from multint.integrators.checks import flag, positive
 from multint.recurrent import Recurrent
 
 
@@ -141,7 +141,7 @@ class RecurrentActorCritic(nn.Module):
         is_discrete: bool = True,
     ) -> None:
         super().__init__()
-        self.is_discrete = is_discrete
+        self.is_discrete = flag(self, "is_discrete", is_discrete)
         self.network = build(self, "network", network, observation_features, context_features, features)
         self.memory = memory(features, hidden)
         if self.memory.bidirectional or self.memory.batch_first:

@@ -296,7 +296,7 @@ def test_a_damaged_checkpoint_is_refused(run_folder, capsys, tmp_path):
     for content, part in ((whole[: len(whole) // 2], "damaged"), (b"no checkpoint", "damaged"), (b"", "empty")):
         damaged.write_bytes(content)
         assert f"{damaged}: {part}" in message(capsys, "sample", str(damaged))
-    assert f"{run_folder.parent}: a folder" in message(capsys, "sample", str(run_folder.parent))
+    assert f"{tmp_path}: a folder" in message(capsys, "sample", str(tmp_path))
     right = read_checkpoint(run_folder / "checkpoints" / "last.ckpt")
     refused = 0
     for place in [chance.randrange(len(whole)) for _ in range(200)]:

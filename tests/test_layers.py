@@ -420,7 +420,11 @@ def flags():
                     yield cls, name
 
 
-SIZES = {models.AttentiveEncoder: (2, 3), models.LanguageModel: (9, partial(Recurrent, hidden_size=7))}
+SIZES = {
+    models.AttentiveEncoder: (2, 3),
+    models.LanguageModel: (9, partial(Recurrent, hidden_size=7)),
+    models.RecurrentActorCritic: (5, 4, 3, Additive),
+}
 
 
 @pytest.mark.parametrize(("cls", "name"), sorted(set(flags()), key=str))
