@@ -101,8 +101,7 @@ def loss_of(y: Tensor, expected: Tensor) -> Tensor:
 def gradbench_cases() -> list[Case]:
     """The text of 1024 characters that is published, its objective alone and its gradient."""
     size = (1023, 1, 14, 14)
-    shared: dict[str, Any] = {"jax": "gradbench", "at_least_loop": 150.0}
     return [
-        GradBenchCase("gradbench-lstm", size, nn.Identity, **shared),
-        GradBenchCase("gradbench-lstm-objective", size, nn.Identity, backward=False, **shared),
+        GradBenchCase("gradbench-lstm", size, nn.Identity, jax="gradbench", at_least_loop=150.0),
+        GradBenchCase("gradbench-lstm-objective", size, nn.Identity, jax="gradbench", backward=False),
     ]
