@@ -12,7 +12,6 @@ from multint.cells.base import Cell, HiddenState
 from multint.cells.gru import GRUCell
 from multint.errors import OptionError, ShapeError
 from multint.integrators import Integrator, MultiplicativeIntegration
-from multint.integrators.checks import positive
 
 
 class GRUDState(NamedTuple):
@@ -44,7 +43,7 @@ class GRUDCell(Cell):
         integrator: Callable[[int, int, int], Integrator] = MultiplicativeIntegration,
     ) -> None:
         super().__init__(input_size, hidden_size)
-        if positive(self, "input_size", input_size) % 3:
+        if self.input_size % 3:
             raise OptionError(
                 f"GRUDCell: input_size is {input_size}, expected a multiple of 3: values, a mask and times, as "
                 "multint.cells.observed joins them"

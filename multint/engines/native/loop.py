@@ -48,9 +48,9 @@ class _Layout(NamedTuple):
     sizes: list[int]  # of the latter, and what each leaves up to a line of the cache
 
 
-_OF_A_SLOT = (
-    6  # numbers of native.h's `Slot`: a value's address, the distances to others, whose turn, and how much later
-)
+# The numbers of native.h's `Slot`: a value's address, the distances in bytes between steps, rows and parts, whether
+# steps take turns, and how many steps later it is.
+_OF_A_SLOT = 6
 
 
 class Loop:
